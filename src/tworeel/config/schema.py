@@ -1,0 +1,166 @@
+"""The run's configuration: every option, its type, its default and one sentence on it.
+
+Unknown keys and wrong types are errors (`tworeel.config.loading` adds suggestions and collects them all).
+The field docstrings are the reference in `docs/config.md` and the comments of `tworeel config`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FrameCount = Annotated[int, Field(ge=1)]
+Precision = Literal["bfloat16", "float32", "float64"]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: strict, immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which model, and files that belong to it but lie elsewhere."""
+
+    path: str
+    """Hub id, folder or single file of the model, in diffusers', Wan's own or ComfyUI's layout."""
+    expert: Literal["high", "low"] | None = None
+    """Which expert of a Wan 2.2 A14B model to train."""
+    vae: str | None = None
+    """VAE file or folder, if it is not beside the model."""
+    text_encoder: str | None = None
+    """Text encoder file or folder, if it is not beside the model."""
+    tokenizer: str | None = None
+    """Tokenizer folder, if it is not beside the model."""
+    image_encoder: str | None = None
+    """CLIP image encoder file or folder (Wan 2.1 I2V and FLF2V), if it is not beside the model."""
+    dtype: Precision = "bfloat16"
+    """Precision of the frozen weights and of the computation."""
+
+
+class SourceConfig(Section):
+    """One dataset: a folder with captions beside the clips, or a `.csv` or `.jsonl` file."""
+
+    path: Path
+    """Folder of videos and images with `.txt` captions, or a `.csv` / `.jsonl` with paths and captions."""
+    weight: PositiveFloat = 1.0
+    """How often this dataset is drawn from, relative to the others."""
+    repeats: PositiveInt = 1
+    """How many times each of its clips counts in an epoch."""
+
+
+class DataConfig(Section):
+    """The clips and how they are cut and fitted."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    """The datasets."""
+    resolution: tuple[PositiveInt, PositiveInt] = (832, 480)
+    """Width and height in pixels; buckets of other aspect ratios have about the same area."""
+    frames: Annotated[tuple[FrameCount, ...], Field(min_length=1)] = (1, 17, 33, 49)
+    """Lengths that clips are cut to, each 4k+1 frames; a clip takes the longest that it fills."""
+    clip_rule: Literal["head", "uniform", "windows"] = "head"
+    """Where a clip is cut: its head, frames spread uniformly over all of it, or several windows."""
+    windows: PositiveInt = 4
+    """The most windows that are cut from one clip with `clip_rule = "windows"`."""
+    frame_rate: PositiveFloat | None = None
+    """Frames a second that clips are resampled to; the model's own by default."""
+    min_aspect: PositiveFloat = 0.5
+    """Narrowest bucket, width over height."""
+    max_aspect: PositiveFloat = 2.0
+    """Widest bucket, width over height."""
+    skip_broken: bool = False
+    """Leave out broken files and list them, rather than stop."""
+
+
+class CacheConfig(Section):
+    """Where latents and text embeddings are kept."""
+
+    folder: Path | None = None
+    """Cache folder; `cache` beside the run's folder by default."""
+    dtype: Precision = "bfloat16"
+    """Precision that the encoders compute in."""
+    devices: tuple[str, ...] | None = None
+    """Devices that encode side by side; those of the run by default."""
+
+
+class LoraConfig(Section):
+    """The adapter."""
+
+    rank: PositiveInt = 32
+    """Rank of the update of each target."""
+    alpha: PositiveFloat | None = None
+    """Scale of the update: alpha / rank; the rank by default."""
+    targets: tuple[str, ...] | str = "all-linear"
+    """A preset of the family (`attention`, `all-linear`) or a list of patterns of module names."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rank-stabilized LoRA)."""
+    dora: bool = False
+    """Train magnitude and direction apart (DoRA)."""
+    init_from: Path | None = None
+    """Start from this LoRA file, in any of the known forms."""
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    output: Path = Path("output")
+    """Folder of the run: checkpoints, metrics and the finished LoRA."""
+    name: str = "lora"
+    """File name of the finished LoRA, without its ending."""
+    steps: PositiveInt = 1000
+    """Optimizer steps."""
+    micro_batches: PositiveInt = 8
+    """Clips of one optimizer step; they follow each other through the stages."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW (fused where the device has it), or with 8-bit state (needs the extra `eightbit`)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's weight decay."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients of all stages together are clipped to this norm."""
+    caption_dropout: Fraction = 0.0
+    """Share of the micro-batches that see an empty caption."""
+    timestep_sampling: Literal["uniform", "bell", "logit_normal"] = "uniform"
+    """Uniform over the shifted schedule, the same with bell-shaped loss weights, or logit-normal."""
+    shift: PositiveFloat | None = None
+    """Shift of the schedule; 5 by default, as the model's authors train."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random."""
+    save_every: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints that are kept."""
+    tensorboard: bool = True
+    """Write TensorBoard files beside `metrics.jsonl`."""
+
+
+class EngineConfig(Section):
+    """How the transformer is spread over the devices."""
+
+    devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """One device a stage, for example `["cuda:0", "cuda:1"]`; a device may stand twice. All GPUs by default."""
+    split_at: tuple[PositiveInt, ...] | None = None
+    """First block of each stage after the first; even shares by default."""
+    residency: Literal["keep", "recompute", "offload"] = "recompute"
+    """Keep a block's activations, recompute them, or recompute from inputs kept in pinned host memory."""
+
+
+class RunConfig(Section):
+    """All of a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    cache: CacheConfig = CacheConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()

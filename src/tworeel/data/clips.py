@@ -1,0 +1,33 @@
+"""What the dataset scan finds: clips to train on, each with the bucket that it goes into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Frames and size, in pixels, that a clip is cut and fitted to."""
+
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One thing to train on: a window of a video, or an image, with its caption."""
+
+    path: Path
+    caption: str
+    bucket: Bucket
+    frame_indices: tuple[int, ...]
+    """Indices of the decoded source frames, `bucket.frames` of them; (0,) for an image."""
+    images: Mapping[str, Path] = field(default_factory=dict)
+    """Condition images by column name (`first_image`, `last_image`), where the metadata gives them."""
+    source: int = 0
+    """Index of the dataset in the configuration."""
+    name: str
+    """Stable name within the run: dataset index, path relative to the dataset, window. Same on every machine."""

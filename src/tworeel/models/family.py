@@ -1,0 +1,153 @@
+"""The family contract: what Tworeel has to know of a kind of model, as data plus a few functions.
+
+A family is one folder beside this file. It says where its tensors are (`locate`), which lists of blocks its
+transformer has, which names its LoRA targets have, how its encoders are opened and how a cached sample
+becomes a training sample. Everything else (splitting, loading, caching, training, export) is shared.
+
+Shape letters: B batch, C channels, F latent frames, H/W latent height and width, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Layout = Literal["diffusers", "native", "comfyui"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest:
+    """What the user asked for: a hub id, a folder or a file, and files that belong to it but lie elsewhere."""
+
+    path: str
+    expert: str | None = None
+    vae: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    image_encoder: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What data and training must know of one model; found by looking at its files."""
+
+    family: str
+    variant: str
+    """For example `wan2.2-t2v-a14b`."""
+    expert: str | None = None
+    frame_rate: float
+    """Frames a second that the model was trained at."""
+    spatial_multiple: int
+    """Height and width in pixels must be multiples of this (VAE stride times patch size)."""
+    temporal_stride: int
+    """Clips have `temporal_stride * k + 1` frames."""
+    tokens_per_pixel_area: int
+    """Pixels of one latent frame that one token stands for (16 × 16 = 256 for Wan 14B)."""
+    image_inputs: tuple[str, ...] = ()
+    """Images that condition the model: `first_image`, `last_image`. Taken from the clip unless given."""
+    image_optional: bool = False
+    """True where the model also trains without an image (TI2V-5B)."""
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+    """This expert's share of the noise levels, as (low, high] in sigma."""
+    shift: float = 5.0
+    """Shift of the flow-matching schedule that the model's authors sample with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One network: its files, how its keys are written, and the arguments of the class that runs it."""
+
+    files: tuple[Path, ...]
+    layout: Layout
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that was found on disk; nothing but headers and configs has been read."""
+
+    traits: Traits
+    transformer: Component
+    vae: Component | None = None
+    text_encoder: Component | None = None
+    tokenizer: Path | None = None
+    """A tokenizer folder, or a safetensors file with an embedded sentencepiece model."""
+    image_encoder: Component | None = None
+
+
+class LatentEncoder(Protocol):
+    """Encodes clips (and their condition images) on one device."""
+
+    def encode(self, clip: Tensor, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode one clip.
+
+        Args:
+            clip: uint8, shape (3, frames, height, width), RGB.
+            images: uint8, shape (3, height, width) each, by the names of `Traits.image_inputs`; an image
+                that is not given comes from the clip.
+
+        Returns:
+            CPU tensors by name; `latents` of shape (C, F, H, W), fp32, is always among them.
+        """
+        ...
+
+
+class TextEncoder(Protocol):
+    """Embeds captions on one device."""
+
+    def encode(self, caption: str) -> dict[str, Tensor]:
+        """Embed one caption: CPU tensors by name; `text` has shape (L, D) without padding."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSample:
+    """One micro-batch as the transformer takes it."""
+
+    inputs: dict[str, Any]
+    """Keyword arguments of the transformer's forward; tensors have a batch axis of 1."""
+    target: Tensor
+    """fp32, the shape of the transformer's output: (1, C, F, H, W)."""
+    loss_mask: Tensor | None = None
+    """fp32, broadcastable to `target`; 0 where the loss is not counted. None counts everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Everything that one family says of itself."""
+
+    name: str
+    block_lists: tuple[str, ...]
+    """Attribute paths of the transformer's lists of blocks, in the order of the forward."""
+    keep_fp32: tuple[str, ...]
+    """Parameters with one of these strings as a dotted part of their name stay in fp32."""
+    lora_presets: Mapping[str, tuple[str, ...]]
+    """Named sets of LoRA targets: endings of module names in the transformer (diffusers' names)."""
+
+    locate: Callable[[ModelRequest], ModelSource | None]
+    """Recognize a model by looking at its files; None if it is not of this family.
+
+    Raises `UserError` with every problem found (a missing expert, a truncated file, a missing encoder)."""
+    build_transformer: Callable[[Component], nn.Module]
+    """Make the transformer on the meta device."""
+    parameter_name: Callable[[Layout, str], str | None]
+    """A key in a transformer file of this layout -> the parameter's name; None for keys to ignore."""
+    to_native: Callable[[str], str]
+    """A module's name in the transformer (`blocks.0.attn1.to_q`) -> its name in the authors' own code."""
+    from_native: Callable[[str], str]
+    """The inverse of `to_native`."""
+
+    latent_identity: Callable[[ModelSource], str]
+    """A hash of the networks that encode clips (VAE, image encoder); read without loading them."""
+    text_identity: Callable[[ModelSource], str]
+    """A hash of the text encoder and its tokenizer; read without loading them."""
+    open_latent_encoder: Callable[[ModelSource, torch.device, torch.dtype], LatentEncoder]
+    open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
+
+    make_sample: Callable[..., TrainingSample]
+    """(traits, cached, noise, sigma, timestep) -> TrainingSample; `cached` holds what the encoders returned."""
