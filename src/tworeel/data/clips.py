@@ -30,4 +30,4 @@ class Clip:
     source: int = 0
     """Index of the dataset in the configuration."""
     name: str
-    """Stable name within the run: dataset index, path relative to the dataset, window. Same on every machine."""
+    """Stable within the run and the same on every machine: dataset index, relative path, window."""

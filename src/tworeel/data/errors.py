@@ -1,0 +1,14 @@
+"""The error for a media file that cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tworeel.errors import UserError
+
+
+class MediaError(UserError):
+    """A video or an image that is missing, damaged or not what its name says; one line."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")

@@ -1,0 +1,94 @@
+"""Draws a small dataset: shapes that move over a gradient, as real video files with captions."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.frame import VideoFrame
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (39, 174, 96),
+    "blue": (41, 98, 255),
+    "yellow": (241, 196, 15),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle")
+WAYS = {"left to right": (1, 0), "top to bottom": (0, 1), "corner to corner": (1, 1)}
+# (width, height, frames, frames a second)
+FORMATS = (
+    (160, 96, 24, 16),
+    (96, 144, 30, 24),
+    (128, 128, 20, 16),
+    (144, 96, 45, 30),
+    (112, 160, 18, 12),
+    (160, 112, 40, 25),
+)
+
+
+def write_clips(folder: Path, count: int = 6, seed: int = 0) -> list[Path]:
+    """Write `count` short clips and one image, each with a `.txt` caption; the same ones for the same seed.
+
+    The clips are H.264 `.mp4` files of about 96 to 160 pixels and one to two seconds, of different aspect
+    ratios, lengths and frame rates. Returns the paths of the media files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    paths = [_write_video(folder / f"clip_{k}.mp4", FORMATS[k % len(FORMATS)], rng) for k in range(count)]
+    return [*paths, _write_image(folder / "image.png", rng)]
+
+
+def _write_video(path: Path, form: tuple[int, int, int, int], rng: random.Random) -> Path:
+    width, height, frames, rate = form
+    colour, shape, way = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(WAYS))
+    background = _gradient(width, height, rng)
+    with av.open(str(path), "w") as container:
+        # A fixed quantizer and one thread: x264's rate control does not repeat itself bit by bit.
+        stream = container.add_stream("libx264", rate=rate, options={"threads": "1", "qp": "22"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for k in range(frames):
+            picture = _draw(background, shape, colour, WAYS[way], k / (frames - 1))
+            container.mux(stream.encode(VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return _write_caption(path, f"A {colour} {shape} moves from {way} over a soft gradient.")
+
+
+def _write_image(path: Path, rng: random.Random) -> Path:
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    _draw(_gradient(144, 112, rng), shape, colour, (1, 1), 0.5).save(path)
+    return _write_caption(path, f"A {colour} {shape} on a soft gradient.")
+
+
+def _write_caption(path: Path, caption: str) -> Path:
+    path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+    return path
+
+
+def _gradient(width: int, height: int, rng: random.Random) -> Image.Image:
+    """A gradient between two dark colours, from the left to the right and slightly downwards."""
+    first, second = (np.array([rng.randrange(20, 120) for _ in range(3)]) for _ in range(2))
+    across = np.linspace(0, 0.7, width)[None, :, None] + np.linspace(0, 0.3, height)[:, None, None]
+    return Image.fromarray((first + (second - first) * across).astype(np.uint8))
+
+
+def _draw(
+    background: Image.Image, shape: str, colour: str, way: tuple[int, int], progress: float
+) -> Image.Image:
+    """Draw a shape on its way, `progress` from 0 to 1; it stays inside of the picture."""
+    picture = background.copy()
+    size = min(picture.size) // 3
+    room = (picture.width - size, picture.height - size)
+    left, top = (room[axis] * (progress if way[axis] else 0.5) for axis in (0, 1))
+    box = (left, top, left + size, top + size)
+    pen = ImageDraw.Draw(picture)
+    if shape == "circle":
+        pen.ellipse(box, fill=COLOURS[colour])
+    elif shape == "square":
+        pen.rectangle(box, fill=COLOURS[colour])
+    else:
+        pen.polygon([(left, top + size), (left + size / 2, top), (left + size, top + size)], COLOURS[colour])
+    return picture
