@@ -1,0 +1,212 @@
+"""Carries the micro-batches of a step through the stages, one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tworeel.engine.passage import Passage
+from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Action, in_flight, one_f_one_b
+from tworeel.engine.split import Split, find_split, split
+from tworeel.engine.timeline import Span, Timeline
+from tworeel.engine.turnstile import Aborted, Turnstile
+
+Loss = Callable[[Any, Any], Tensor]
+"""(the model's output, the micro-batch) -> scalar, on the last stage's device."""
+
+
+def call_model(model: nn.Module, micro_batch: Any) -> Any:
+    """Run `model` on a micro-batch: a mapping gives keyword arguments, a tuple or list positional ones."""
+    if isinstance(micro_batch, Mapping):
+        return model(**micro_batch)
+    if isinstance(micro_batch, tuple | list):
+        return model(*micro_batch)
+    return model(micro_batch)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives back; the gradients are in the parameters' `.grad`."""
+
+    losses: tuple[Tensor, ...]
+    """The loss of each micro-batch, detached, on the last stage's device."""
+    spans: tuple[Span, ...] = ()
+    """When each stage worked on what, if the step was timed."""
+
+
+class Pipeline:
+    """Keeps all stages of a split model at work by 1F1B over micro-batches.
+
+    Args:
+        model: a model, or what `split` returned for it. A model that is not split yet needs `devices`.
+        devices, at, blocks, residency: as for `split`.
+        forward: how the model is run on a micro-batch; see `call_model`.
+        slack: micro-batches in flight beyond what 1F1B needs; see `one_f_one_b`.
+
+    Raises:
+        ValueError: as `split`; or the model is neither split nor are devices given.
+
+    Example:
+        >>> pipeline = Pipeline(transformer, ["cuda:0", "cuda:1"], residency="recompute")
+        >>> result = pipeline.step(micro_batches, lambda output, batch: mse(output, batch["target"]) / 8)
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Split,
+        devices: Sequence[str | torch.device] | None = None,
+        *,
+        at: Sequence[int] | None = None,
+        blocks: Sequence[str] | None = None,
+        residency: Residency | str | None = None,
+        forward: Callable[[nn.Module, Any], Any] = call_model,
+        slack: int = 0,
+    ) -> None:
+        found = model if isinstance(model, Split) else find_split(model)
+        if found is None and devices is None:
+            raise ValueError("give the devices, or split the model first: tworeel.split(model, devices)")
+        if found is not None and (devices or at or blocks):
+            raise ValueError("the model is split already: devices, at and blocks belong to that split")
+        if found is None:
+            assert isinstance(model, nn.Module) and devices is not None
+            found = split(model, devices, at=at, blocks=blocks)
+        if residency is not None:
+            found.residency = Residency(residency)
+        self.split = found
+        self._forward = forward
+        self._slack = slack
+
+    def step(self, micro_batches: Sequence[Any], loss: Loss, *, timed: bool = False) -> StepResult:
+        """Run forward and backward of all micro-batches; gradients add up in `.grad`.
+
+        The gradients are the sum over the micro-batches, as with one `backward()` each: divide in `loss`
+        for a mean. They add up in the order of the micro-batches, so the same step gives the same bits.
+
+        Args:
+            micro_batches: what `forward` takes, one by one; their shapes may differ.
+            loss: called on the last stage with the model's output and the micro-batch.
+            timed: also measure when each stage works.
+
+        Raises:
+            ValueError: no micro-batches, or dropout in a block that is recomputed.
+            Exception: what a micro-batch raised first; the others have ended, `.grad` is then undefined.
+        """
+        if not micro_batches:
+            raise ValueError("a step needs at least one micro-batch")
+        self.split.refuse_dropout()
+        devices = self.split.placement.devices
+        orders = one_f_one_b(len(devices), len(micro_batches), slack=self._slack)
+        run = _Step(self.split, self._forward, loss, Turnstile(orders), Timeline(devices) if timed else None)
+        workers = min(len(micro_batches), in_flight(len(devices), 0, slack=self._slack))
+        with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
+            futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
+            _wait_for_all(futures, run.turnstile)
+        spans = run.timeline.spans() if run.timeline else []
+        return StepResult(tuple(f.result() for f in futures), tuple(spans))
+
+
+def _wait_for_all(futures: list[Future[Tensor]], turnstile: Turnstile) -> None:
+    """Wait until every micro-batch is through; the first error, also Ctrl-C here, ends all of them."""
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+        if turnstile.error is not None:
+            raise turnstile.error
+    except BaseException as error:
+        turnstile.abort(error)
+        for future in futures:
+            future.cancel()
+        raise
+
+
+class _Step:
+    """What the threads of one step share."""
+
+    def __init__(
+        self,
+        split: Split,
+        forward: Callable[[nn.Module, Any], Any],
+        loss: Loss,
+        turnstile: Turnstile,
+        timeline: Timeline | None,
+    ) -> None:
+        self.split = split
+        self.forward = forward
+        self.loss = loss
+        self.turnstile = turnstile
+        self.timeline = timeline
+        self.last = split.placement.num_stages - 1
+        self.autocast = _autocast_state(split.placement.devices)
+
+    def carry(self, number: int, micro_batch: Any) -> Tensor:
+        """Take one micro-batch through the whole forward and backward; runs in a thread of its own."""
+        try:
+            with _autocast(self.autocast), self.split.passage(carrier := _Carrier(self, number)) as passage:
+                return self._carry(carrier, passage, micro_batch)
+        except Aborted:
+            raise
+        except BaseException as error:
+            self.turnstile.abort(error)
+            raise
+
+    def _carry(self, carrier: _Carrier, passage: Passage, micro_batch: Any) -> Tensor:
+        carrier.enter(Action("F", carrier.number, 0))
+        loss = self.loss(self.forward(self.split.model, micro_batch), micro_batch)
+        passage.done = True
+        if passage.stage != self.last:
+            raise RuntimeError(f"the forward ended on stage {passage.stage}, before stage {self.last}")
+        carrier.leave()
+        for stage in range(self.last, -1, -1):
+            carrier.enter(Action("B", carrier.number, stage))
+            passage.backward(stage, loss if stage == self.last else None)
+            carrier.leave()
+        return loss.detach()
+
+
+class _Carrier:
+    """A thread's place at the turnstile: the gate of its passage."""
+
+    def __init__(self, step: _Step, number: int) -> None:
+        self.number = number
+        self._step = step
+        self._action: Action | None = None
+        self._span = ExitStack()
+
+    def enter(self, action: Action) -> None:
+        self._step.turnstile.enter(action)
+        self._action = action
+        device = self._step.split.placement.devices[action.stage]
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device)
+        if self._step.timeline is not None:
+            self._span.enter_context(self._step.timeline.span(action))
+
+    def leave(self) -> None:
+        assert self._action is not None
+        self._span.close()
+        self._step.turnstile.leave(self._action)
+
+    def advance(self, stage: int, to: int) -> None:
+        self.leave()
+        self.enter(Action("F", self.number, to))
+
+
+def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, torch.dtype]]:
+    """The caller's autocast: thread-local, so each carrying thread has to be told."""
+    kinds = {device.type for device in devices}
+    return [(k, torch.get_autocast_dtype(k)) for k in sorted(kinds) if torch.is_autocast_enabled(k)]
+
+
+@contextmanager
+def _autocast(state: list[tuple[str, torch.dtype]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, dtype in state:
+            stack.enter_context(torch.autocast(kind, dtype))
+        yield

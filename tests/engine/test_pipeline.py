@@ -1,0 +1,271 @@
+"""Split equals unsplit: ours is `Pipeline.step`, theirs diffusers' forward and one backward a micro-batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch import nn
+from toy_wan import KINDS, assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
+
+from tworeel import Pipeline, split
+from tworeel.engine.timeline import busy_shares
+
+EVERYWHERE = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "net.0.proj",
+    "net.2",
+    "linear_1",
+    "linear_2",
+    "time_proj",
+    "proj_out",
+]
+
+
+@pytest.fixture(scope="module")
+def references() -> dict:
+    """Losses and gradients of the unsplit model, by kind, precision and number of micro-batches."""
+    found = {}
+    for kind in KINDS:
+        for dtype in (torch.float64, torch.float32):
+            model = make_wan(kind, dtype)
+            batches = [make_micro_batch(kind, dtype, seed) for seed in range(8)]
+            for count in (1, 2, 3, 8):
+                model.zero_grad()
+                losses, grads = run_unsplit(model, batches[:count])
+                found[kind, dtype, count] = batches[:count], losses, {n: g.clone() for n, g in grads.items()}
+    return found
+
+
+@pytest.mark.parametrize("residency", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_split_equals_unsplit(references, kind, dtype, stages, residency):
+    relative = 1e-10 if dtype is torch.float64 else 1e-5
+    model = make_wan(kind, dtype)
+    pipeline = Pipeline(model, ["cpu"] * stages, residency=residency)
+    for count in (1, 2, 3, 8):
+        batches, losses, grads = references[kind, dtype, count]
+        model.zero_grad()
+        result = pipeline.step(batches, square_loss)
+        torch.testing.assert_close(list(result.losses), losses, rtol=relative, atol=0)
+        assert_close(gradients(model), grads, relative)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("kind", ["i2v-clip", "ti2v"])
+def test_trainable_embedders_and_head_get_the_gradient_of_all_stages(kind, stages):
+    batches = [make_micro_batch(kind, torch.float64, seed) for seed in range(3)]
+    theirs = make_wan(kind, torch.float64, targets=EVERYWHERE)
+    losses, grads = run_unsplit(theirs, batches)
+    assert any("time_embedder" in name for name in grads)
+    model = make_wan(kind, torch.float64, targets=EVERYWHERE)
+    result = Pipeline(model, ["cpu"] * stages, residency="recompute").step(batches, square_loss)
+    torch.testing.assert_close(list(result.losses), losses, rtol=1e-10, atol=0)
+    assert_close(gradients(model), grads, 1e-10)
+
+
+def test_all_weights_can_be_trained():
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(3)]
+    theirs = make_wan("t2v", torch.float64).requires_grad_(True)
+    _, grads = run_unsplit(theirs, batches)
+    model = make_wan("t2v", torch.float64).requires_grad_(True)
+    Pipeline(model, ["cpu"] * 3).step(batches, square_loss)
+    assert_close(gradients(model), grads, 1e-10)
+
+
+@pytest.mark.parametrize("at", [[1], [2], [4], [1, 2, 3]])
+def test_flux2_crosses_inside_and_between_its_two_kinds_of_blocks(at):
+    def make() -> Flux2Transformer2DModel:
+        torch.manual_seed(0)
+        return Flux2Transformer2DModel(
+            in_channels=8,
+            num_layers=2,
+            num_single_layers=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            joint_attention_dim=12,
+            timestep_guidance_channels=8,
+            axes_dims_rope=(4, 4, 4, 4),
+        ).double()
+
+    def batch(seed: int) -> dict:
+        torch.manual_seed(seed)
+        return {
+            "hidden_states": torch.randn(1, 6, 8).double(),
+            "encoder_hidden_states": torch.randn(1, 5, 12).double(),
+            "timestep": torch.rand(1).double(),
+            "guidance": torch.ones(1).double(),
+            "img_ids": torch.randint(0, 4, (1, 6, 4)),
+            "txt_ids": torch.randint(0, 4, (1, 5, 4)),
+        }
+
+    batches = [batch(seed) for seed in range(3)]
+    losses, grads = run_unsplit(theirs := make(), batches)
+    assert len(grads) == len(list(theirs.parameters()))
+    model = make()
+    result = Pipeline(model, ["cpu"] * (len(at) + 1), at=at, residency="recompute").step(batches, square_loss)
+    torch.testing.assert_close(list(result.losses), losses, rtol=1e-10, atol=0)
+    assert_close(gradients(model), grads, 1e-10)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_model_that_checkpoints_its_blocks_itself_gets_the_same_gradients(stages):
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(3)]
+    _, grads = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    model.enable_gradient_checkpointing()
+    model.train()
+    Pipeline(model, ["cpu"] * stages).step(batches, square_loss)
+    assert_close(gradients(model), grads, 1e-10)
+
+
+def test_two_steps_of_the_same_inputs_give_the_same_bits():
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(6)]
+    results = []
+    for _ in range(3):
+        model = make_wan("t2v", torch.float32)
+        losses = (
+            Pipeline(model, ["cpu"] * 3, residency="recompute", slack=1).step(batches, square_loss).losses
+        )
+        results.append((losses, gradients(model)))
+    for losses, grads in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(losses, results[0][0], strict=True))
+        assert all(torch.equal(grads[n], results[0][1][n]) for n in grads)
+
+
+def test_gradients_add_to_those_that_are_there():
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(2)]
+    _, grads = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    pipeline = Pipeline(model, ["cpu", "cpu"])
+    for batch in batches:
+        pipeline.step([batch], square_loss)
+    assert_close(gradients(model), grads, 1e-10)
+
+
+@pytest.mark.parametrize("failing", [0, 3, 7])
+@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
+def test_a_failing_micro_batch_ends_the_step_with_its_own_error_and_leaves_no_thread(where, failing):
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ArithmeticError("broken in backward")
+
+    def forward(model: nn.Module, numbered: tuple[int, dict]) -> torch.Tensor:
+        if numbered[0] == failing and where == "forward":
+            raise ArithmeticError("broken in forward")
+        return model(**numbered[1])
+
+    def loss(output, numbered: tuple[int, dict]) -> torch.Tensor:
+        value = square_loss(output, numbered[1])
+        if numbered[0] == failing and where == "loss":
+            raise ArithmeticError("broken in loss")
+        return Break.apply(value) if numbered[0] == failing else value
+
+    batches = [(n, make_micro_batch("t2v", torch.float32, n)) for n in range(8)]
+    model = make_wan("t2v", torch.float32)
+    pipeline = Pipeline(model, ["cpu"] * 3, residency="recompute", forward=forward)
+    before = threading.active_count()
+    with pytest.raises(ArithmeticError, match=f"broken in {where}"):
+        pipeline.step(batches, loss)
+    assert threading.active_count() == before
+    model.zero_grad()
+    good = [batch for n, batch in batches if n != failing]
+    _, grads = run_unsplit(make_wan("t2v", torch.float32), good)
+    pipeline.step([(-1, batch) for batch in good], loss)
+    assert_close(gradients(model), grads, 1e-5)
+
+
+def test_the_autocast_of_the_caller_holds_in_the_carrying_threads():
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, grads = run_unsplit(make_wan("t2v", torch.float32), batches)
+        model = make_wan("t2v", torch.float32)
+        result = Pipeline(model, ["cpu", "cpu"]).step(batches, square_loss)
+    assert all(torch.equal(a, b) for a, b in zip(result.losses, losses, strict=True))
+    assert_close(gradients(model), grads, 1e-5)
+
+
+def test_stages_work_at_the_same_time_and_the_timeline_shows_it():
+    class Sleep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return x * self.weight
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Sleep() for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    pipeline = Pipeline(Model(), ["cpu", "cpu"], residency="recompute")
+    spans = pipeline.step([torch.ones(1)] * 6, lambda y, _: y.sum(), timed=True).spans
+    assert len(spans) == 2 * 2 * 6
+    together = [
+        (a, b)
+        for a in spans
+        for b in spans
+        if a.action.stage < b.action.stage and a.start < b.end and b.start < a.end
+    ]
+    assert together
+    assert all(share > 0.6 for share in busy_shares(spans, 2))
+
+
+def test_micro_batches_may_be_mappings_tuples_or_single_tensors():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](self.blocks[0](x))
+
+    x = torch.ones(1, 2)
+    pipeline = Pipeline(Model(), ["cpu", "cpu"])
+    losses = pipeline.step([x, (x,), [x], {"x": x}], lambda y, _: y.sum()).losses
+    assert len({loss.item() for loss in losses}) == 1
+
+
+def test_wrong_use_is_refused_with_what_to_do():
+    model = make_wan("t2v", torch.float32)
+    with pytest.raises(ValueError, match="give the devices, or split the model first"):
+        Pipeline(model)
+    pipeline = Pipeline(split(model, ["cpu", "cpu"]))
+    with pytest.raises(ValueError, match="split already"):
+        Pipeline(model, ["cpu"])
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        pipeline.step([], square_loss)
+    with pytest.raises(RuntimeError, match="ran twice in one micro-batch"):
+        Pipeline(model, forward=lambda m, b: (m(**b), m(**b))[1]).step(
+            [make_micro_batch("t2v", torch.float32, 0)], square_loss
+        )
+
+
+def test_dropout_in_a_recomputed_block_is_refused():
+    model = make_wan("t2v", torch.float32)
+    model.blocks[1].attn1.to_out[1].p = 0.5
+    model.train()
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.to_out\.1: dropout of 0\.5"):
+        Pipeline(model, ["cpu"], residency="recompute").step(
+            [make_micro_batch("t2v", torch.float32, 0)], square_loss
+        )

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tworeel.engine.schedule import Action, ideal_efficiency, in_flight, one_f_one_b
+
+GRID = list(itertools.product((1, 2, 3, 4, 7), (1, 2, 3, 8, 20), (0, 1, 2)))
+
+
+def execute(num_stages: int, num_micro_batches: int, slack: int) -> int:
+    """Run the orders with unit times; return the number of time slots, or fail if they deadlock."""
+    orders = one_f_one_b(num_stages, num_micro_batches, slack=slack)
+    done: set[Action] = set()
+    position = [0] * num_stages
+    for slot in itertools.count(1):
+        ready = []
+        for stage, order in enumerate(orders):
+            if position[stage] < len(order):
+                action = order[position[stage]]
+                needs = [Action("F", action.micro_batch, stage - 1)] if stage else []
+                if action.kind == "B":
+                    needs = [Action("F", action.micro_batch, stage)]
+                    needs += [Action("B", action.micro_batch, stage + 1)] * (stage < num_stages - 1)
+                if done.issuperset(needs):
+                    ready.append(action)
+        assert ready, "deadlock"
+        for action in ready:
+            position[action.stage] += 1
+        done.update(ready)
+        if len(done) == 2 * num_stages * num_micro_batches:
+            return slot
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("num_stages", "num_micro_batches", "slack"), GRID)
+def test_every_action_stands_once_and_nothing_deadlocks(num_stages, num_micro_batches, slack):
+    orders = one_f_one_b(num_stages, num_micro_batches, slack=slack)
+    for stage, order in enumerate(orders):
+        expected = {Action(k, m, stage) for k in "FB" for m in range(num_micro_batches)}
+        assert len(order) == len(expected) and set(order) == expected
+    execute(num_stages, num_micro_batches, slack)
+
+
+@pytest.mark.parametrize(("num_stages", "num_micro_batches", "slack"), GRID)
+def test_a_stage_never_holds_more_micro_batches_than_stated(num_stages, num_micro_batches, slack):
+    for stage, order in enumerate(one_f_one_b(num_stages, num_micro_batches, slack=slack)):
+        held = list(itertools.accumulate(1 if a.kind == "F" else -1 for a in order))
+        assert max(held) == min(num_micro_batches, in_flight(num_stages, stage, slack=slack))
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_micro_batches"), list(itertools.product((1, 2, 4), (1, 2, 4, 8)))
+)
+def test_it_takes_the_time_that_1f1b_promises(num_stages, num_micro_batches):
+    slots = execute(num_stages, num_micro_batches, 0)
+    assert slots == 2 * (num_micro_batches + num_stages - 1)
+    assert ideal_efficiency(num_stages, num_micro_batches) == 2 * num_micro_batches / slots
+
+
+def test_backwards_come_in_the_order_of_the_micro_batches():
+    for order in one_f_one_b(3, 8, slack=1):
+        assert [a.micro_batch for a in order if a.kind == "B"] == list(range(8))
+
+
+def test_two_stages_take_turns_as_in_the_paper():
+    assert [str(a) for a in one_f_one_b(2, 3)[0]] == ["F0@0", "F1@0", "B0@0", "F2@0", "B1@0", "B2@0"]
+    assert [str(a) for a in one_f_one_b(2, 3)[1]] == ["F0@1", "B0@1", "F1@1", "B1@1", "F2@1", "B2@1"]

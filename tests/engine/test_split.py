@@ -1,0 +1,118 @@
+"""`split` alone, in a loop of somebody else's: theirs is the same loop on the unsplit model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit
+
+from tworeel import Pipeline, split
+from tworeel.engine.split import find_split
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_plain_loop_gives_the_same_losses_and_gradients(stages, checkpointing):
+    batches = [make_micro_batch("i2v-clip", torch.float64, seed) for seed in range(2)]
+    losses, grads = run_unsplit(make_wan("i2v-clip", torch.float64), batches)
+    model = make_wan("i2v-clip", torch.float64).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    split(model, ["cpu"] * stages)
+    ours, our_grads = run_unsplit(model, batches)
+    torch.testing.assert_close(ours, losses, rtol=1e-10, atol=0)
+    assert_close(our_grads, grads, 1e-10)
+
+
+def test_inference_works_on_a_split_model():
+    batch = make_micro_batch("t2v", torch.float32, 0)
+    model = make_wan("t2v", torch.float32)
+    with torch.no_grad():
+        expected = model(**batch).sample
+        split(model, ["cpu", "cpu"])
+        assert torch.equal(model(**batch).sample, expected)
+
+
+def test_remove_gives_the_model_back_as_it_was():
+    model = make_wan("t2v", torch.float32)
+    names = list(model.state_dict())
+    division = split(model, ["cpu", "cpu"])
+    assert find_split(model) is division
+    with pytest.raises(ValueError, match="split already"):
+        split(model, ["cpu"])
+    division.remove()
+    assert find_split(model) is None
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert list(model.state_dict()) == names
+    split(model, ["cpu"])
+
+
+def test_names_of_parameters_do_not_change():
+    model = make_wan("t2v", torch.float32)
+    names = list(model.state_dict())
+    split(model, ["cpu", "cpu"])
+    assert list(model.state_dict()) == names
+
+
+def test_a_module_whose_forward_another_library_replaced_is_refused():
+    model = make_wan("t2v", torch.float32)
+    model.proj_out.forward = copy.copy(model.proj_out.forward)
+    with pytest.raises(ValueError, match="replaced already"):
+        split(model, ["cpu", "cpu"])
+
+
+def fake_wan(mode: FakeTensorMode, devices: list[str], residency: str) -> Pipeline:
+    """A split toy model whose tensors are fake and lie on distinct CPU devices."""
+
+    def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with mode:  # thread-local: each carrying thread needs it
+            return model(**batch)
+
+    model = make_wan("i2v-clip", torch.float32)
+    pipeline = Pipeline(model, ["cpu"] * len(devices), residency=residency, forward=forward)
+    placement = pipeline.split.placement
+    object.__setattr__(placement, "devices", tuple(map(torch.device, devices)))
+    with mode:
+        for path, module in model.named_modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        device = placement.device_of(f"{path}.{name}".lstrip("."))
+                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                        if isinstance(tensor, torch.nn.Parameter):
+                            fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                        table[name] = fake
+    return pipeline
+
+
+@pytest.mark.parametrize("residency", ["keep", "recompute"])
+def test_no_operation_mixes_devices_and_gradients_lie_where_their_weights_do(residency):
+    mode = FakeTensorMode()
+    pipeline = fake_wan(mode, ["cpu:1", "cpu:2", "cpu:3"], residency)
+    with mode:
+        batches = [
+            {n: torch.empty(t.shape, dtype=t.dtype, device="cpu:1") for n, t in batch.items()}
+            for batch in (make_micro_batch("i2v-clip", torch.float32, seed) for seed in range(3))
+        ]
+    for batch in batches:  # one at a time: a fake mode serves one thread
+        result = pipeline.step([batch], lambda output, _: output.sample.square().mean())
+        assert result.losses[0].device == torch.device("cpu:3")
+    grads = gradients(pipeline.split.model)
+    assert grads
+    for name, grad in grads.items():
+        assert grad.device == pipeline.split.placement.device_of(name), name
+
+
+def test_unmoved_constants_would_be_caught():
+    """The fake devices do tell: without the bridge the same model fails."""
+    mode = FakeTensorMode()
+    pipeline = fake_wan(mode, ["cpu:1", "cpu:2"], "keep")
+    pipeline.split.remove()
+    with mode:
+        batch = make_micro_batch("i2v-clip", torch.float32, 0)
+        batch = {n: torch.empty(t.shape, dtype=t.dtype, device="cpu:1") for n, t in batch.items()}
+        with pytest.raises(RuntimeError, match="device"):
+            pipeline.split.model(**batch)
