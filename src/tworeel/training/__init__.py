@@ -1,0 +1,1 @@
+"""Training: what is drawn, the loop, and what makes a run survive."""

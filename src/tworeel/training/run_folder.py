@@ -1,0 +1,91 @@
+"""The folder of a run: where everything lies, and the lock that lets one process write there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tworeel.errors import UserError
+from tworeel.files import write_text_atomic
+
+
+class RunFolder:
+    """Paths of a run.
+
+    ```
+    config.toml          the resolved configuration
+    run.lock, run.pid    held while a process writes here, and which process that is
+    metrics.jsonl        one line a step
+    tensorboard/         the same for TensorBoard
+    checkpoints/         what a resume starts from
+    <name>.safetensors   the finished LoRA
+    ```
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.lock = path / "run.lock"
+        self.pid = path / "run.pid"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+
+    def lora(self, name: str) -> Path:
+        """Return where the LoRA `name` goes.
+
+        Raises:
+            UserError: `name` is empty or leads out of the folder.
+        """
+        if not name or Path(name).name != name or "\\" in name:
+            raise UserError(f"train.name = {name!r}: must be a plain file name without folders or ending")
+        return self.path / f"{name}.safetensors"
+
+    def create(self) -> None:
+        """Make the folder if it is missing, and see that files can be made in it.
+
+        Raises:
+            UserError: A file is in the way, or the folder cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except (FileExistsError, NotADirectoryError):
+            in_the_way = next(p for p in (self.path, *self.path.parents) if p.exists())
+            raise UserError(f"{self.path}: {in_the_way} is a file; a run needs a folder") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write a run there: {error.strerror}") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and hold its lock; the system releases the lock of a process that dies.
+
+        Raises:
+            UserError: Another run writes there, or the folder cannot be used (see `create`).
+        """
+        self.create()
+        lock = FileLock(self.lock, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another run is writing to {self.path}{self._holder()}") from None
+        try:
+            # Beside the lock, because Windows lets nobody read a file that is locked
+            write_text_atomic(self.pid, str(os.getpid()))
+            yield
+        finally:
+            self.pid.unlink(missing_ok=True)
+            lock.release()
+
+    def _holder(self) -> str:
+        """Return `" (process 123)"`, or nothing if the process has not said yet."""
+        try:
+            return f" (process {int(self.pid.read_text(encoding='utf-8'))})"
+        except (OSError, ValueError):
+            return ""

@@ -1,0 +1,43 @@
+"""Free space, on real disks."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from tworeel.errors import UserError
+from tworeel.training.space import OutOfSpace, free_space, full_disk_as_user_error, require_space
+
+
+def test_room_that_is_there_is_enough(tmp_path: Path) -> None:
+    require_space(tmp_path / "not" / "yet" / "made", 1, "a checkpoint")
+
+
+def test_too_little_room_is_told_with_folder_needed_and_free(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "yet"
+    with pytest.raises(
+        UserError, match=r"yet: a checkpoint needs [\d.]+ GiB, but only [\d.]+ [GM]iB are free"
+    ):
+        require_space(folder, free_space(folder) * 2 + 10**9, "a checkpoint")
+    assert not folder.exists()
+
+
+def test_small_sizes_are_told_in_mebibytes(tiny_disk: Path) -> None:
+    with pytest.raises(OutOfSpace, match=r"needs 3\.00 MiB, but only 1\.00 MiB are free"):
+        require_space(tiny_disk, 3 * 1024**2, "a LoRA")
+
+
+def test_a_disk_that_fills_up_is_told_with_what_is_kept(tiny_disk: Path) -> None:
+    path = tiny_disk / "big"
+    message = "big: the disk filled up while a LoRA was written; the old one is kept"
+    guard = full_disk_as_user_error(path, "a LoRA", "the old one is kept")
+    with pytest.raises(OutOfSpace, match=message), guard:
+        path.write_bytes(bytes(2 * 1024**2))
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, full_disk_as_user_error(tmp_path, "x", "y"):
+        (tmp_path / "missing").read_bytes()
+    assert caught.value.errno == errno.ENOENT
