@@ -1,0 +1,84 @@
+"""Tiny encoders that many tests open; each is written once in a session and only read."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Everything is local: a test that would ask a server has to fail at once. The hub client reads this when it
+# is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tworeel.demo.tiny_encoders import (
+    write_image_encoder,
+    write_text_encoder,
+    write_tokenizer,
+    write_vae,
+)
+from tworeel.models.family import Component, Layout
+
+LAYOUTS: tuple[Layout, ...] = ("native", "diffusers", "comfyui")
+
+Writer = Callable[..., Path]
+OpenComponent = Callable[..., Component]
+
+
+def component_at(path: Path, layout: Layout) -> Component:
+    """Describe a network's file or folder as `locate` does."""
+    if path.is_file():
+        return Component(files=(path,), layout=layout)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return Component(files=tuple(sorted(path.glob("*.safetensors"))), layout=layout, config=config)
+
+
+def _component_fixture(write: Writer, folder: Path) -> OpenComponent:
+    @functools.cache
+    def component(layout: Layout, **options: int) -> Component:
+        name = "-".join([layout, *(f"{key}{value}" for key, value in options.items())])
+        return component_at(write(folder / name, layout, **options), layout)
+
+    return component
+
+
+@pytest.fixture(scope="session", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """Each of the three layouts in turn."""
+    found: Layout = request.param
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> OpenComponent:
+    """A function (layout, z=16, seed=0) -> Component of a tiny Wan VAE."""
+    return _component_fixture(write_vae, tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> OpenComponent:
+    """A function (layout, seed=0, d_model=64) -> Component of a tiny UMT5 encoder."""
+    return _component_fixture(write_text_encoder, tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def tiny_image_encoder(tmp_path_factory: pytest.TempPathFactory) -> OpenComponent:
+    """A function (layout, seed=0) -> Component of a tiny CLIP image encoder."""
+    return _component_fixture(write_image_encoder, tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], Path]:
+    """A function (layout) -> folder of the tiny tokenizer, or ComfyUI's text encoder file that holds it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+
+    @functools.cache
+    def tokenizer(layout: Layout) -> Path:
+        if layout == "comfyui":
+            return write_text_encoder(folder / layout, layout)
+        return write_tokenizer(folder / layout, layout)
+
+    return tokenizer
