@@ -71,7 +71,8 @@ def build_image_model(config: Mapping[str, Any]) -> CLIPVisionModel:
     """Make the encoder on the meta device; its table of positions, which no file holds, is real."""
     with torch.device("meta"):
         model = CLIPVisionModel(CLIPVisionConfig.from_dict(dict(config)))
-    model.embeddings.position_ids = torch.arange(model.embeddings.num_positions)[None]
+    positions = torch.arange(model.embeddings.num_positions)[None]
+    model.embeddings.register_buffer("position_ids", positions, persistent=False)
     return model
 
 
