@@ -20,15 +20,17 @@ def bucket_sizes(
 
     `resolution` itself, rounded to the multiple, is always one of them; the others have an aspect ratio
     (width over height) between `min_aspect` and `max_aspect`. For each short side there is one long side,
-    the one whose area is nearest, and both orientations.
+    the one whose area is nearest, in both orientations; and a square.
     """
     asked = (_round_to(resolution[0], multiple), _round_to(resolution[1], multiple))
     area = resolution[0] * resolution[1]
-    sizes = {asked}
-    for short in range(multiple, _round_to(math.sqrt(area), multiple) + 1, multiple):
+    side = _round_to(math.sqrt(area), multiple)
+    sizes = [(side, side)]
+    for short in range(multiple, side + 1, multiple):
         long = max(short, _round_to(area / short, multiple))
-        sizes |= {size for size in ((short, long), (long, short)) if _fits(size, min_aspect, max_aspect)}
-    return tuple(sorted(sizes))
+        sizes += [(short, long), (long, short)]
+    fitting = {size for size in sizes if min_aspect <= size[0] / size[1] <= max_aspect}
+    return tuple(sorted(fitting | {asked}))
 
 
 def nearest_size(width: int, height: int, sizes: Iterable[Size]) -> Size:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from tworeel.data.errors import MediaError
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # What Pillow's readers raise for damaged files.
 _DAMAGE = (
     OSError,

@@ -2,8 +2,9 @@
 
 FFmpeg decodes damaged video by default and conceals what it cannot read. Here decoders stop at the first
 error, frames marked corrupt are refused, and what came out is compared with what the container announces.
-Compressed pictures carry no checksum, so a flipped bit that still decodes is not seen: in H.264 that is about
-one in ten single-byte flips, in HEVC and VP9 most of them. Cut-off files and zeroed blocks are seen.
+Compressed pictures carry no checksum, so damage that still decodes is not seen. Measured on 640x360 clips,
+100 tries each: of single changed bytes, 84 to 91 are reported in H.264, 26 in HEVC, 20 in VP9; of 4 KiB of
+zeros, 100, 98 and 40; of cut-off files, all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from tworeel.data.errors import MediaError
+from tworeel.data.matroska import matroska_length
 
 # Containers that may be opened, whatever the file is called: no playlists, which would open other files.
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
@@ -30,6 +32,9 @@ STRICT = "explode+crccheck+bitstream+buffer"
 # Twice 8K: a damaged header must not make the decoder allocate the whole memory.
 MAX_PIXELS = 2 * 7680 * 4320
 DURATION_SLACK = 0.1
+GIF_END = b";"
+# Codecs with packets that have no picture of their own.
+HIDING_CODECS = ("mpeg4", "vp8")
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
         raise MediaError(path, f"has no video stream (found: {found})")
     stream = pictures[0]
     context = stream.codec_context
+    if context is None:
+        raise MediaError(path, "its video is in a format that no decoder is here for")
     # One thread a file: files are read side by side, and slice threads hide errors from each other.
     context.thread_type, context.thread_count = "NONE", 1
     # "aggressive" makes the H.264 decoder report bits left over; others might refuse healthy files with it.
@@ -148,19 +155,28 @@ def _check_complete(path: Path, container: InputContainer, stream: VideoStream, 
     """Compare what was decoded with what the container announces."""
     if not tally.frames:
         raise MediaError(path, "has no frames")
+    lost = tally.shown_packets - tally.frames
+    if lost > 0 and stream.codec_context.name not in HIDING_CODECS:
+        raise MediaError(path, f"{lost} of {tally.shown_packets} frames cannot be decoded")
     kind = container.format.name
-    if "mov" in kind or kind == "avi":
-        if tally.packets < stream.frames and _count_packets(path) < stream.frames:
-            raise MediaError(path, f"is cut off: {tally.packets} of {stream.frames} frames are there")
-        # MPEG-4 part 2 has packets without a picture of their own.
-        lost = tally.shown_packets - tally.frames
-        if lost > 0 and stream.codec_context.name != "mpeg4":
-            raise MediaError(path, f"{lost} of {tally.shown_packets} frames cannot be decoded")
-    elif "matroska" in kind and container.duration:
-        announced = container.duration / av.time_base
-        slack = max(DURATION_SLACK, 2.5 / float(stream.average_rate or 24))
-        if tally.end < announced - slack:
-            raise MediaError(path, f"is cut off: {tally.end:.2f} of {announced:.2f} seconds are there")
+    if "matroska" in kind:
+        _check_matroska(path, container, stream, tally)
+    elif kind == "gif":
+        if not path.read_bytes().rstrip(b"\0").endswith(GIF_END):
+            raise MediaError(path, "is cut off: the end mark is missing")
+    elif tally.packets < stream.frames and _count_packets(path) < stream.frames:
+        raise MediaError(path, f"is cut off: {tally.packets} of {stream.frames} frames are there")
+
+
+def _check_matroska(path: Path, container: InputContainer, stream: VideoStream, tally: _Tally) -> None:
+    """Matroska and WebM announce a duration, and the length of all that follows their header."""
+    announced = (container.duration or 0) / av.time_base
+    slack = max(DURATION_SLACK, 1.5 / float(stream.average_rate or 24))
+    if tally.end < announced - slack:
+        raise MediaError(path, f"is cut off: {tally.end:.2f} of {announced:.2f} seconds are there")
+    missing = matroska_length(path) - path.stat().st_size
+    if missing > 0:
+        raise MediaError(path, f"is cut off: {missing} bytes are missing at its end")
 
 
 def _count_packets(path: Path) -> int:
