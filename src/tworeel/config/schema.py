@@ -9,7 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FrameCount = Annotated[int, Field(ge=1)]
@@ -47,7 +55,7 @@ class SourceConfig(Section):
     path: Path
     """Folder of videos and images with `.txt` captions, or a `.csv` / `.jsonl` with paths and captions."""
     weight: PositiveFloat = 1.0
-    """How often this dataset is drawn from, relative to the others."""
+    """How often each of its clips is drawn, relative to those of the other datasets; may be a fraction."""
     repeats: PositiveInt = 1
     """How many times each of its clips counts in an epoch."""
 
@@ -130,6 +138,8 @@ class TrainConfig(Section):
     """Gradients of all stages together are clipped to this norm."""
     caption_dropout: Fraction = 0.0
     """Share of the micro-batches that see an empty caption."""
+    condition_on_image: bool = True
+    """TI2V-5B: keep the first frame clean and out of the loss; false trains text-to-video."""
     timestep_sampling: Literal["uniform", "bell", "logit_normal"] = "uniform"
     """Uniform over the shifted schedule, the same with bell-shaped loss weights, or logit-normal."""
     shift: PositiveFloat | None = None
@@ -140,6 +150,8 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints that are kept."""
+    export_every: PositiveInt | None = None
+    """Steps between LoRA files on the way (`<name>-<step>.safetensors`); only the finished one by default."""
     tensorboard: bool = True
     """Write TensorBoard files beside `metrics.jsonl`."""
 
@@ -148,7 +160,7 @@ class EngineConfig(Section):
     """How the transformer is spread over the devices."""
 
     devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """One device a stage, for example `["cuda:0", "cuda:1"]`; a device may stand twice. All GPUs by default."""
+    """One device a stage, for example `["cuda:0", "cuda:1"]`; one may stand twice. All GPUs by default."""
     split_at: tuple[PositiveInt, ...] | None = None
     """First block of each stage after the first; even shares by default."""
     residency: Literal["keep", "recompute", "offload"] = "recompute"
