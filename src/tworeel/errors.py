@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -24,6 +25,15 @@ def raise_if_any(problems: Iterable[str]) -> None:
     found = tuple(problems)
     if found:
         raise UserError(*found)
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a `UserError` inside to `problems` and go on, so that all come at once."""
+    try:
+        yield
+    except UserError as error:
+        problems.extend(error.problems)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

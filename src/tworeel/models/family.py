@@ -141,6 +141,9 @@ class Family:
     """A module's name in the transformer (`blocks.0.attn1.to_q`) -> its name in the authors' own code."""
     from_native: Callable[[str], str]
     """The inverse of `to_native`."""
+    native_words: tuple[str, ...] = ()
+    """Parts of native names that hold an underscore of their own (`self_attn`); kohya's LoRA files join the
+    parts of a name with underscores."""
 
     latent_identity: Callable[[ModelSource], str]
     """A hash of the networks that encode clips (VAE, image encoder); read without loading them."""
@@ -150,4 +153,5 @@ class Family:
     open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
 
     make_sample: Callable[..., TrainingSample]
-    """(traits, cached, noise, sigma, timestep) -> TrainingSample; `cached` holds what the encoders returned."""
+    """(traits, cached, noise, sigma, *, dtype, condition_on_image) -> TrainingSample; `cached` holds what
+    the encoders returned."""

@@ -6,7 +6,6 @@ Schedule with shift s: u = linspace(1, 0, 1001)[:-1], sigma = s u / (1 + (s - 1)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -92,15 +91,3 @@ def flow_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         return squared.mean()
     mask = mask.to(output.device).expand_as(squared)
     return (squared * mask).sum() / mask.sum()
-
-
-def learning_rate(peak: float, step: int, *, steps: int, warmup: int, schedule: str) -> float:
-    """The learning rate of a step, counted from 0: a linear rise, then constant, linear or cosine to 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if schedule == "linear":
-        return peak * (1 - progress)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak

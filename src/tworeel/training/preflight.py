@@ -1,0 +1,163 @@
+"""Everything that can be known to be wrong before a weight is read: all of it is said at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from tworeel.cache.workers import Observer
+from tworeel.config.schema import DataConfig, RunConfig
+from tworeel.data.clips import Clip
+from tworeel.data.metadata import read_source
+from tworeel.data.scan import Scan, scan
+from tworeel.engine.placement import Placement, place
+from tworeel.errors import UserError, collected, raise_if_any
+from tworeel.lora.files import load_lora
+from tworeel.lora.naming import Naming
+from tworeel.lora.targets import find_targets
+from tworeel.lora.tensors import LoraFile
+from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
+from tworeel.models.locate import locate_model
+from tworeel.training.devices import resolve_devices
+from tworeel.training.optimizer import require_optimizer
+from tworeel.training.run_folder import RunFolder
+from tworeel.weights.loading import check_weights
+from tworeel.weights.tensor_files import TensorFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will work on; nothing but headers, configs and the clips themselves has been read."""
+
+    family: Family
+    source: ModelSource
+    scan: Scan
+    transformer: nn.Module
+    """On the meta device."""
+    placement: Placement
+    targets: tuple[str, ...]
+    """Names of the linear layers that the LoRA adapts."""
+    init_from: LoraFile | None
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        return self.scan.clips
+
+    @property
+    def naming(self) -> Naming:
+        """How the family's layers are called in LoRA files."""
+        return Naming.of(self.family)
+
+
+def model_request(config: RunConfig) -> ModelRequest:
+    """What the configuration says of the model."""
+    return ModelRequest(**config.model.model_dump(exclude={"dtype"}))
+
+
+def lora_targets(family: Family, config: RunConfig) -> tuple[str, ...]:
+    """The patterns of the LoRA's targets: those given, or the family's preset of that name.
+
+    Raises:
+        UserError: there is no preset of that name.
+    """
+    targets = config.lora.targets
+    if not isinstance(targets, str):
+        return targets
+    if targets not in family.lora_presets:
+        presets = ", ".join(family.lora_presets)
+        raise UserError(f"lora.targets = '{targets}': no preset of {family.name}; allowed are {presets}")
+    return family.lora_presets[targets]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`bfloat16` -> `torch.bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def preflight(config: RunConfig, observer: Observer) -> Plan:
+    """Look at everything that a run needs, and find out all that is wrong with it.
+
+    Raises:
+        UserError: lists every problem of the model, the devices, the LoRA and the data.
+    """
+    problems: list[str] = []
+    with collected(problems):
+        require_optimizer(config.train)
+    with collected(problems):
+        RunFolder(config.train.output).lora(config.train.name)
+    family, source = _locate_or_explain(config, problems)
+    transformer = family.build_transformer(source.transformer)
+    with collected(problems):
+        files = TensorFiles(*source.transformer.files)
+        check_weights(transformer, files, transformer_names(family, source))
+    with collected(problems):
+        targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
+    with collected(problems):
+        init_from = load_lora(config.lora.init_from, Naming.of(family)) if config.lora.init_from else None
+    with collected(problems):
+        placement = _place(transformer, config, family)
+    with collected(problems):
+        found = scan_data(config.data, source.traits, observer)
+        problems += found.problems
+    raise_if_any(problems)
+    return Plan(
+        family=family,
+        source=source,
+        scan=found,
+        transformer=transformer,
+        placement=placement,
+        targets=tuple(targets),
+        init_from=init_from,
+    )
+
+
+def _locate_or_explain(config: RunConfig, problems: list[str]) -> tuple[Family, ModelSource]:
+    """Find the model; without one, still say what is wrong with the devices and the datasets' files."""
+    try:
+        return locate_model(model_request(config))
+    except UserError as error:
+        problems += error.problems
+        with collected(problems):
+            resolve_devices(config.engine.devices)
+        for source in config.data.sources:
+            with collected(problems):
+                listing = read_source(source.path)
+                problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
+        raise UserError(*problems) from None
+
+
+def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
+    """Key in the transformer's files -> parameter name."""
+    return partial(family.parameter_name, source.transformer.layout)
+
+
+def scan_data(data: DataConfig, traits: Traits, observer: Observer) -> Scan:
+    """Scan the dataset under the observer's eyes.
+
+    Raises:
+        UserError: nothing is left to train on.
+    """
+
+    def tick() -> None:
+        observer.poll()
+        observer.advance()
+
+    observer.start("Scanning clips", 0)
+    try:
+        return scan(data, traits, tick=tick)
+    finally:
+        observer.finish()
+
+
+def _place(transformer: nn.Module, config: RunConfig, family: Family) -> Placement:
+    devices = resolve_devices(config.engine.devices)
+    try:
+        return place(transformer, devices, at=config.engine.split_at, blocks=family.block_lists)
+    except ValueError as error:
+        raise UserError(f"engine: {error}") from None

@@ -1,0 +1,253 @@
+"""A training run from its configuration to the LoRA file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tworeel import __version__
+from tworeel.cache.build import CacheIndex, build_cache
+from tworeel.cache.store import CacheStore
+from tworeel.config.schema import RunConfig
+from tworeel.config.writing import dump_config
+from tworeel.engine import Pipeline, split
+from tworeel.files import write_text_atomic
+from tworeel.lora.files import describe_run, save_lora
+from tworeel.lora.inject import inject_lora
+from tworeel.lora.state import export_lora, lora_parameters, start_from
+from tworeel.signals import Stopped
+from tworeel.training.checkpoint import Checkpoint, CheckpointStore
+from tworeel.training.devices import out_of_memory, resolve_devices
+from tworeel.training.loop import Trainer
+from tworeel.training.metrics import MetricsLog
+from tworeel.training.micro_batches import MicroBatches, run_transformer
+from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
+from tworeel.training.optimizer import make_optimizer
+from tworeel.training.order import Order
+from tworeel.training.preflight import Plan, preflight, torch_dtype, transformer_names
+from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
+from tworeel.training.run_folder import RunFolder
+from tworeel.training.space import require_space
+from tworeel.training.state import find_checkpoint, restore_state, save_state
+from tworeel.weights.loading import load_weights
+from tworeel.weights.tensor_files import TensorFiles
+
+
+def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserver | None = None) -> Result:
+    """Check, cache, train and export.
+
+    Args:
+        config: of the run.
+        resume: True to go on from the newest intact checkpoint in the output folder, or the folder of one.
+        observer: sees the progress, and may stop it by raising `Stopped`: a checkpoint is saved first.
+
+    Raises:
+        UserError: everything that was found wrong, before a weight is read; or what stopped the training.
+        Stopped: a signal came; the work so far is saved.
+    """
+    watched = observer or SilentRun()
+    folder = RunFolder(config.train.output)
+    folder.create()
+    with folder.locked():
+        store = CheckpointStore(folder.checkpoints, keep=config.train.keep_checkpoints)
+        checkpoint = find_checkpoint(store, resume, config, watched)
+        plan = preflight(config, watched)
+        write_text_atomic(folder.config, dump_config(config))
+        index = cache_clips(config, plan, watched)
+        with _memory_told(plan.placement.devices, folder):
+            return _train(config, plan, index, folder, store, checkpoint, watched)
+
+
+def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIndex:
+    """Encode what the cache does not hold yet; the encoders are gone when it returns.
+
+    Raises:
+        UserError: a clip cannot be encoded.
+    """
+    return build_cache(
+        CacheStore(config.cache.folder or config.train.output.parent / "cache"),
+        plan.family,
+        plan.source,
+        plan.clips,
+        devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
+        dtype=torch_dtype(config.cache.dtype),
+        empty_caption=config.train.caption_dropout > 0,
+        observer=observer,
+    )
+
+
+def load_model(config: RunConfig, plan: Plan) -> nn.Module:
+    """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it."""
+    base = torch_dtype(config.model.dtype)
+    keep = set(plan.family.keep_fp32)
+    load_weights(
+        plan.transformer,
+        TensorFiles(*plan.source.transformer.files),
+        transformer_names(plan.family, plan.source),
+        device_of=plan.placement.device_of,
+        dtype_of=lambda name: torch.float32 if keep & set(name.split(".")) else base,
+    )
+    inject_lora(
+        plan.transformer,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha or config.lora.rank,
+        targets=plan.targets,
+        rslora=config.lora.rslora,
+        dora=config.lora.dora,
+        seed=config.train.seed,
+    )
+    return plan.transformer
+
+
+def _train(
+    config: RunConfig,
+    plan: Plan,
+    index: CacheIndex,
+    folder: RunFolder,
+    store: CheckpointStore,
+    checkpoint: Checkpoint | None,
+    observer: RunObserver,
+) -> Result:
+    model = load_model(config, plan)
+    if plan.init_from is not None:
+        for name in start_from(model, plan.init_from, str(config.lora.init_from)):
+            observer.say(f"lora.init_from has nothing for {name}: it starts as new")
+    division = split(
+        model,
+        plan.placement.devices,
+        at=plan.placement.boundaries[1:-1],
+        blocks=plan.family.block_lists,
+        residency=config.engine.residency,
+    )
+    optimizer = make_optimizer(lora_parameters(model).values(), config.train)
+    if checkpoint is not None:
+        restore_state(checkpoint, model, optimizer)
+    trainer = Trainer(Pipeline(division, forward=run_transformer), optimizer, config.train, observer)
+    _Run(config, plan, folder, store, trainer, observer).go(
+        checkpoint.step if checkpoint else 0, _micro_batches(config, plan, index)
+    )
+    return Result(lora=folder.lora(config.train.name), steps=config.train.steps, folder=folder.path)
+
+
+def _micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBatches:
+    return MicroBatches(
+        family=plan.family,
+        traits=plan.source.traits,
+        clips=plan.clips,
+        index=index,
+        order=Order(plan.clips, [s.weight * s.repeats for s in config.data.sources], config.train.seed),
+        levels=NoiseLevels(
+            sampling=config.train.timestep_sampling,
+            shift=config.train.shift or TRAINING_SHIFT,
+            sigma_range=plan.source.traits.sigma_range,
+        ),
+        config=config.train,
+        dtype=torch_dtype(config.model.dtype),
+    )
+
+
+class _Run:
+    """The loop over the steps, with what is written on the way."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: Plan,
+        folder: RunFolder,
+        store: CheckpointStore,
+        trainer: Trainer,
+        observer: RunObserver,
+    ) -> None:
+        self._config = config
+        self._plan = plan
+        self._folder = folder
+        self._store = store
+        self._trainer = trainer
+        self._observer = observer
+        trained = sum(p.nbytes for p in lora_parameters(trainer.model).values())
+        # Weights and two moments a checkpoint; one more than is kept stands while it is written.
+        self._checkpoint_size = 3 * trained
+        require_space(
+            folder.path,
+            (config.train.keep_checkpoints + 1) * self._checkpoint_size + trained,
+            "this run's checkpoints and LoRA",
+        )
+
+    def go(self, done: int, batches: MicroBatches) -> None:
+        """Train from step `done` on, and write the LoRA.
+
+        Raises:
+            Stopped: a signal came; the steps that were finished are saved.
+        """
+        steps = self._config.train.steps
+        board = self._folder.tensorboard if self._config.train.tensorboard else None
+        self._observer.train(done + 1, steps)
+        with MetricsLog(self._folder.metrics, done, board) as metrics:
+            try:
+                for step, micro_batches in batches.ahead(done, steps):
+                    report = self._trainer.step(step, micro_batches)
+                    done = step + 1
+                    metrics.write(done, _as_metrics(report))
+                    self._observer.step(report)
+                    if done % self._config.train.save_every == 0 or done == steps:
+                        self._save(done, metrics)
+                    self._observer.poll()
+            except Stopped:
+                if done not in self._store.steps():
+                    self._save(done, metrics)
+                raise
+        self._export(steps, self._config.train.name)
+
+    def _save(self, step: int, metrics: MetricsLog) -> None:
+        metrics.sync()
+        require_space(self._folder.path, self._checkpoint_size, "a checkpoint")
+        save_state(self._store, step, self._trainer.model, self._trainer.optimizer, self._config)
+        every = self._config.train.export_every
+        if every and step % every == 0 and step < self._config.train.steps:
+            self._export(step, f"{self._config.train.name}-{step:06d}")
+
+    def _export(self, step: int, name: str) -> None:
+        config, traits = self._config, self._plan.source.traits
+        metadata = describe_run(
+            version=__version__,
+            model=traits.variant,
+            expert=traits.expert,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha or config.lora.rank,
+            precision=config.model.dtype,
+            steps=step,
+            dataset=_dataset_summary(self._plan),
+        )
+        lora = export_lora(self._trainer.model)
+        save_lora(self._folder.lora(name), lora, "comfyui", self._plan.naming, metadata=metadata)
+
+
+def _as_metrics(report: StepReport) -> dict[str, float]:
+    return {
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "seconds": report.seconds,
+        **{f"memory/{device}": size for device, size in report.memory.items()},
+        **{f"busy/stage{stage}": share for stage, share in enumerate(report.busy)},
+    }
+
+
+def _dataset_summary(plan: Plan) -> str:
+    buckets = sorted({clip.bucket for clip in plan.clips})
+    shapes = ", ".join(f"{b.frames}x{b.height}x{b.width}" for b in buckets)
+    return f"{len(plan.clips)} clips ({shapes})"
+
+
+@contextmanager
+def _memory_told(devices: tuple[torch.device, ...], folder: RunFolder) -> Iterator[None]:
+    """Turn an out-of-memory error into words; no batch is changed silently."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        kept = f"The checkpoints in {folder.checkpoints} are intact."
+        raise out_of_memory(error, devices, kept) from error

@@ -1,0 +1,104 @@
+"""What a checkpoint of a run holds, and how a run goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from tworeel.config.schema import RunConfig
+from tworeel.errors import UserError
+from tworeel.lora.state import load_lora_state, lora_parameters, lora_state
+from tworeel.training.checkpoint import Checkpoint, CheckpointStore
+from tworeel.training.optimizer_state import optimizer_tensors, restore_optimizer
+from tworeel.training.report import RunObserver
+
+_FREE_TO_CHANGE = {
+    "engine": None,
+    "cache": None,
+    "train": {"output", "name", "steps", "save_every", "keep_checkpoints", "export_every", "tensorboard"},
+}
+"""Options that may differ on resume without changing the course of the training."""
+
+
+def save_state(
+    store: CheckpointStore, step: int, model: nn.Module, optimizer: Optimizer, config: RunConfig
+) -> Path:
+    """Write a checkpoint after `step` steps. Noise and order need none: they follow from seed and step.
+
+    Raises:
+        OutOfSpace: the disk is full; earlier checkpoints are intact.
+    """
+    tensors, settings = optimizer_tensors(optimizer, list(lora_parameters(model)))
+    state = {"optimizer": settings, "config": config.model_dump(mode="json")}
+    return store.save(step, {"lora": lora_state(model), "optimizer": tensors}, state)
+
+
+def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Put a checkpoint's LoRA and optimizer back, bit by bit, on whatever devices the model is now.
+
+    Raises:
+        UserError: the checkpoint belongs to another LoRA or optimizer; says what differs.
+    """
+    load_lora_state(model, checkpoint.tensors["lora"])
+    names = list(lora_parameters(model))
+    restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+
+
+def find_checkpoint(
+    store: CheckpointStore, resume: bool | Path, config: RunConfig, observer: RunObserver
+) -> Checkpoint | None:
+    """Find the checkpoint to go on from, and say what was skipped or has changed since.
+
+    Args:
+        store: the run's checkpoints.
+        resume: False for a new run, True for the newest intact checkpoint, or the folder of one.
+        config: of this run.
+        observer: is told which checkpoint it is, and which were skipped.
+
+    Raises:
+        UserError: a new run would write over an old one; or no checkpoint is intact.
+    """
+    if resume is False:
+        if store.steps():
+            raise UserError(
+                f"train.output = '{config.train.output}': holds a run with checkpoints; "
+                "go on with --resume, or choose another --output"
+            )
+        return None
+    if isinstance(resume, Path):
+        checkpoint = store.load(resume)
+        skipped: list[str] = []
+        for moved in store.set_aside_after(checkpoint.step):
+            observer.say(f"a later checkpoint was set aside: {moved}")
+    else:
+        found, skipped = store.newest_intact()
+        if found is None:
+            observer.say("there is no checkpoint yet: starting with step 1")
+            return None
+        checkpoint = found
+    for line in skipped:
+        observer.say(f"skipped a damaged checkpoint: {line}")
+    for line in _changes(checkpoint.state["config"], config.model_dump(mode="json")):
+        observer.say(f"changed since the checkpoint: {line}")
+    observer.say(f"resuming after step {checkpoint.step}: {checkpoint.path}")
+    return checkpoint
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options that make the resumed run differ from an undisturbed one."""
+    changed = []
+    for section, options in now.items():
+        free = _FREE_TO_CHANGE.get(section, set())
+        if free is None:
+            continue
+        old = before.get(section, {})
+        changed += [
+            f"{section}.{key}: {old.get(key)!r} -> {value!r}"
+            for key, value in options.items()
+            if key not in free and old.get(key) != value
+        ]
+    return changed
