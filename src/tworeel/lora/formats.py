@@ -1,0 +1,253 @@
+"""The forms of LoRA files, as data, and one reader and one writer for all of them.
+
+The reader takes every spelling it meets: with or without `diffusion_model.`, `transformer.` and the like,
+`lora_A` or `lora_down`, with an adapter's name (`.default.`) or without.
+
+What others make of the files (diffusers 0.42.1, ComfyUI 0.3.77):
+- diffusers loads `comfyui` and `diffusers` with any layers of the blocks, layers outside the blocks from
+  `diffusers` alone, `kohya` only if it covers all layers of all blocks, `diffsynth` not at all.
+- DoRA: diffusers takes it from `diffusers` alone. ComfyUI divides `dora_scale` by the row lengths of W, peft
+  and LyCORIS by those of W + sBA: there a row comes out longer or shorter by the ratio of the two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tworeel.errors import UserError, raise_if_any
+from tworeel.lora.naming import Naming
+from tworeel.lora.scaling import (
+    ADAPTER_CONFIG,
+    ALPHA_NOTE,
+    KEPT_CONFIG,
+    AlphaPlace,
+    alpha_note,
+    apply_note,
+    as_stored,
+    config_for,
+    with_config,
+)
+from tworeel.lora.tensors import LoraFile, LoraTensors
+
+FormName = Literal["comfyui", "diffusers", "diffsynth", "kohya"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How one tool spells a LoRA: `<prefix><layer><ending>`."""
+
+    name: FormName
+    prefix: str
+    native: bool
+    """Layers have the names of the authors' code, not diffusers'."""
+    joint: Literal[".", "_"] = "."
+    """What joins the parts of a layer's name."""
+    down: str = ".lora_A.weight"
+    up: str = ".lora_B.weight"
+    magnitude: str | None
+    """DoRA's magnitude; None if the form has no place for it."""
+    magnitude_dims: Literal[1, 2] = 2
+    alpha: AlphaPlace
+
+    def stem(self, module: str, naming: Naming) -> str:
+        """Spell a layer's name, without the ending."""
+        name = naming.to_native(module) if self.native else module
+        return self.prefix + name.replace(".", self.joint)
+
+
+FORMS: Mapping[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            name="comfyui",
+            prefix="diffusion_model.",
+            native=True,
+            magnitude=".dora_scale",
+            alpha="tensor",
+        ),
+        Form(
+            name="diffusers",
+            prefix="transformer.",
+            native=False,
+            magnitude=".lora_magnitude_vector",
+            magnitude_dims=1,
+            alpha="header",
+        ),
+        Form(
+            name="diffsynth",
+            prefix="",
+            native=True,
+            down=".lora_A.default.weight",
+            up=".lora_B.default.weight",
+            magnitude=None,
+            alpha="folded",
+        ),
+        Form(
+            name="kohya",
+            prefix="lora_unet_",
+            native=True,
+            joint="_",
+            down=".lora_down.weight",
+            up=".lora_up.weight",
+            magnitude=".dora_scale",
+            alpha="always",  # diffusers raises a KeyError without it
+        ),
+    )
+}
+
+_KOHYA = FORMS["kohya"].prefix
+_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+_KEY = re.compile(
+    r"(?P<stem>.+?)\."
+    r"(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up)"
+    r"|(?P<magnitude>dora_scale|lora_magnitude_vector)|(?P<alpha>alpha))"
+    r"(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?"
+)
+_EXAMPLE = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
+_LISTED = 5
+
+
+def to_tensors(lora: LoraFile, form: Form, naming: Naming) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Spell a LoRA in a form: tensors by key, and the file's metadata.
+
+    Raises:
+        UserError: the LoRA has DoRA magnitudes and the form has no place for them.
+    """
+    if form.magnitude is None and any(part.magnitude is not None for part in lora.modules.values()):
+        able = ", ".join(other.name for other in FORMS.values() if other.magnitude)
+        raise UserError(f"the form '{form.name}' cannot hold DoRA's magnitudes; allowed are {able}")
+    stored = {name: as_stored(part, form.alpha) for name, part in lora.modules.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, part in stored.items():
+        tensors.update(_keyed(part, form, form.stem(name, naming)))
+    return tensors, _metadata(lora, form, stored)
+
+
+def _keyed(part: LoraTensors, form: Form, stem: str) -> Iterator[tuple[str, Tensor]]:
+    yield stem + form.down, part.down
+    yield stem + form.up, part.up
+    if part.alpha is not None:
+        yield stem + ".alpha", part.alpha
+    if part.magnitude is not None and form.magnitude is not None:
+        shape = (-1, 1) if form.magnitude_dims == 2 else (-1,)
+        yield stem + form.magnitude, part.magnitude.reshape(shape)
+
+
+def _metadata(lora: LoraFile, form: Form, stored: Mapping[str, LoraTensors]) -> dict[str, str]:
+    metadata = dict(lora.metadata)
+    seen = stored
+    if form.alpha == "header":
+        config = config_for(lora.modules, metadata.pop(KEPT_CONFIG, None))
+        if config is not None:
+            metadata[ADAPTER_CONFIG] = config
+            seen = with_config(stored, config)
+    note = alpha_note(lora.modules, stored, {name: part.alpha for name, part in seen.items()})
+    if note is not None:
+        metadata[ALPHA_NOTE] = note
+    return metadata
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], naming: Naming) -> LoraFile:
+    """Recognize the form of a LoRA by its keys and read it.
+
+    Raises:
+        UserError: the keys are not those of a LoRA of this family, parts are missing or shapes do not fit.
+    """
+    parts, problems = _sorted(tensors, naming)
+    raise_if_any(problems)
+    strangers = naming.unknown(parts)
+    if strangers:
+        raise UserError(f"these are no layers of the model: {_some(strangers)}")
+    native = naming.is_native(parts)
+    named = {naming.from_native(name) if native else name: found for name, found in parts.items()}
+    raise_if_any(problem for name, found in named.items() for problem in _misfits(name, found))
+    modules = {name: _assembled(found) for name, found in named.items()}
+    return _interpreted(modules, dict(metadata), _recognized(tensors, native=native))
+
+
+def _sorted(tensors: Mapping[str, Tensor], naming: Naming) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Group the tensors by layer (dotted, without prefix) and role; list what is no part of a LoRA."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown, twice = [], []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            unknown.append(key)
+            continue
+        role = next(role for role in ("down", "up", "magnitude", "alpha") if match[role])
+        found = parts.setdefault(_bare(match["stem"], naming), {})
+        twice += [key] if role in found else []
+        found[role] = tensor
+    if not parts:
+        return parts, [f"not a LoRA: it has no keys like '{_EXAMPLE}'; found are {_some(unknown)}"]
+    problems = [f"keys that are no part of a LoRA of linear layers: {_some(unknown)}"] if unknown else []
+    problems += [f"keys that say the same twice: {_some(twice)}"] if twice else []
+    return parts, problems
+
+
+def _bare(stem: str, naming: Naming) -> str:
+    if stem.startswith(_KOHYA):
+        return naming.dotted(stem.removeprefix(_KOHYA))
+    while prefix := next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), ""):
+        stem = stem.removeprefix(prefix)
+    return stem
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(f"'{key}'" for key in keys[:_LISTED]) + more if keys else "none"
+
+
+def _misfits(name: str, found: Mapping[str, Tensor]) -> Iterator[str]:
+    missing = [role for role in ("down", "up") if role not in found]
+    if missing:
+        words = {"down": "A (lora_down)", "up": "B (lora_up)"}
+        yield f"{name}: {' and '.join(words[role] for role in missing)} missing"
+        return
+    down, up = found["down"], found["up"]
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        yield f"{name}: A {tuple(down.shape)} and B {tuple(up.shape)} do not fit a linear layer"
+        return
+    alpha, magnitude = found.get("alpha"), found.get("magnitude")
+    if alpha is not None and (alpha.numel() != 1 or not torch.isfinite(alpha).all() or float(alpha) <= 0):
+        yield f"{name}: alpha must be one number above 0, found {alpha.tolist()}"
+    if magnitude is not None and tuple(magnitude.shape) not in {(up.shape[0],), (up.shape[0], 1)}:
+        yield f"{name}: DoRA's magnitude has shape {tuple(magnitude.shape)}, needed is ({up.shape[0]}, 1)"
+
+
+def _assembled(found: Mapping[str, Tensor]) -> LoraTensors:
+    magnitude = found.get("magnitude")
+    return LoraTensors(
+        down=found["down"],
+        up=found["up"],
+        alpha=found.get("alpha"),
+        magnitude=None if magnitude is None else magnitude.reshape(-1),
+    )
+
+
+def _recognized(tensors: Mapping[str, Tensor], *, native: bool) -> FormName:
+    keys = list(tensors)
+    if any(key.startswith(_KOHYA) for key in keys):
+        return "kohya"
+    if not native:
+        return "diffusers"
+    return "comfyui" if any(key.startswith(_PREFIXES) for key in keys) else "diffsynth"
+
+
+def _interpreted(modules: dict[str, LoraTensors], metadata: dict[str, str], form: FormName) -> LoraFile:
+    """Take from the metadata what it says of alpha; keep there what another form could not say."""
+    note = metadata.pop(ALPHA_NOTE, None)
+    config = metadata.pop(ADAPTER_CONFIG, None) if form == "diffusers" else None
+    if config is not None:
+        modules = with_config(modules, config)
+    if note is not None:
+        modules = apply_note(note, modules)
+    if config is not None and config != config_for(modules, None):
+        metadata[KEPT_CONFIG] = config
+    return LoraFile(modules=modules, metadata=metadata, form=form)
