@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tworeel.weights.tensor_files import TensorFiles, TensorInfo
@@ -29,6 +30,7 @@ LAYER = {
     "mlp.0": "mlp.fc1",
     "mlp.2": "mlp.fc2",
 }
+_CPU = torch.device("cpu")
 _UNSQUEEZED = ("cls_embedding", "pos_embedding")  # have leading axes of length 1 in the authors' file
 
 
@@ -48,10 +50,10 @@ class OpenClipFiles(TensorFiles):
         self._pieces = {name: piece for key in self.names for name, piece in _pieces(key)}
         self.names = {name: _info(self.names[piece.key], piece) for name, piece in self._pieces.items()}
 
-    def read(self, name: str) -> Tensor:
-        """Read one parameter into host memory of its own."""
+    def read(self, name: str, device: torch.device = _CPU) -> Tensor:
+        """Read one parameter to a device, into memory of its own."""
         piece = self._pieces[name]
-        whole = super().read(piece.key)
+        whole = super().read(piece.key, device)
         part = whole if piece.third is None else whole.chunk(3)[piece.third].clone()
         return part.reshape(self.names[name].shape)
 

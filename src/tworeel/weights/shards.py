@@ -1,0 +1,198 @@
+"""One file of tensors, `.safetensors` or torch's `.pth`: its header, and one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tworeel.errors import UserError
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+
+_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
+_LFS_POINTER = b"version https://git-lfs"
+_NESTINGS = ("model_state", "state_dict", "module", "model")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Shard(Protocol):
+    """One file that holds tensors."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def names(self) -> Mapping[str, TensorInfo]:
+        """Shape and dtype by name."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the header says beside its tensors."""
+        ...
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """Return the tensor on a device, in memory of its own."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the file; a later read opens it again."""
+        ...
+
+
+def open_shard(path: Path) -> Shard:
+    """Open a file by its ending.
+
+    Raises:
+        UserError: it is missing, empty, cut off, damaged or of another kind.
+    """
+    if path.suffix == ".safetensors":
+        return _SafetensorsShard(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _PickledShard(path)
+    known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
+    raise UserError(f"{path}: cannot read tensors from this kind of file; known are {known}")
+
+
+class _SafetensorsShard:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        entries, metadata = _read_header(path)
+        self.metadata: Mapping[str, str] = metadata
+        by_offset = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+        self.names = {name: _info(path, name, entry) for name, entry in by_offset}
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        # safe_open's tensors alias its memory map: the copy is what lets go of the file.
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name).to(device, copy=True)
+
+    def close(self) -> None:
+        return
+
+
+class _PickledShard:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._tensors: dict[str, Tensor] | None = None
+        self.names = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._open().items()
+        }
+        self.close()
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        tensor = self._open()[name].detach()
+        return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._tensors = None
+
+    def _open(self) -> dict[str, Tensor]:
+        if self._tensors is None:
+            self._tensors = _unpickle(self.path)
+        return self._tensors
+
+
+def checked_size(path: Path) -> int:
+    """Return the size of a file in bytes.
+
+    Raises:
+        UserError: the file is missing, empty, or a placeholder for one that was not downloaded.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path}: is empty (0 bytes); download it again")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(f"{path}: is a Git LFS placeholder of {size} bytes; run `git lfs pull`")
+    return size
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a safetensors header (8 bytes with its length, then JSON): entries by tensor, and metadata."""
+    size = checked_size(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > _HEADER_LIMIT:
+            raise UserError(f"{path}: not a safetensors file ({size} bytes)")
+        if size < 8 + length:
+            raise UserError(f"{path}: cut off: {size} bytes found, its header alone needs {8 + length}")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise UserError(f"{path}: damaged: its header of {length} bytes is not readable") from None
+    if size != expected:
+        raise UserError(f"{path}: cut off or damaged: {size} bytes found, {expected} expected")
+    return entries, metadata
+
+
+def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{path}: tensor '{name}' has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
+    return TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Map a `.pth` file's tensors; a file in torch's format from before 1.6 is read as a whole."""
+    size = checked_size(path)
+    try:
+        # weights_only keeps a pickle from running code.
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds something else than tensors, or is damaged ({size} bytes)") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError):
+        raise UserError(f"{path}: cut off or damaged: {size} bytes found, its end is missing") from None
+    return _tensors_of(path, held)
+
+
+def _tensors_of(path: Path, held: object) -> dict[str, Tensor]:
+    """Return the tensors of an unpickled object, which may lie one level down."""
+    if isinstance(held, dict):
+        nested = [held[key] for key in _NESTINGS if isinstance(held.get(key), dict)]
+        tensors = nested[0] if len(nested) == 1 else held
+        strangers = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        if tensors and not strangers:
+            return dict(tensors)
+        if strangers:
+            raise UserError(f"{path}: holds something else than tensors, for example '{strangers[0]}'")
+    raise UserError(f"{path}: holds no table of tensors")
