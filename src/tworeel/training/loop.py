@@ -47,7 +47,7 @@ class Trainer:
         self._lora = lora_parameters(self.model)
         self._steps_done = 0
         layers = {name: pipeline.split.placement.device_of(name) for name in self._lora}
-        self._self_check: SelfCheck | None = SelfCheck(self.model, self._lora, layers)
+        self._self_check: SelfCheck | None = SelfCheck(self.model, self._lora, layers, optimizer)
 
     def step(self, step: int, batches: Sequence[MicroBatch]) -> StepReport:
         """Do one step, counted from 0.
@@ -57,6 +57,8 @@ class Trainer:
             SelfCheckError: in the first two steps, if the LoRA does not train.
         """
         begin = time.perf_counter()
+        if self._self_check is not None:
+            self._self_check.before_step()
         rate = learning_rate(self._config, step)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
@@ -64,7 +66,7 @@ class Trainer:
         loss = math.fsum(float(loss) for loss in result.losses)
         norm = clip_gradients(self._lora.values(), self._config.max_grad_norm)
         _require_finite(step, loss, norm, batches, result)
-        self._update(rate)
+        self._update(rate, loss)
         return StepReport(
             step=step + 1,
             loss=loss,
@@ -79,12 +81,12 @@ class Trainer:
         self._observer.poll()
         return weighted_loss(output, batch)
 
-    def _update(self, rate: float) -> None:
+    def _update(self, rate: float, loss: float) -> None:
         if self._self_check is not None:
             self._self_check.before_update()
         self.optimizer.step()
         if self._self_check is not None:
-            self._self_check.after_update(rate)
+            self._self_check.after_update(rate, loss)
         self._steps_done += 1
         if self._steps_done == CHECKED_STEPS:
             self._self_check = None

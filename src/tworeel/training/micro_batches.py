@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +44,20 @@ class MicroBatches:
     config: TrainConfig
     dtype: torch.dtype
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that is trained on: each clip's pixels, caption and place in the list."""
+        keys = [
+            [clip.name, self.index.latent_keys[clip.name], self.index.text_keys[clip.name]]
+            for clip in self.clips
+        ]
+        return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+
     def of_step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, counted from 0."""
         return [self._make(step, i) for i in range(self.config.micro_batches)]
 
-    def ahead(self, start: int, stop: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    def ahead(self, start: int, stop: int) -> Generator[tuple[int, list[MicroBatch]], None, None]:
         """Yield (step, micro-batches) and read the next step's from the cache meanwhile."""
         with ThreadPoolExecutor(1, thread_name_prefix="micro-batches") as pool:
             coming = pool.submit(self.of_step, start)

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tworeel.errors import UserError
+
 STEPS = 1000
 TRAINING_SHIFT = 5.0
 _NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0))
@@ -39,6 +41,15 @@ class NoiseLevels:
             return _as_fp32(self._logit_normal(generator)), 1.0
         index = self._allowed[int(torch.randint(len(self._allowed), (), generator=generator))]
         return _as_fp32(self._sigmas[index]), float(self._weights[index])
+
+    def require_some(self) -> None:
+        """Raise UserError if the schedule has no noise level in the range, as extreme shifts do."""
+        if not self._allowed:
+            low, high = self.sigma_range
+            raise UserError(
+                f"train.shift = {self.shift:g}: leaves no noise level between {low:.3f} and {high:.3f}, "
+                f"the share of the expert; {TRAINING_SHIFT:g} is usual"
+            )
 
     @cached_property
     def _sigmas(self) -> Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from tworeel.config.schema import TrainConfig
@@ -62,7 +62,23 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
     """Clip the gradients of all stages to one norm together; return the norm before.
 
-    The norm may come back as NaN or infinite: the caller stops then, before the optimizer.
+    The norm may come back as NaN or infinite: the gradients are then as they were, and the caller stops
+    before the optimizer.
     """
-    limit = math.inf if max_norm is None else max_norm
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = _total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    if max_norm is not None and math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, torch.tensor(norm))
+    return norm
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> float:
+    """The norm of all gradients together, the same to the last bit over any devices.
+
+    torch's own adds up device by device, in an order that changes with the split; `fsum` is exact.
+    """
+    squares: list[float] = []
+    for device in dict.fromkeys(gradient.device for gradient in gradients):
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients if g.device == device])
+        squares += [norm**2 for norm in norms.tolist()]
+    return math.sqrt(math.fsum(squares))

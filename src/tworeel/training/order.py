@@ -5,9 +5,12 @@ Nothing here has state, so a resumed run needs none: it goes on with the next st
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import torch
@@ -26,7 +29,12 @@ class SourceShare:
     """The clips of one dataset, and how many of them an epoch draws."""
 
     clips: tuple[int, ...]
-    per_epoch: int
+    per_epoch: Fraction
+    """On average: where it is no whole number, some epochs draw one more than others."""
+
+    def drawn_before(self, epoch: int) -> int:
+        """How many clips the epochs before this one draw."""
+        return math.floor(epoch * self.per_epoch)
 
 
 class Order:
@@ -46,20 +54,30 @@ class Order:
         for source, weight in enumerate(weights):
             indices = tuple(i for i, clip in enumerate(clips) if clip.source == source)
             if indices:
-                self._shares.append(SourceShare(indices, max(1, round(weight * len(indices)))))
-        self.epoch_length = sum(share.per_epoch for share in self._shares)
+                rate = Fraction(weight).limit_denominator(10**6) * len(indices)
+                self._shares.append(SourceShare(indices, max(rate, Fraction(1, 10**6))))
 
     def clip_at(self, position: int) -> int:
         """Index of the clip at a position of the run: step × micro-batches a step + micro-batch."""
-        epoch, offset = divmod(position, self.epoch_length)
-        return self._epoch(epoch)[offset]
+        epoch = self._epoch_of(position)
+        return self._epoch(epoch)[position - self._start(epoch)]
+
+    def _epoch_of(self, position: int) -> int:
+        """The last epoch that starts at or before `position`: one before it may draw nothing at all."""
+        rate = sum(share.per_epoch for share in self._shares)
+        enough = math.ceil((position + len(self._shares) + 1) / rate) + 1
+        return bisect.bisect_right(range(enough), position, key=self._start) - 1
+
+    def _start(self, epoch: int) -> int:
+        """The position of an epoch's first clip."""
+        return sum(share.drawn_before(epoch) for share in self._shares)
 
     @lru_cache(maxsize=2)  # noqa: B019  one order a run
     def _epoch(self, epoch: int) -> list[int]:
         drawn = [
-            self._drawn(number, share, epoch * share.per_epoch + k)
+            self._drawn(number, share, k)
             for number, share in enumerate(self._shares)
-            for k in range(share.per_epoch)
+            for k in range(share.drawn_before(epoch), share.drawn_before(epoch + 1))
         ]
         mixed = torch.randperm(len(drawn), generator=generator_for(self._seed, "epoch", epoch))
         return [drawn[i] for i in mixed.tolist()]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tworeel.cache.workers import Observer
-from tworeel.config.schema import DataConfig, RunConfig
+from tworeel.config.schema import DataConfig, RunConfig, TrainConfig
 from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
 from tworeel.data.scan import Scan, scan
@@ -23,6 +23,7 @@ from tworeel.lora.tensors import LoraFile
 from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
 from tworeel.models.locate import locate_model
 from tworeel.training.devices import resolve_devices
+from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
 from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder
 from tworeel.weights.loading import check_weights
@@ -73,6 +74,15 @@ def lora_targets(family: Family, config: RunConfig) -> tuple[str, ...]:
     return family.lora_presets[targets]
 
 
+def noise_levels(config: TrainConfig, traits: Traits) -> NoiseLevels:
+    """How noise levels are drawn for this model."""
+    return NoiseLevels(
+        sampling=config.timestep_sampling,
+        shift=config.shift or TRAINING_SHIFT,
+        sigma_range=traits.sigma_range,
+    )
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """`bfloat16` -> `torch.bfloat16`."""
     dtype = getattr(torch, name)
@@ -105,6 +115,8 @@ def preflight(config: RunConfig, observer: Observer) -> Plan:
     with collected(problems):
         found = scan_data(config.data, source.traits, observer)
         problems += found.problems
+    with collected(problems):
+        noise_levels(config.train, source.traits).require_some()
     raise_if_any(problems)
     return Plan(
         family=family,

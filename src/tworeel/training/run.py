@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
 from tworeel.engine import Pipeline, split
-from tworeel.files import write_text_atomic
+from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from
@@ -25,14 +25,13 @@ from tworeel.training.devices import out_of_memory, resolve_devices
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
-from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
 from tworeel.training.optimizer import make_optimizer
 from tworeel.training.order import Order
-from tworeel.training.preflight import Plan, preflight, torch_dtype, transformer_names
+from tworeel.training.preflight import Plan, noise_levels, preflight, torch_dtype, transformer_names
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
 from tworeel.training.space import require_space
-from tworeel.training.state import find_checkpoint, restore_state, save_state
+from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
 from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles
 
@@ -51,14 +50,14 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
     """
     watched = observer or SilentRun()
     folder = RunFolder(config.train.output)
-    folder.create()
     with folder.locked():
+        sweep_temporaries(folder.path)
         store = CheckpointStore(folder.checkpoints, keep=config.train.keep_checkpoints)
         checkpoint = find_checkpoint(store, resume, config, watched)
         plan = preflight(config, watched)
         write_text_atomic(folder.config, dump_config(config))
-        index = cache_clips(config, plan, watched)
         with _memory_told(plan.placement.devices, folder):
+            index = cache_clips(config, plan, watched)
             return _train(config, plan, index, folder, store, checkpoint, watched)
 
 
@@ -124,12 +123,13 @@ def _train(
         residency=config.engine.residency,
     )
     optimizer = make_optimizer(lora_parameters(model).values(), config.train)
+    batches = _micro_batches(config, plan, index)
     if checkpoint is not None:
         restore_state(checkpoint, model, optimizer)
+        leave_course(store, checkpoint, batches.fingerprint, observer)
     trainer = Trainer(Pipeline(division, forward=run_transformer), optimizer, config.train, observer)
-    _Run(config, plan, folder, store, trainer, observer).go(
-        checkpoint.step if checkpoint else 0, _micro_batches(config, plan, index)
-    )
+    run = _Run(config, plan, folder, store, trainer, observer, batches)
+    run.go(checkpoint.step if checkpoint else 0)
     return Result(lora=folder.lora(config.train.name), steps=config.train.steps, folder=folder.path)
 
 
@@ -140,11 +140,7 @@ def _micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBat
         clips=plan.clips,
         index=index,
         order=Order(plan.clips, [s.weight * s.repeats for s in config.data.sources], config.train.seed),
-        levels=NoiseLevels(
-            sampling=config.train.timestep_sampling,
-            shift=config.train.shift or TRAINING_SHIFT,
-            sigma_range=plan.source.traits.sigma_range,
-        ),
+        levels=noise_levels(config.train, plan.source.traits),
         config=config.train,
         dtype=torch_dtype(config.model.dtype),
     )
@@ -161,6 +157,7 @@ class _Run:
         store: CheckpointStore,
         trainer: Trainer,
         observer: RunObserver,
+        batches: MicroBatches,
     ) -> None:
         self._config = config
         self._plan = plan
@@ -168,6 +165,8 @@ class _Run:
         self._store = store
         self._trainer = trainer
         self._observer = observer
+        self._batches = batches
+        self._clips = batches.fingerprint
         trained = sum(p.nbytes for p in lora_parameters(trainer.model).values())
         # Weights and two moments a checkpoint; one more than is kept stands while it is written.
         self._checkpoint_size = 3 * trained
@@ -177,7 +176,7 @@ class _Run:
             "this run's checkpoints and LoRA",
         )
 
-    def go(self, done: int, batches: MicroBatches) -> None:
+    def go(self, done: int) -> None:
         """Train from step `done` on, and write the LoRA.
 
         Raises:
@@ -186,13 +185,17 @@ class _Run:
         steps = self._config.train.steps
         board = self._folder.tensorboard if self._config.train.tensorboard else None
         self._observer.train(done + 1, steps)
-        with MetricsLog(self._folder.metrics, done, board) as metrics:
+        with (
+            MetricsLog(self._folder.metrics, done, board) as metrics,
+            closing(self._batches.ahead(done, steps)) as ahead,
+        ):
             try:
-                for step, micro_batches in batches.ahead(done, steps):
+                for step, micro_batches in ahead:
                     report = self._trainer.step(step, micro_batches)
                     done = step + 1
                     metrics.write(done, _as_metrics(report))
                     self._observer.step(report)
+                    self._export_if_due(done)
                     if done % self._config.train.save_every == 0 or done == steps:
                         self._save(done, metrics)
                     self._observer.poll()
@@ -205,7 +208,17 @@ class _Run:
     def _save(self, step: int, metrics: MetricsLog) -> None:
         metrics.sync()
         require_space(self._folder.path, self._checkpoint_size, "a checkpoint")
-        save_state(self._store, step, self._trainer.model, self._trainer.optimizer, self._config)
+        save_state(
+            self._store,
+            step,
+            self._trainer.model,
+            self._trainer.optimizer,
+            config=self._config,
+            clips=self._clips,
+        )
+
+    def _export_if_due(self, step: int) -> None:
+        """Before the checkpoint of the same step: a run that is killed between the two writes it again."""
         every = self._config.train.export_every
         if every and step % every == 0 and step < self._config.train.steps:
             self._export(step, f"{self._config.train.name}-{step:06d}")

@@ -25,15 +25,29 @@ _FREE_TO_CHANGE = {
 
 
 def save_state(
-    store: CheckpointStore, step: int, model: nn.Module, optimizer: Optimizer, config: RunConfig
+    store: CheckpointStore,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    config: RunConfig,
+    clips: str,
 ) -> Path:
     """Write a checkpoint after `step` steps. Noise and order need none: they follow from seed and step.
+
+    Args:
+        store: the run's checkpoints.
+        step: optimizer steps done.
+        model: with the LoRA.
+        optimizer: of the LoRA.
+        config: of the run.
+        clips: what was trained on, as a hash (`MicroBatches.fingerprint`).
 
     Raises:
         OutOfSpace: the disk is full; earlier checkpoints are intact.
     """
     tensors, settings = optimizer_tensors(optimizer, list(lora_parameters(model)))
-    state = {"optimizer": settings, "config": config.model_dump(mode="json")}
+    state = {"optimizer": settings, "config": config.model_dump(mode="json"), "clips": clips}
     return store.save(step, {"lora": lora_state(model), "optimizer": tensors}, state)
 
 
@@ -60,7 +74,8 @@ def find_checkpoint(
         observer: is told which checkpoint it is, and which were skipped.
 
     Raises:
-        UserError: a new run would write over an old one; or no checkpoint is intact.
+        UserError: a new run would write over an old one; no checkpoint is intact; or it has more steps than
+            the run shall have.
     """
     if resume is False:
         if store.steps():
@@ -72,20 +87,38 @@ def find_checkpoint(
     if isinstance(resume, Path):
         checkpoint = store.load(resume)
         skipped: list[str] = []
-        for moved in store.set_aside_after(checkpoint.step):
-            observer.say(f"a later checkpoint was set aside: {moved}")
     else:
         found, skipped = store.newest_intact()
         if found is None:
             observer.say("there is no checkpoint yet: starting with step 1")
             return None
         checkpoint = found
+    if checkpoint.step > config.train.steps:
+        raise UserError(
+            f"train.steps = {config.train.steps}: {checkpoint.path} has {checkpoint.step} steps already; "
+            "ask for more steps, or resume from an earlier checkpoint"
+        )
     for line in skipped:
         observer.say(f"skipped a damaged checkpoint: {line}")
     for line in _changes(checkpoint.state["config"], config.model_dump(mode="json")):
         observer.say(f"changed since the checkpoint: {line}")
     observer.say(f"resuming after step {checkpoint.step}: {checkpoint.path}")
     return checkpoint
+
+
+def leave_course(store: CheckpointStore, checkpoint: Checkpoint, clips: str, observer: RunObserver) -> None:
+    """Before the first step of a resumed run: give up what an earlier course did later, and compare clips.
+
+    Args:
+        store: the run's checkpoints; those later than `checkpoint` are set aside.
+        checkpoint: that the run goes on from.
+        clips: what this run trains on, see `save_state`.
+        observer: is told.
+    """
+    for moved in store.set_aside_after(checkpoint.step):
+        observer.say(f"a later checkpoint was set aside: {moved}")
+    if checkpoint.state["clips"] != clips:
+        observer.say("changed since the checkpoint: the clips, their captions or the encoders")
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
