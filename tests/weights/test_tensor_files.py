@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -56,6 +57,46 @@ def test_a_pickle_in_the_format_from_before_torch_1_6_is_read(tmp_path):
     torch.save(plain, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
 
     assert same(TensorFiles(tmp_path / "x.pth").read("a.weight"), TENSORS["a.weight"])
+
+
+def test_tensors_of_any_size_and_place_in_the_file_are_read(tmp_path):
+    shapes = [(0,), (), (3, 0, 2), (1,), (40_000,), (7, 3), (65_536,)]
+    tensors = {
+        f"{index}{dtype}": torch.randn(shape).to(dtype)
+        for index, shape in enumerate(shapes)
+        for dtype in (torch.float32, torch.bfloat16, torch.float8_e5m2, torch.uint8)
+    }
+    files = TensorFiles(write(tmp_path / "x.safetensors", tensors))
+
+    assert all(same(files.read(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files")
+def test_a_file_larger_than_memory_is_read(tmp_path):
+    size = 2 * psutil.virtual_memory().total
+    header = json.dumps(
+        {
+            "rest": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+            "last": {"dtype": "BF16", "shape": [3], "data_offsets": [size, size + 6]},
+        }
+    ).encode()
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size + 6)  # sparse: takes no room on the disk
+
+    files = TensorFiles(path)
+    assert torch.equal(files.read("last"), torch.zeros(3, dtype=torch.bfloat16))
+    assert len(files.fingerprint()) == 64
+    path.unlink()
+
+
+def test_a_header_whose_shapes_and_bytes_differ_is_damage(tmp_path):
+    path = write(tmp_path / "x.safetensors")
+    path.write_bytes(path.read_bytes().replace(b'"shape":[3,4]', b'"shape":[3,5]'))
+
+    with pytest.raises(UserError, match=r"x\.safetensors: damaged: the bytes of tensor 'a\.weight'"):
+        TensorFiles(path)
 
 
 def test_metadata_is_read(tmp_path):

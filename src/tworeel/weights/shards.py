@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from tworeel.errors import UserError
@@ -91,15 +92,29 @@ def open_shard(path: Path) -> Shard:
 class _SafetensorsShard:
     def __init__(self, path: Path) -> None:
         self.path = path
-        entries, metadata = _read_header(path)
-        self.metadata: Mapping[str, str] = metadata
-        by_offset = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+        header = _read_header(path)
+        self.metadata = header.metadata
+        by_offset = sorted(header.entries.items(), key=lambda item: item[1]["data_offsets"][0])
         self.names = {name: _info(path, name, entry) for name, entry in by_offset}
+        self._ranges = {
+            name: tuple(header.data_start + offset for offset in entry["data_offsets"])
+            for name, entry in by_offset
+        }
 
     def read(self, name: str, device: torch.device) -> Tensor:
-        # safe_open's tensors alias its memory map: the copy is what lets go of the file.
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name).to(device, copy=True)
+        info = self.names[name]
+        start, end = self._ranges[name]
+        if start == end:
+            return torch.empty(info.shape, dtype=info.dtype, device=device)
+        # Only this tensor is mapped. safetensors' own reader maps the file as a whole, privately: the system
+        # may count that as memory in use and refuse a file larger than its memory.
+        before = start % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb") as file:
+            region = mmap.mmap(
+                file.fileno(), end - start + before, access=mmap.ACCESS_COPY, offset=start - before
+            )
+        flat = torch.frombuffer(region, dtype=info.dtype, offset=before)
+        return flat.reshape(info.shape).to(device, copy=True)
 
     def close(self) -> None:
         return
@@ -145,8 +160,15 @@ def checked_size(path: Path) -> int:
     return size
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a safetensors header (8 bytes with its length, then JSON): entries by tensor, and metadata."""
+@dataclass(frozen=True)
+class _Header:
+    entries: Mapping[str, Mapping[str, Any]]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def _read_header(path: Path) -> _Header:
+    """Read a safetensors header: 8 bytes with its length, then JSON."""
     size = checked_size(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -159,11 +181,21 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         entries = json.loads(text)
         metadata = entries.pop("__metadata__", {})
         expected = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        misfits = [name for name, entry in entries.items() if not _fits(entry)]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         raise UserError(f"{path}: damaged: its header of {length} bytes is not readable") from None
     if size != expected:
         raise UserError(f"{path}: cut off or damaged: {size} bytes found, {expected} expected")
-    return entries, metadata
+    if misfits:
+        raise UserError(f"{path}: damaged: the bytes of tensor '{misfits[0]}' do not fit its shape")
+    return _Header(entries, metadata, 8 + length)
+
+
+def _fits(entry: Mapping[str, Any]) -> bool:
+    """Tell whether a tensor's bytes are as many as its shape needs; unknown dtypes are told of elsewhere."""
+    start, end = entry["data_offsets"]
+    dtype = DTYPES.get(entry["dtype"])
+    return 0 <= start <= end and (dtype is None or end - start == math.prod(entry["shape"]) * dtype.itemsize)
 
 
 def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
@@ -180,7 +212,11 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds something else than tensors, or is damaged ({size} bytes)") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError):
+    except RuntimeError as error:
+        if "unable to mmap" in str(error):
+            raise UserError(f"{path}: {size} bytes are more than this system lets a process map") from None
+        raise UserError(f"{path}: cut off or damaged: {size} bytes found, its end is missing") from None
+    except (EOFError, OSError, ValueError, KeyError, AttributeError):
         raise UserError(f"{path}: cut off or damaged: {size} bytes found, its end is missing") from None
     return _tensors_of(path, held)
 
