@@ -1,0 +1,73 @@
+"""`tworeel check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tworeel.cli import options
+from tworeel.cli.watching import watching
+from tworeel.report.console import complain, console, say
+
+if TYPE_CHECKING:
+    from tworeel.config import RunConfig
+    from tworeel.training.preflight import Plan
+
+
+def check(
+    config: options.ConfigFile = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    expert: options.Expert = None,
+    output: options.Output = None,
+    devices: options.Devices = None,
+    settings: options.Settings = None,
+    skip_broken: options.SkipBroken = None,
+) -> None:
+    """Say everything that is wrong, and what will be trained on.
+
+    Looks at the model's files, every clip, the devices and the options; takes what 'train' takes. Nothing is
+    loaded, encoded or written.
+    """
+    run_config = options.read_config(
+        config,
+        settings,
+        model__path=model,
+        model__expert=expert,
+        data__sources=options.datasets(data),
+        data__skip_broken=skip_broken,
+        engine__devices=options.device_list(devices),
+        train__output=output,
+    )
+    # Slow imports, after what needs none of them
+    from tworeel.report.tables import model_lines
+    from tworeel.training.preflight import preflight
+
+    with watching() as observer:
+        plan = preflight(run_config, observer)
+    for line in model_lines(plan.source):
+        say(line)
+    _show_data(run_config, plan)
+    _show_stages(plan)
+
+
+def _show_data(config: RunConfig, plan: Plan) -> None:
+    from tworeel.report.tables import bucket_table, step_tokens
+
+    traits, clips = plan.source.traits, plan.clips
+    console.print(bucket_table(clips, traits))
+    enlarged = sum(file.enlarged for file in plan.scan.files)
+    say(f"{len(clips):,} clips of {len(plan.scan.files):,} files")
+    say(f"{len(plan.scan.truncated):,} files are longer than their clips; {enlarged:,} are enlarged")
+    weights = [source.weight * source.repeats for source in config.data.sources]
+    mean, most = step_tokens(clips, weights, traits, config.train.micro_batches)
+    count = config.train.micro_batches
+    say(f"An optimizer step is {count} clips: {mean:,.0f} tokens on average, at most {most:,}")
+    for line in plan.scan.skipped:
+        complain("skipped", line)
+
+
+def _show_stages(plan: Plan) -> None:
+    bounds = plan.placement.boundaries
+    for stage, device in enumerate(plan.placement.devices):
+        say(f"Stage {stage}: {device}, blocks {bounds[stage]} to {bounds[stage + 1] - 1}")
+    say(f"The LoRA adapts {len(plan.targets):,} layers. Nothing is wrong: 'tworeel train' can start.")

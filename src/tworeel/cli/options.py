@@ -1,0 +1,83 @@
+"""Options that several commands have, and the configuration that they make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tworeel.config import RunConfig, load_config
+from tworeel.errors import UserError
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(help="TOML file with the run's options; 'tworeel config' writes one.", metavar="CONFIG"),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Model: a folder, a single file or a hub id, in diffusers', Wan's or ComfyUI's layout."
+    ),
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of clips with .txt captions, or a .csv / .jsonl list. Repeat it for more datasets.",
+        metavar="PATH",
+    ),
+]
+Expert = Annotated[
+    str | None,
+    typer.Option(help="Which expert of a Wan 2.2 A14B model: 'high' or 'low' noise.", metavar="high|low"),
+]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder of the run: checkpoints, metrics and the finished LoRA.")
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="Devices that share the model, for example cuda:0,cuda:1. All GPUs by default."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other option as section.option=value. Repeat it.", metavar="KEY=VALUE"),
+]
+SkipBroken = Annotated[
+    bool | None,
+    typer.Option("--skip-broken", help="Leave out broken files and list them, rather than stop."),
+]
+
+
+def read_config(config: Path | None, settings: list[str] | None, **options: Any) -> RunConfig:
+    """Load the configuration that a command's options make.
+
+    Args:
+        config: the TOML file, if one was given.
+        settings: `key=value` each; weaker than options of their own.
+        options: values by dotted key with `__` for the dot; None is not given.
+
+    Raises:
+        UserError: lists everything that is wrong.
+    """
+    overrides: dict[str, Any] = dict(map(_key_and_value, settings or ()))
+    for name, value in options.items():
+        if value is not None:
+            overrides[name.replace("__", ".")] = value
+    return load_config(config, overrides)
+
+
+def datasets(paths: list[Path] | None) -> list[dict[str, Path]] | None:
+    """Turn `--data` into `data.sources`."""
+    return [{"path": path} for path in paths] if paths else None
+
+
+def device_list(text: str | None) -> list[str] | None:
+    """Turn `cuda:0,cuda:1` into a list."""
+    return [name.strip() for name in text.split(",")] if text is not None else None
+
+
+def _key_and_value(setting: str) -> tuple[str, str]:
+    key, equals, value = setting.partition("=")
+    if not equals:
+        raise UserError(f"--set {setting}: must be KEY=VALUE, for example train.steps=2000")
+    return key.strip(), value.strip()

@@ -1,0 +1,87 @@
+"""`tworeel train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tworeel.cli import options
+from tworeel.cli.watching import watching
+from tworeel.report.console import say
+from tworeel.signals import Stopped
+
+if TYPE_CHECKING:
+    from tworeel.config import RunConfig
+    from tworeel.training.report import Result
+
+
+def train(
+    config: options.ConfigFile = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    expert: options.Expert = None,
+    output: options.Output = None,
+    devices: options.Devices = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
+    settings: options.Settings = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            help="Go on from the newest checkpoint in the output folder. "
+            "Without it, a folder that holds checkpoints is refused."
+        ),
+    ] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Go on from this checkpoint's folder; later ones are set aside.")
+    ] = None,
+    skip_broken: options.SkipBroken = None,
+) -> None:
+    """Train a LoRA.
+
+    Checks everything, encodes what is not cached yet, trains and writes the LoRA. Give a TOML file, or only
+    --model and --data; options here are stronger than the file.
+    """
+    run_config = options.read_config(
+        config,
+        settings,
+        model__path=model,
+        model__expert=expert,
+        data__sources=options.datasets(data),
+        data__skip_broken=skip_broken,
+        engine__devices=options.device_list(devices),
+        lora__rank=rank,
+        train__output=output,
+        train__steps=steps,
+    )
+    _show_result(run_config, _run(run_config, resume_from or resume))
+
+
+def _run(config: RunConfig, resume: bool | Path) -> Result:
+    """Train; when a signal stops it, say how to go on."""
+    from tworeel.report.tables import resume_command
+    from tworeel.training.run import train as train_lora
+    from tworeel.training.run_folder import RunFolder
+
+    folder = RunFolder(config.train.output)
+    try:
+        with watching() as observer:
+            return train_lora(config, resume=resume, observer=observer)
+    except Stopped:
+        if folder.checkpoints.exists():
+            say(f"Stopped. Go on with: {resume_command(folder.config)}")
+        raise
+
+
+def _show_result(config: RunConfig, result: Result) -> None:
+    from tworeel.report.plots import plot_loss
+    from tworeel.report.tables import closing_lines
+    from tworeel.training.run_folder import RunFolder
+
+    folder, plot = RunFolder(result.folder), result.folder / "loss.png"
+    plot_loss(folder.metrics, plot)
+    for line in closing_lines(result.lora, folder.config, steps=result.steps, expert=config.model.expert):
+        say(line)
+    say(f"  loss curve: {plot}")

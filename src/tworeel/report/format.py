@@ -1,0 +1,32 @@
+"""Numbers as people read them, and the running mean that curves are smoothed with."""
+
+from __future__ import annotations
+
+
+def clock_time(seconds: float) -> str:
+    """3723.4 -> `1:02:03`."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def gibibytes(size: float) -> str:
+    """Bytes -> `21.3 GiB`."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+class RunningMean:
+    """Exponential moving mean without a bias to its start.
+
+    m_n = (Σ d^(n-i) x_i) / (Σ d^(n-i)) with decay d, so the first value counts as itself.
+    """
+
+    def __init__(self, decay: float) -> None:
+        assert 0 <= decay < 1
+        self._decay = decay
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """Take in one more value and return the mean."""
+        self._sum = self._decay * self._sum + value
+        self._weight = self._decay * self._weight + 1
+        return self._sum / self._weight

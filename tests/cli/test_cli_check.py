@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = Callable[..., Any]
+
+
+def test_a_good_run_shows_the_model_the_buckets_and_the_cost(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    done = run("check", *small_run)
+    assert done.code == 0, done.err
+    assert "Model: wan2.1-t2v-1.3b" in done.out and "native layout" in done.out
+    assert "tokens a clip" in done.out
+    assert "3 clips of 3 files" in done.out
+    assert "An optimizer step is 2 clips: 163 tokens on average, at most 200" in done.out
+    assert "Stage 1: cpu" in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_clip_is_named_or_skipped(run: Run, small_run: list[str], tmp_path: Path) -> None:
+    bad = tmp_path / "bad" / "broken.mp4"
+    bad.parent.mkdir()
+    bad.write_bytes(b"no video")
+    bad.with_suffix(".txt").write_text("A cat.", encoding="utf-8")
+    done = run("check", *small_run, "--data", bad.parent)
+    assert done.code == 2
+    assert done.err.startswith(f"error: {bad}: ") and len(done.err.splitlines()) == 1
+
+    skipped = run("check", *small_run, "--data", bad.parent, "--skip-broken")
+    assert skipped.code == 0
+    assert f"skipped: {bad}: " in skipped.err
+
+
+def test_a_missing_model_and_a_missing_dataset_are_both_named(run: Run) -> None:
+    done = run("check", "--model", "./nowhere", "--data", "no-clips", "--devices", "cpu")
+    assert done.code == 2
+    assert "nowhere" in done.err and "no-clips" in done.err and "Traceback" not in done.err

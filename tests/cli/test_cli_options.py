@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tworeel.cli.options import datasets, device_list, read_config
+from tworeel.errors import UserError
+
+
+def test_options_are_stronger_than_settings_and_settings_than_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nsteps = 1\nseed = 1\nwarmup_steps = 1\n[lora]\nrank = 1\n", encoding="utf-8")
+    config = read_config(
+        file,
+        ["train.seed=2", "lora.rank = 2"],
+        model__path="wan",
+        data__sources=datasets([Path("a"), Path("b")]),
+        lora__rank=3,
+        train__output=None,
+        engine__devices=device_list("cpu, cpu"),
+    )
+    assert (config.train.steps, config.train.seed, config.lora.rank) == (1, 2, 3)
+    assert config.train.output == tmp_path / "output"
+    assert [source.path.name for source in config.data.sources] == ["a", "b"]
+    assert config.engine.devices == ("cpu", "cpu")
+
+
+def test_a_setting_without_a_value_is_refused() -> None:
+    with pytest.raises(UserError, match="must be KEY=VALUE"):
+        read_config(None, ["train.steps"])

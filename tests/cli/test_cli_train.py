@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+def test_a_run_is_trained_kept_from_being_overwritten_and_resumed(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    done = run("train", *small_run, "--steps", "2")
+    assert done.code == 0, done.err
+    lora = tmp_path / "output" / "lora.safetensors"
+    assert f"Your LoRA: {lora}" in done.out
+    assert lora.exists() and (tmp_path / "output" / "loss.png").exists()
+
+    again = run("train", *small_run, "--steps", "2")
+    assert again.code == 2
+    assert "holds a run with checkpoints; go on with --resume" in again.err
+
+    more = run("train", tmp_path / "output" / "config.toml", "--resume", "--steps", "3")
+    assert more.code == 0, more.err
+    assert "resuming after step 2" in more.out
+    assert len((tmp_path / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+    earlier = run("convert", lora, tmp_path / "kohya.safetensors", "--to", "kohya")
+    assert earlier.code == 0, earlier.err
+    assert "(comfyui) ->" in earlier.out and "rank 2" in earlier.out
+
+
+def test_everything_wrong_is_listed_and_exits_with_2(run: Run, tiny_model: Path) -> None:
+    done = run("train", "--set", "train.stps=4", "--set", "train.steps=0", "--model", tiny_model)
+    assert done.code == 2
+    lines = done.err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert "error: train.stps = 4: unknown key (did you mean 'steps'?)" in lines
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM to a handler")
+def test_a_signal_ends_a_run_with_its_code_and_says_how_to_go_on(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    metrics, config = tmp_path / "output" / "metrics.jsonl", tmp_path / "output" / "config.toml"
+
+    def stop_after_the_first_step() -> None:
+        while not metrics.exists() or not metrics.read_bytes():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_after_the_first_step, daemon=True)
+    watcher.start()
+    done = run("train", *small_run, "--steps", "100000")
+    watcher.join()
+    assert done.code == 143
+    assert f"Stopped. Go on with: tworeel train {config} --resume" in done.out
+    assert list((tmp_path / "output" / "checkpoints").glob("step-*"))
