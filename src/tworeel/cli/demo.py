@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from tworeel.cli.watching import watching
 
 
 def demo(
@@ -19,7 +19,14 @@ def demo(
 
     Writes a tiny checkpoint and drawn clips, and trains on them for a minute.
     """
+    # Before torch is imported: so tiny a model is slowed by more threads than one a stage.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from tworeel.demo.run import run_demo
 
-    with watching() as observer:
-        run_demo(folder, observer=observer)
+    run_demo(folder, _run_command)
+
+
+def _run_command(arguments: Sequence[str]) -> None:
+    from tworeel.cli.app import app  # not above: the app has this command
+
+    app(list(arguments), standalone_mode=False)
