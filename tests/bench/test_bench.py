@@ -1,0 +1,62 @@
+"""The benchmarks run as they are run by hand, at toy size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """Run a benchmark in a process of its own and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / script), "--tiny", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"},
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON file of results."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_whole_run_is_measured_from_the_written_model_to_the_lora(tmp_path: Path) -> None:
+    printed = run("wan_a14b.py", "--folder", tmp_path, "--devices", "cpu,cpu")
+    results = read(tmp_path / "wan_a14b.json")
+    assert list(results) == ["write", "run", "resume", "compare"]
+    assert [step["step"] for step in results["run"]["steps"]] == [1, 2, 3]
+    assert [step["step"] for step in results["resume"]["steps"]] == [4]
+    phases = [phase["name"] for phase in results["run"]["phases"]]
+    assert phases == ["check", "cache", "load", "step 1", "step 2", "step 3", "checkpoint and LoRA"]
+    assert results["resume"]["lora_layers"] == 40
+    assert results["compare"]["ratio"] > 0
+    assert "ratio" in printed
+    assert (tmp_path / "model" / "high_noise_model" / "config.json").is_file()
+
+
+def test_the_engine_is_compared_with_itself_one_micro_batch_at_a_time(tmp_path: Path) -> None:
+    printed = run("engine.py", "--devices", "cpu,cpu", "--rounds", "1", "--json", tmp_path / "engine.json")
+    found = read(tmp_path / "engine.json")["engine"]
+    assert found["ratio"] == found["pipelined"] / found["one_by_one"]
+    assert found["machine"]["torch"] in printed
+
+
+def test_the_cost_of_safety_is_measured(tmp_path: Path) -> None:
+    printed = run("safety.py", "--rounds", "1", "--json", tmp_path / "safety.json")
+    found = read(tmp_path / "safety.json")["safety"]
+    for name in ("save", "verify", "hash", "fingerprint", "scan", "help"):
+        assert found[name] > 0
+    assert "tworeel --help" in printed
