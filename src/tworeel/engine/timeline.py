@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,14 @@ class Span:
 
 
 class Timeline:
-    """Marks the begin and end of each action: events on an accelerator, the wall clock on the CPU."""
+    """Marks the begin and end of each action: events on an accelerator, the wall clock on the CPU.
+
+    The clocks of several devices begin together, when all earlier work is done.
+    """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = devices
+        _wait_for(devices)
         self._begin = {device: _mark(device) for device in set(devices)}
         self._marks: list[tuple[Action, Any, Any]] = []
 
@@ -40,20 +44,37 @@ class Timeline:
 
     def spans(self) -> list[Span]:
         """All spans, in the order of their begin. Waits for the devices."""
-        for device in self._begin:
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+        _wait_for(self._devices)
         found = [
             Span(action, *(_seconds(self._begin[self._devices[action.stage]], mark) for mark in marks))
             for action, *marks in self._marks
         ]
-        return sorted(found, key=lambda span: span.start)
+        return sorted(_without_waiting(found), key=lambda span: span.start)
+
+
+def _without_waiting(spans: Sequence[Span]) -> Iterator[Span]:
+    """Let no span begin before the micro-batch has left the stage that it comes from.
+
+    The host runs ahead of an accelerator: an idle one passes the mark of the begin long before its input is
+    there, and what it then waits for is not its own work.
+    """
+    left: dict[int, float] = {}
+    for span in spans:  # a micro-batch's spans are in the order of its way
+        number = span.action.micro_batch
+        yield replace(span, start=min(max(span.start, left.get(number, span.start)), span.end))
+        left[number] = span.end
 
 
 def busy_shares(spans: Sequence[Span], num_stages: int) -> list[float]:
     """The share of the step's time in which each stage was at work."""
     duration = max(s.end for s in spans) - min(s.start for s in spans)
     return [sum(s.end - s.start for s in spans if s.action.stage == n) / duration for n in range(num_stages)]
+
+
+def _wait_for(devices: Sequence[torch.device]) -> None:
+    for device in set(devices):
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
 
 def _mark(device: torch.device) -> Any:
