@@ -13,6 +13,9 @@ import pytest
 # Everything is local: a test that would ask a server has to fail at once. The hub client reads this when it
 # is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny tensors gain nothing from more threads, and workers side by side would fight for the cores. Torch
+# reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tworeel.demo.tiny_encoders import (
     write_image_encoder,

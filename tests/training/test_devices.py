@@ -1,0 +1,48 @@
+"""Devices and what they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tworeel.errors import UserError
+from tworeel.training.devices import available_devices, out_of_memory, peak_memory, resolve_devices
+
+CPU = torch.device("cpu")
+
+
+def test_there_is_always_a_device() -> None:
+    assert available_devices()
+    assert resolve_devices(None) == tuple(map(torch.device, available_devices()))
+
+
+def test_a_device_may_stand_more_than_once() -> None:
+    assert resolve_devices(["cpu", "cpu", "cpu"]) == (CPU, CPU, CPU)
+
+
+def test_every_name_that_is_no_device_is_listed() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_devices(["cpu", "cuda:99", "gpu"])
+    assert len(caught.value.problems) == 2
+    assert caught.value.problems[0].startswith("engine.devices: 'cuda:99' does not exist; there are ")
+    assert "cpu" in caught.value.problems[0]
+
+
+def test_a_kind_without_a_number_is_its_first_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tworeel.training.devices.available_devices", lambda: ["cuda:0", "cuda:1"])
+    assert resolve_devices(["cuda", "cuda:1"]) == (torch.device("cuda:0"), torch.device("cuda:1"))
+    assert resolve_devices(None) == (torch.device("cuda:0"), torch.device("cuda:1"))
+
+
+def test_memory_is_told_once_for_each_device() -> None:
+    peaks = peak_memory([CPU, CPU])
+    assert list(peaks) == ["cpu"] and peaks["cpu"] > 10**6
+
+
+def test_out_of_memory_says_where_how_much_and_what_would_need_less() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …\nmore lines")
+    (line,) = out_of_memory(error, [CPU], "The checkpoints in run/ are intact.").problems
+    assert line.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
+    assert "more lines" not in line
+    for words in ("Peaks so far: cpu ", "GiB", "The checkpoints in run/ are intact.", "engine.residency"):
+        assert words in line

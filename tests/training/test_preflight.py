@@ -1,0 +1,149 @@
+"""What is wrong is said before a weight is read, all of it at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_runs import Watcher
+
+from tworeel.config.schema import ModelConfig, RunConfig, SourceConfig
+from tworeel.errors import UserError
+from tworeel.training.preflight import lora_targets, model_request, preflight, torch_dtype
+from tworeel.training.report import SilentRun
+from tworeel.training.run import train
+from tworeel.weights.tensor_files import TensorFiles
+
+MakeConfig = Callable[..., RunConfig]
+MakeModel = Callable[..., ModelConfig]
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        preflight(config, SilentRun())
+    return list(caught.value.problems)
+
+
+def test_a_plan_reads_no_weight(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: TensorFiles, *args: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(TensorFiles, "read", refuse)
+    plan = preflight(make_config(engine={"devices": ("cpu",) * 4}), SilentRun())
+    assert all(p.is_meta for p in plan.transformer.parameters())
+    assert plan.placement.num_stages == 4
+    assert len(plan.clips) == 3
+    assert len(plan.targets) == 4 * 10
+    assert plan.init_from is None
+
+
+def test_all_problems_come_at_once(make_config: MakeConfig, clips: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(clips, broken)
+    (broken / "clip_0.mp4").write_bytes(b"not a video")
+    (broken / "clip_1.txt").unlink()
+    lora = tmp_path / "start.safetensors"
+    save_file({"unet.conv.weight": torch.zeros(2, 2)}, lora)
+    config = make_config(
+        data={"sources": (SourceConfig(path=broken), SourceConfig(path=tmp_path / "missing"))},
+        lora={"targets": ("attn1.to_q", "attn9.to_z"), "init_from": lora},
+        engine={"devices": ("cpu", "cuda:77")},
+        train={"name": "../outside"},
+    )
+    found = problems_of(config)
+    for words in (
+        "train.name = '../outside'",
+        "attn9.to_z",
+        "start.safetensors",
+        "engine.devices: 'cuda:77' does not exist",
+        "missing",
+        "clip_0.mp4",
+        "clip_1",
+    ):
+        assert any(words in line for line in found), (words, found)
+    assert not (config.train.output.parent / "outside.safetensors").exists()
+
+
+def test_without_a_model_devices_and_datasets_are_still_looked_at(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    found = problems_of(
+        make_config(
+            model=ModelConfig(path=str(tmp_path / "no-model")),
+            data={"sources": (SourceConfig(path=tmp_path / "no-data"),)},
+            engine={"devices": ("cuda:88",)},
+        )
+    )
+    assert len(found) >= 3
+    for words in ("no-model", "no-data", "cuda:88"):
+        assert any(words in line for line in found), (words, found)
+
+
+def test_an_expert_has_to_be_chosen(make_config: MakeConfig, make_model: MakeModel) -> None:
+    model = make_model("wan2.2-t2v-a14b").model_copy(update={"expert": None})
+    assert any("expert" in line for line in problems_of(make_config(model=model)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"devices": ("cpu",) * 5}, "engine: "),
+        ({"devices": ("cpu",) * 2, "split_at": (4,)}, "engine: "),
+        ({"devices": ("cpu",) * 3, "split_at": (3, 9)}, "engine: "),
+    ],
+)
+def test_stages_have_to_fit_the_blocks(
+    make_config: MakeConfig, engine: dict[str, object], words: str
+) -> None:
+    assert [line[: len(words)] for line in problems_of(make_config(engine=engine))] == [words]
+
+
+def test_an_unknown_preset_names_those_there_are(make_config: MakeConfig) -> None:
+    (line,) = problems_of(make_config(lora={"targets": "everything"}))
+    assert line.startswith("lora.targets = 'everything': no preset of wan; allowed are attention, all-linear")
+
+
+def test_targets_that_match_nothing_are_refused(make_config: MakeConfig) -> None:
+    (line,) = problems_of(make_config(lora={"targets": ("attn3.to_q",)}))
+    assert "attn3.to_q" in line
+
+
+def test_a_schedule_without_levels_for_the_expert_is_refused(
+    make_config: MakeConfig, make_model: MakeModel
+) -> None:
+    low = make_model("wan2.2-t2v-a14b").model_copy(update={"expert": "low"})
+    (line,) = problems_of(make_config(model=low, train={"shift": 1e7}))
+    assert line.startswith("train.shift = 1e+07: ")
+
+
+def test_a_transformer_that_lacks_a_tensor_is_refused_with_its_name(
+    make_config: MakeConfig, make_model: MakeModel, tmp_path: Path
+) -> None:
+    whole = Path(make_model(layout="comfyui").path)
+    shutil.copytree(whole.parent, tmp_path / "model")
+    with TensorFiles(whole) as files:
+        tensors = {name: files.read(name) for name in files.names}
+    del tensors["blocks.2.ffn.0.weight"]
+    save_file(tensors, tmp_path / "model" / whole.name)
+    model = ModelConfig(path=str(tmp_path / "model" / whole.name), dtype="float32")
+    assert any("blocks.2.ffn.net.0.proj.weight" in line for line in problems_of(make_config(model=model)))
+
+
+def test_a_refused_run_leaves_nothing_but_its_folder(make_config: MakeConfig) -> None:
+    config = make_config(engine={"devices": ("cuda:66",)})
+    with pytest.raises(UserError):
+        train(config, observer=Watcher())
+    assert {path.name for path in config.train.output.iterdir()} <= {"run.lock"}
+
+
+def test_names_of_presets_patterns_and_dtypes(make_config: MakeConfig) -> None:
+    plan = preflight(make_config(lora={"targets": "attention"}), SilentRun())
+    assert len(plan.targets) == 4 * 8
+    own = ("attn1.to_q",)
+    assert lora_targets(plan.family, make_config(lora={"targets": own})) == own
+    assert model_request(make_config()).path == make_config().model.path
+    assert torch_dtype("bfloat16") is torch.bfloat16

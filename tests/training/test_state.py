@@ -1,0 +1,168 @@
+"""Which checkpoint a run goes on from, and what it says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import Watcher
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from tworeel.config.schema import RunConfig
+from tworeel.errors import UserError
+from tworeel.lora.inject import inject_lora
+from tworeel.lora.state import lora_parameters, lora_state
+from tworeel.training.checkpoint import CheckpointStore
+from tworeel.training.manifest import CheckpointError
+from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def make_toy(rank: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4) for _ in range(2))})
+    inject_lora(model, rank=rank, alpha=2.0, targets=["0", "1"])
+    return model
+
+
+def adamw(model: nn.Module) -> AdamW:
+    return AdamW(lora_parameters(model).values(), lr=1e-2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep=4)
+
+
+def fill(store: CheckpointStore, config: RunConfig, *steps: int, clips: str = "these") -> nn.Module:
+    model = make_toy()
+    optimizer = adamw(model)
+    for step in steps:
+        for k, parameter in enumerate(lora_parameters(model).values()):
+            parameter.grad = torch.full_like(parameter, 0.1 * (step + k))
+        optimizer.step()
+        save_state(store, step, model, optimizer, config=config, clips=clips)
+    return model
+
+
+def test_a_new_run_does_not_write_over_an_old_one(store: CheckpointStore, make_config: MakeConfig) -> None:
+    config, watcher = make_config(), Watcher()
+    assert find_checkpoint(store, False, config, watcher) is None
+    fill(store, config, 2)
+    with pytest.raises(UserError, match=r"holds a run with checkpoints; go on with --resume, or"):
+        find_checkpoint(store, False, config, watcher)
+    assert watcher.lines == []
+
+
+def test_a_resume_without_a_checkpoint_says_that_it_starts_anew(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    watcher = Watcher()
+    assert find_checkpoint(store, True, make_config(), watcher) is None
+    assert watcher.lines == ["there is no checkpoint yet: starting with step 1"]
+
+
+def test_damaged_checkpoints_are_skipped_by_name(store: CheckpointStore, make_config: MakeConfig) -> None:
+    config, watcher = make_config(), Watcher()
+    fill(store, config, 1, 2, 3)
+    damaged = store.folder / "step-00000003" / "lora.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    checkpoint = find_checkpoint(store, True, config, watcher)
+    assert checkpoint is not None and checkpoint.step == 2
+    assert watcher.lines[0].startswith(f"skipped a damaged checkpoint: {damaged}")
+    assert watcher.lines[1] == f"resuming after step 2: {store.folder / 'step-00000002'}"
+
+
+def test_an_explicit_checkpoint_that_is_damaged_is_an_error(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    config = make_config()
+    fill(store, config, 1, 2)
+    path = store.folder / "step-00000002"
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json: missing"):
+        find_checkpoint(store, path, config, Watcher())
+
+
+def test_a_run_of_fewer_steps_than_it_has_is_refused(store: CheckpointStore, make_config: MakeConfig) -> None:
+    fill(store, make_config(), 2, 4)
+    short = make_config(train={"steps": 3})
+    with pytest.raises(UserError, match=r"train\.steps = 3: .*step-00000004 has 4 steps already"):
+        find_checkpoint(store, True, short, Watcher())
+    earlier = find_checkpoint(store, store.folder / "step-00000002", short, Watcher())
+    assert earlier is not None and earlier.step == 2
+
+
+def test_options_that_change_the_course_are_named_and_no_others(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    fill(store, make_config(), 1)
+    watcher = Watcher()
+    changed = make_config(
+        "elsewhere",
+        train={"learning_rate": 0.5, "steps": 9, "save_every": 1, "seed": 3},
+        engine={"devices": ("cpu",)},
+    )
+    find_checkpoint(store, True, changed, watcher)
+    assert watcher.lines[:-1] == [
+        "changed since the checkpoint: train.learning_rate: 0.001 -> 0.5",
+        "changed since the checkpoint: train.seed: 0 -> 3",
+    ]
+
+
+def test_later_checkpoints_are_set_aside_only_when_the_run_goes_on(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    config, watcher = make_config(), Watcher()
+    fill(store, config, 1, 2, 3)
+    checkpoint = find_checkpoint(store, store.folder / "step-00000001", config, watcher)
+    assert checkpoint is not None
+    assert store.steps() == [1, 2, 3], "a run that fails in its preflight has changed nothing"
+    leave_course(store, checkpoint, "these", watcher)
+    assert store.steps() == [1]
+    assert sorted(path.name for path in store.folder.glob("set-aside-*")) == [
+        "set-aside-step-00000002",
+        "set-aside-step-00000003",
+    ]
+    assert sum("a later checkpoint was set aside" in line for line in watcher.lines) == 2
+
+
+def test_changed_clips_are_told(store: CheckpointStore, make_config: MakeConfig) -> None:
+    config, watcher = make_config(), Watcher()
+    fill(store, config, 1)
+    checkpoint = find_checkpoint(store, True, config, watcher)
+    assert checkpoint is not None
+    leave_course(store, checkpoint, "these", watcher)
+    told = len(watcher.lines)
+    leave_course(store, checkpoint, "others", watcher)
+    assert watcher.lines[told:] == ["changed since the checkpoint: the clips, their captions or the encoders"]
+
+
+def test_what_was_saved_comes_back_bit_by_bit(store: CheckpointStore, make_config: MakeConfig) -> None:
+    model = fill(store, make_config(), 1, 2)
+    fresh = make_toy()
+    optimizer = adamw(fresh)
+    checkpoint, _ = store.newest_intact()
+    assert checkpoint is not None
+    restore_state(checkpoint, fresh, optimizer)
+    saved = lora_state(model)
+    assert all(torch.equal(saved[name], value) for name, value in lora_state(fresh).items())
+    assert len(optimizer.state) == len(saved)
+
+
+def test_a_checkpoint_of_another_lora_or_optimizer_is_refused(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    fill(store, make_config(), 1)
+    checkpoint, _ = store.newest_intact()
+    assert checkpoint is not None
+    wider = make_toy(rank=3)
+    with pytest.raises(UserError, match="lora_A"):
+        restore_state(checkpoint, wider, adamw(wider))
+    same = make_toy()
+    with pytest.raises(CheckpointError, match="has the state of AdamW, this run uses SGD"):
+        restore_state(checkpoint, same, SGD(lora_parameters(same).values(), lr=1.0))
