@@ -112,13 +112,21 @@ class Passage:
             return tensor
         known = self._stand_ins.setdefault(tensor, {})
         if stage not in known:
-            known[stage] = self._cross(tensor, owner, device) if cut else tensor.to(device, non_blocking=True)
+            known[stage] = self._cross(tensor, owner, device) if cut else send(tensor, device)
         return known[stage]
 
     def _cross(self, tensor: Tensor, owner: int, device: torch.device) -> Tensor:
-        leaf = tensor.detach().to(device, non_blocking=True).requires_grad_()
+        leaf = send(tensor.detach(), device).requires_grad_()
         self._crossings[owner].append(Cut(tensor, leaf))
         return leaf
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to another device without making the host wait for what is queued there."""
+    if tensor.device.type == "cpu" and device.type != "cpu":
+        # From pageable memory the driver would first drain the device's stream.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:
@@ -128,7 +136,7 @@ def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:
     for source, leaf in cuts:
         if leaf.grad is not None:
             sources.append(source)
-            gradients.append(leaf.grad.to(source.device, non_blocking=True))
+            gradients.append(send(leaf.grad, source.device))
             leaf.grad = None
     if sources:
         torch.autograd.backward(sources, gradients)
