@@ -22,7 +22,7 @@ Layout = Literal["diffusers", "native", "comfyui"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRequest:
-    """What the user asked for: a hub id, a folder or a file, and files that belong to it but lie elsewhere."""
+    """What the user asked for: a hub id, a folder or a file, and files of it that lie elsewhere."""
 
     path: str
     expert: str | None = None
