@@ -167,14 +167,19 @@ def wake(devices: Iterable[torch.device]) -> None:
         torch.ones(1, device=device).sum().item()
 
 
-def limit_memory(devices: Sequence[torch.device], gib: float) -> None:
-    """Let torch use no more than `gib` GiB for each stage: a device with two stages may use twice as much.
+def limit_memory(devices: Sequence[torch.device], limit: float) -> None:
+    """Let torch use no more than `limit` GiB for each stage: a device with two stages may use twice as much.
 
-    CUDA only (and ROCm under that name).
+    Raises:
+        SystemExit: a device is not CUDA's (or ROCm's under that name).
     """
     for device in dict.fromkeys(devices):
+        if device.type != "cuda":
+            raise SystemExit(
+                f"--cap-gib: the memory of {device} cannot be limited, only that of CUDA devices"
+            )
         total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, gib * GIB * list(devices).count(device) / total)
+        share = min(1.0, limit * GIB * list(devices).count(device) / total)
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 

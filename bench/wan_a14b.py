@@ -11,7 +11,7 @@ Phases:
 - `resume`: one more step from the checkpoint;
 - `compare`: the same micro-batches pipelined and one by one.
 
-Prints a table a phase and adds to `<folder>/wan_a14b.json`.
+Prints a table a phase and adds the figures to a JSON file.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Options:
     """What the command line says."""
 
     folder: Path
+    json: Path
     devices: tuple[torch.device, ...]
     sizes: Sizes
     width: int
@@ -74,10 +75,6 @@ class Options:
     rank: int
     micro_batches: int
     residency: str
-
-    @property
-    def json(self) -> Path:
-        return self.folder / "wan_a14b.json"
 
 
 class Watcher(SilentRun):
@@ -252,6 +249,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
     given = {key: value for key in shape if (value := getattr(arguments, key, None)) is not None}
     return Options(
         folder=arguments.folder,
+        json=arguments.json or arguments.folder / "wan_a14b.json",
         devices=tuple(measuring.devices_from(arguments.devices)),
         sizes=replace(sizes, layers=arguments.layers) if arguments.layers else sizes,
         residency=arguments.residency,
@@ -273,6 +271,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (49)")
     parser.add_argument("--rank", type=int, help="of the LoRA (32)")
     parser.add_argument("--micro-batches", type=int, help="clips of a step (8)")
+    parser.add_argument("--json", type=Path, help="file for the figures; <folder>/wan_a14b.json by default")
     parser.add_argument("--tiny", action="store_true", help="a model of a few million parameters")
     return parser.parse_args()
 
