@@ -10,12 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tworeel.config.schema import RunConfig
-from tworeel.errors import UserError
+from tworeel.errors import UserError, raise_if_any
 from tworeel.lora.state import load_lora_state, lora_parameters, lora_state
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
 from tworeel.training.optimizer_state import optimizer_tensors, restore_optimizer
 from tworeel.training.report import RunObserver
 
+_GROUPS = ("lora", "optimizer")
 _FREE_TO_CHANGE = {
     "engine": None,
     "cache": None,
@@ -55,8 +56,11 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer
     """Put a checkpoint's LoRA and optimizer back, bit by bit, on whatever devices the model is now.
 
     Raises:
-        UserError: the checkpoint belongs to another LoRA or optimizer; says what differs.
+        UserError: the checkpoint belongs to another LoRA or optimizer, or lacks a part; says what differs.
     """
+    raise_if_any(
+        f"{checkpoint.path}: holds no group '{group}'" for group in _GROUPS if group not in checkpoint.tensors
+    )
     load_lora_state(model, checkpoint.tensors["lora"])
     names = list(lora_parameters(model))
     restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
