@@ -56,7 +56,7 @@ from tworeel.training.space import require_space
 STEPS = 3
 LOAD_LIMIT = 2 * 2**30
 """Host memory that loading may take, in bytes."""
-DISK = 48 * 2**30
+DISK = 45 * 2**30
 """What the model, the cache, checkpoints and the LoRA need at real size, in bytes."""
 
 
