@@ -15,7 +15,7 @@ def convert(
     source: Annotated[Path, typer.Argument(help="LoRA file in any of the forms.")],
     target: Annotated[Path, typer.Argument(help="File to write; it must not exist yet.")],
     to: Annotated[
-        str, typer.Option(help="Form to write: comfyui, diffusers, diffsynth, kohya or peft.")
+        str, typer.Option(help="Form to write: comfyui, diffusers, diffsynth or kohya.")
     ] = "comfyui",
     family: Annotated[str, typer.Option(help="Family of the model that the LoRA is for.")] = "wan",
 ) -> None:

@@ -10,7 +10,8 @@ from tworeel.errors import UserError
 from tworeel.files import write_bytes_atomic
 from tworeel.report.format import RunningMean
 
-SMOOTHING = 0.98
+SMOOTHED_STEPS = 50
+"""How many steps the smoothed curve averages, about; in a short run a tenth of all."""
 
 
 def plot_loss(metrics_path: Path, png_path: Path) -> None:
@@ -24,7 +25,7 @@ def plot_loss(metrics_path: Path, png_path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps, losses = _losses(metrics_path)
-    mean = RunningMean(SMOOTHING)
+    mean = RunningMean(1 - 1 / max(1, min(SMOOTHED_STEPS, len(steps) / 10)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
