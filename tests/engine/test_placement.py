@@ -89,3 +89,7 @@ def test_a_model_without_block_lists_is_refused():
         place(nn.Linear(2, 2), ["cpu"])
     with pytest.raises(ValueError, match="no list of blocks named layers"):
         place(nn.Linear(2, 2), ["cpu"], blocks=["layers"])
+
+
+def test_a_device_without_a_number_is_the_first_of_its_kind(wan):
+    assert [str(d) for d in place(wan, ["cuda", "meta", "cpu"]).devices] == ["cuda:0", "meta:0", "cpu"]

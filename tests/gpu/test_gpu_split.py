@@ -28,6 +28,11 @@ def on(device: torch.device | str, tensors: Mapping[str, Tensor]) -> dict[str, T
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
+def relative(devices: list[torch.device]) -> float:
+    """What both sides may differ by: Wan's norms and modulation are fp32, which a CPU rounds otherwise."""
+    return 1e-9 if len({device.type for device in devices}) == 1 else 1e-5
+
+
 @pytest.mark.parametrize("residency", ["keep", "recompute", "offload"])
 @pytest.mark.parametrize("kind", ["t2v", "i2v-clip", "ti2v"])
 def test_split_on_devices_equals_unsplit_on_one(
@@ -39,8 +44,8 @@ def test_split_on_devices_equals_unsplit_on_one(
     result = Pipeline(model, devices, residency=residency).step(batches, square_loss)
     assert all(loss.device == devices[-1] for loss in result.losses)
     ours, theirs = ([loss.cpu() for loss in found] for found in (result.losses, losses))
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
-    assert_close(on("cpu", gradients(model)), on("cpu", expected), 1e-9)
+    torch.testing.assert_close(ours, theirs, rtol=relative(devices), atol=0)
+    assert_close(on("cpu", gradients(model)), on("cpu", expected), relative(devices))
 
 
 def test_a_plain_training_loop_goes_on_over_the_devices(
@@ -51,7 +56,7 @@ def test_a_plain_training_loop_goes_on_over_the_devices(
     model = make_wan("t2v", torch.float64)
     split(model, devices, residency="recompute")
     run_unsplit(model, batches)
-    assert_close(on("cpu", gradients(model)), on("cpu", expected), 1e-9)
+    assert_close(on("cpu", gradients(model)), on("cpu", expected), relative(devices))
 
 
 def test_weights_and_gradients_are_on_the_device_of_their_stage(devices: list[torch.device]) -> None:

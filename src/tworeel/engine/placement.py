@@ -72,7 +72,9 @@ def place(
     boundaries = _boundaries(model, block_names, len(devices), at)
     stage_of_block = {n: bisect.bisect_right(boundaries, i) - 1 for i, n in enumerate(block_names)}
     return Placement(
-        tuple(torch.device(d) for d in devices), boundaries, tuple(_units(model, lists, stage_of_block))
+        tuple(_with_index(torch.device(d)) for d in devices),
+        boundaries,
+        tuple(_units(model, lists, stage_of_block)),
     )
 
 
@@ -88,6 +90,11 @@ def find_block_lists(model: nn.Module) -> Iterator[str]:
                 yield from visit(child, f"{path}.")
 
     yield from visit(model, "")
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` is the first GPU; torch takes `cuda` and `cuda:0` for different devices."""
+    return torch.device(device.type, 0) if device.type != "cpu" and device.index is None else device
 
 
 def _block_names(model: nn.Module, lists: tuple[str, ...]) -> list[str]:

@@ -59,7 +59,7 @@ def run_block(
 
 
 def _host_memory(device: torch.device) -> AbstractContextManager[Any]:
-    return save_on_cpu(pin_memory=device.type != "cpu")
+    return save_on_cpu(pin_memory=device.type != "cpu", device_type=device.type)
 
 
 def refuse_dropout(name: str, block: nn.Module) -> None:
