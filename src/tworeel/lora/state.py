@@ -103,31 +103,50 @@ def start_from(model: nn.Module, lora: LoraFile, source: str) -> list[str]:
             that are not finite.
     """
     layers = lora_layers(model)
-    raise_if_any(f"{source}: {problem}" for problem in _obstacles(layers, lora.modules))
+    first = next(iter(layers.values()))
+    shapes = {name: base_weight(layer).shape for name, layer in layers.items()}
+    sizes = {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+    raise_if_any(start_problems(lora, sizes, source, rank=first.r[ADAPTER], dora=first.use_dora[ADAPTER]))
     with torch.no_grad():
         for name, part in lora.modules.items():
             _start(layers[name], part)
     return [name for name in layers if name not in lora.modules]
 
 
-def _obstacles(layers: Mapping[str, LoraLinear], modules: Mapping[str, LoraTensors]) -> Iterable[str]:
-    if not modules:
-        yield "holds no LoRA"
-    foreign = [name for name in modules if name not in layers]
+def start_problems(
+    lora: LoraFile, sizes: Mapping[str, tuple[int, int]], source: str, *, rank: int, dora: bool
+) -> list[str]:
+    """Say why a run cannot start from a LoRA, one line a problem; known before the model is loaded.
+
+    Args:
+        lora: what the file holds.
+        sizes: inputs and outputs of each layer that the run adapts.
+        source: the file's name, for messages.
+        rank: of the run's LoRA.
+        dora: whether the run trains DoRA.
+    """
+    modules = lora.modules
+    problems = [] if modules else ["holds no LoRA"]
+    foreign = [name for name in modules if name not in sizes]
     if foreign:
-        yield f"{len(foreign)} of its layers are not among the run's targets, the first is '{foreign[0]}'"
-    for name in modules.keys() & layers.keys():
-        yield from _obstacles_of(name, layers[name], modules[name])
+        problems.append(
+            f"{len(foreign)} of its layers are not among the run's targets, the first is '{foreign[0]}'"
+        )
+    for name, part in modules.items():
+        if name in sizes:
+            problems += _obstacles_of(name, part, sizes[name], rank, dora)
+    return [f"{source}: {problem}" for problem in problems]
 
 
-def _obstacles_of(name: str, layer: LoraLinear, part: LoraTensors) -> Iterable[str]:
-    rank = layer.r[ADAPTER]
-    sizes, needed = (part.down.shape[1], part.up.shape[0]), (layer.in_features, layer.out_features)
+def _obstacles_of(
+    name: str, part: LoraTensors, needed: tuple[int, int], rank: int, dora: bool
+) -> Iterable[str]:
+    sizes = (part.down.shape[1], part.up.shape[0])
     if part.rank != rank:
         yield f"'{name}' has rank {part.rank}, the run has lora.rank = {rank}"
     if sizes != needed:
         yield f"'{name}' has inputs and outputs {sizes}, the model's layer {needed}"
-    if part.magnitude is not None and not layer.use_dora[ADAPTER]:
+    if part.magnitude is not None and not dora:
         yield f"'{name}' has DoRA's magnitude, the run has lora.dora = false"
     if not all(torch.isfinite(tensor).all() for tensor in (part.down, part.up)):
         yield f"'{name}' holds values that are not finite"

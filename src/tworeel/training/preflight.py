@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from tworeel.engine.placement import Placement, place
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.lora.files import load_lora
 from tworeel.lora.naming import Naming
+from tworeel.lora.state import start_problems
 from tworeel.lora.targets import find_targets
 from tworeel.lora.tensors import LoraFile
 from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
@@ -25,7 +27,7 @@ from tworeel.models.locate import locate_model
 from tworeel.training.devices import resolve_devices
 from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
 from tworeel.training.optimizer import require_optimizer
-from tworeel.training.run_folder import RunFolder
+from tworeel.training.run_folder import RunFolder, make_writable
 from tworeel.weights.loading import check_weights
 from tworeel.weights.tensor_files import TensorFiles
 
@@ -57,6 +59,11 @@ class Plan:
 def model_request(config: RunConfig) -> ModelRequest:
     """What the configuration says of the model."""
     return ModelRequest(**config.model.model_dump(exclude={"dtype"}))
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where latents and text embeddings are kept."""
+    return config.cache.folder or config.train.output.parent / "cache"
 
 
 def lora_targets(family: Family, config: RunConfig) -> tuple[str, ...]:
@@ -97,19 +104,24 @@ def preflight(config: RunConfig, observer: Observer) -> Plan:
         UserError: lists every problem of the model, the devices, the LoRA and the data.
     """
     problems: list[str] = []
+    init_from: LoraFile | None = None
     with collected(problems):
         require_optimizer(config.train)
     with collected(problems):
         RunFolder(config.train.output).lora(config.train.name)
+    with collected(problems):
+        make_writable(cache_folder(config), "the cache")
     family, source = _locate_or_explain(config, problems)
     transformer = family.build_transformer(source.transformer)
     with collected(problems):
         files = TensorFiles(*source.transformer.files)
         check_weights(transformer, files, transformer_names(family, source))
     with collected(problems):
-        targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
-    with collected(problems):
         init_from = load_lora(config.lora.init_from, Naming.of(family)) if config.lora.init_from else None
+    with collected(problems):
+        targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
+        if init_from is not None:
+            raise_if_any(_start_problems(init_from, config, transformer, targets))
     with collected(problems):
         placement = _place(transformer, config, family)
     with collected(problems):
@@ -142,6 +154,15 @@ def _locate_or_explain(config: RunConfig, problems: list[str]) -> tuple[Family, 
                 listing = read_source(source.path)
                 problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
         raise UserError(*problems) from None
+
+
+def _start_problems(
+    lora: LoraFile, config: RunConfig, transformer: nn.Module, targets: Sequence[str]
+) -> list[str]:
+    shapes = {name: transformer.get_submodule(name).get_parameter("weight").shape for name in targets}
+    sizes = {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+    source = str(config.lora.init_from)
+    return start_problems(lora, sizes, source, rank=config.lora.rank, dora=config.lora.dora)
 
 
 def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
