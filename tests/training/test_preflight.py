@@ -133,6 +133,26 @@ def test_a_transformer_that_lacks_a_tensor_is_refused_with_its_name(
     assert any("blocks.2.ffn.net.0.proj.weight" in line for line in problems_of(make_config(model=model)))
 
 
+def test_a_lora_to_start_from_that_does_not_fit_is_refused_before_the_model_is_read(
+    make_config: MakeConfig,
+) -> None:
+    first = make_config("first", train={"steps": 1}, lora={"targets": ("attn1.to_q", "ffn.net.2")})
+    train(first)
+    path = first.train.output / "lora.safetensors"
+    found = problems_of(make_config(lora={"init_from": path, "rank": 4, "targets": ("attn1.to_q",)}))
+    assert len(found) == 5 and all(line.startswith(f"{path}: ") for line in found)
+    assert found[0].endswith(
+        "4 of its layers are not among the run's targets, the first is 'blocks.0.ffn.net.2'"
+    )
+    assert found[1].endswith("'blocks.0.attn1.to_q' has rank 2, the run has lora.rank = 4")
+
+
+def test_a_cache_folder_that_cannot_be_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (line,) = problems_of(make_config(cache={"folder": tmp_path / "file" / "cache"}))
+    assert line.endswith(f"{tmp_path / 'file'} is a file; the cache needs a folder")
+
+
 def test_a_refused_run_leaves_nothing_but_its_folder(make_config: MakeConfig) -> None:
     config = make_config(engine={"devices": ("cuda:66",)})
     with pytest.raises(UserError):

@@ -1,9 +1,11 @@
-"""Whole runs: every variant and layout, every kind of LoRA, over one stage and many."""
+"""Whole runs: every variant and layout, every kind of LoRA."""
 
 from __future__ import annotations
 
 import gc
 import math
+import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from tworeel.config.schema import ModelConfig, RunConfig
-from tworeel.engine import Pipeline, split
-from tworeel.lora.state import lora_parameters
+from tworeel.signals import Stopped
 from tworeel.training import run
 from tworeel.training.metrics import read_metrics
-from tworeel.training.micro_batches import run_transformer, weighted_loss
-from tworeel.training.preflight import preflight
 from tworeel.training.report import SilentRun
 from tworeel.training.run import train
+from tworeel.training.space import OutOfSpace
 
 MakeConfig = Callable[..., RunConfig]
 MakeModel = Callable[..., ModelConfig]
@@ -198,60 +198,6 @@ def test_loras_on_the_way_come_when_they_are_due_whatever_is_saved(make_config: 
     ]
 
 
-def gradients(
-    config: RunConfig, *, stages: int | None
-) -> tuple[list[Tensor], dict[str, Tensor], set[torch.Size]]:
-    """Losses and gradients of one step: split, or (None) by plain PyTorch on the whole model."""
-    plan = preflight(config, SilentRun())
-    batches = run._micro_batches(config, plan, run.cache_clips(config, plan, SilentRun())).of_step(0)
-    model = run.load_model(config, plan)
-    for parameter in (p for name, p in lora_parameters(model).items() if name.endswith("lora_B")):
-        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
-    if stages is None:
-        losses = [weighted_loss(run_transformer(model, batch), batch) for batch in batches]
-        for loss in losses:
-            loss.backward()
-    else:
-        division = split(model, ["cpu"] * stages, blocks=["blocks"], residency=config.engine.residency)
-        result = Pipeline(division, forward=run_transformer).step(batches, weighted_loss)
-        losses = list(result.losses)
-    found = {name: p.grad for name, p in lora_parameters(model).items() if p.grad is not None}
-    assert len(found) == len(lora_parameters(model))
-    return [loss.detach() for loss in losses], found, {batch.sample.target.shape for batch in batches}
-
-
-@pytest.mark.parametrize("variant", [T2V, "wan2.1-flf2v-14b", "wan2.2-ti2v-5b"])
-def test_split_training_is_plain_training(
-    make_config: MakeConfig, make_model: MakeModel, variant: str
-) -> None:
-    def one(stages: int | None, residency: str = "keep") -> Any:
-        config = make_config(
-            model=make_model(variant), train={"micro_batches": 6}, engine={"residency": residency}
-        )
-        return gradients(config, stages=stages)
-
-    losses, expected, shapes = one(None)
-    assert len(shapes) >= 2, "buckets of different sizes in one step"
-    for stages, residency in ((1, "keep"), (2, "recompute"), (4, "offload"), (4, "keep")):
-        ours, found, _ = one(stages, residency)
-        # The goals are 1e-6 and a cosine of 0.99999; on one kind of device it is the same to the last bit.
-        assert torch.equal(torch.stack(ours), torch.stack(losses))
-        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-
-
-def test_runs_over_1_2_and_4_stages_are_bitwise_equal(make_config: MakeConfig) -> None:
-    trained = []
-    for stages in (1, 2, 4):
-        config = make_config(
-            f"stages{stages}", train={"micro_batches": 5}, engine={"devices": ("cpu",) * stages}
-        )
-        train(config)
-        trained.append((losses_of(config), lora_of(config)))
-    for losses, lora in trained[1:]:
-        assert losses == trained[0][0]
-        assert all(torch.equal(trained[0][1][name], tensor) for name, tensor in lora.items())
-
-
 def test_the_encoders_are_gone_before_the_transformer_loads(
     make_config: MakeConfig, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -297,3 +243,38 @@ def test_what_a_run_leaves_behind(make_config: MakeConfig) -> None:
         *("step", "loss", "grad_norm", "learning_rate", "seconds", "memory/cpu"),
         *("busy/stage0", "busy/stage1"),
     }
+
+
+def test_a_full_disk_under_the_cache_is_told_and_what_is_cached_stays(
+    make_config: MakeConfig, tiny_disk: Path
+) -> None:
+    filler = tiny_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(tiny_disk).free - 40 * 1024))
+    config = make_config(cache={"folder": tiny_disk / "cache"})
+    with pytest.raises(OutOfSpace, match=r"cache: the disk filled up while the cache was written; what it"):
+        train(config)
+    filler.unlink()
+    train(config)
+    assert_trained(config)
+
+
+def test_a_stop_while_the_model_loads_comes_at_once(make_config: MakeConfig) -> None:
+    phases = 4  # scanning, hashing, reading the encoders, checking the cache
+
+    class Impatient(SilentRun):
+        """Stops at the first poll after all clips are cached."""
+
+        done = 0
+
+        def finish(self) -> None:
+            self.done += 1
+
+        def poll(self) -> None:
+            if self.done == phases:
+                raise Stopped(2)
+
+    train(make_config("first"))
+    with pytest.raises(Stopped) as caught:
+        train(make_config("second"), observer=Impatient())
+    called = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "load_weights" in called

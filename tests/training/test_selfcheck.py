@@ -182,6 +182,16 @@ def test_one_flipped_bit_of_a_frozen_weight_is_seen(dtype: torch.dtype, bit: int
         check.after_update(learning_rate=0.0, loss=1.0)
 
 
+def test_a_frozen_scalar_is_checked_too() -> None:
+    model = make_toy()
+    model.scale = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+    check = SelfCheck(model, lora_parameters(model), {}, adamw(model))
+    check.after_update(learning_rate=0.0, loss=1.0)
+    model.scale.data.mul_(1.5)
+    with pytest.raises(SelfCheckError, match="frozen weight scale has changed"):
+        check.after_update(learning_rate=0.0, loss=1.0)
+
+
 def test_of_many_problems_ten_are_listed_and_the_rest_counted() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(2, 2) for _ in range(15))})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -27,10 +27,17 @@ from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
 from tworeel.training.optimizer import make_optimizer
 from tworeel.training.order import Order
-from tworeel.training.preflight import Plan, noise_levels, preflight, torch_dtype, transformer_names
+from tworeel.training.preflight import (
+    Plan,
+    cache_folder,
+    noise_levels,
+    preflight,
+    torch_dtype,
+    transformer_names,
+)
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
-from tworeel.training.space import require_space
+from tworeel.training.space import full_disk_as_user_error, require_space
 from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
 from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles
@@ -65,29 +72,42 @@ def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIn
     """Encode what the cache does not hold yet; the encoders are gone when it returns.
 
     Raises:
-        UserError: a clip cannot be encoded.
+        UserError: a clip cannot be encoded, or the disk is full.
     """
-    return build_cache(
-        CacheStore(config.cache.folder or config.train.output.parent / "cache"),
-        plan.family,
-        plan.source,
-        plan.clips,
-        devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
-        dtype=torch_dtype(config.cache.dtype),
-        empty_caption=config.train.caption_dropout > 0,
-        observer=observer,
-    )
+    folder = cache_folder(config)
+    with full_disk_as_user_error(folder, "the cache", "what it holds already is intact"):
+        return build_cache(
+            CacheStore(folder),
+            plan.family,
+            plan.source,
+            plan.clips,
+            devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
+            dtype=torch_dtype(config.cache.dtype),
+            empty_caption=config.train.caption_dropout > 0,
+            observer=observer,
+        )
 
 
-def load_model(config: RunConfig, plan: Plan) -> nn.Module:
-    """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it."""
+def load_model(config: RunConfig, plan: Plan, poll: Callable[[], None] = lambda: None) -> nn.Module:
+    """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it.
+
+    Args:
+        config: of the run.
+        plan: of the same; its transformer is filled.
+        poll: called before each tensor; may raise to stop.
+    """
     base = torch_dtype(config.model.dtype)
     keep = set(plan.family.keep_fp32)
+
+    def device_of(name: str) -> torch.device:
+        poll()
+        return plan.placement.device_of(name)
+
     load_weights(
         plan.transformer,
         TensorFiles(*plan.source.transformer.files),
         transformer_names(plan.family, plan.source),
-        device_of=plan.placement.device_of,
+        device_of=device_of,
         dtype_of=lambda name: torch.float32 if keep & set(name.split(".")) else base,
     )
     inject_lora(
@@ -111,7 +131,7 @@ def _train(
     checkpoint: Checkpoint | None,
     observer: RunObserver,
 ) -> Result:
-    model = load_model(config, plan)
+    model = load_model(config, plan, observer.poll)
     if plan.init_from is not None:
         for name in start_from(model, plan.init_from, str(config.lora.init_from)):
             observer.say(f"lora.init_from has nothing for {name}: it starts as new")
@@ -236,7 +256,9 @@ class _Run:
             dataset=_dataset_summary(self._plan),
         )
         lora = export_lora(self._trainer.model)
-        save_lora(self._folder.lora(name), lora, "comfyui", self._plan.naming, metadata=metadata)
+        path = self._folder.lora(name)
+        with full_disk_as_user_error(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
+            save_lora(path, lora, "comfyui", self._plan.naming, metadata=metadata)
 
 
 def _as_metrics(report: StepReport) -> dict[str, float]:

@@ -50,17 +50,9 @@ class RunFolder:
         """Make the folder if it is missing, and see that files can be made in it.
 
         Raises:
-            UserError: A file is in the way, or the folder cannot be made or written to.
+            UserError: See `make_writable`.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except (FileExistsError, NotADirectoryError):
-            in_the_way = next(p for p in (self.path, *self.path.parents) if p.exists())
-            raise UserError(f"{self.path}: {in_the_way} is a file; a run needs a folder") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write a run there: {error.strerror}") from error
+        make_writable(self.path, "a run")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -89,3 +81,24 @@ class RunFolder:
             return f" (process {int(self.pid.read_text(encoding='utf-8'))})"
         except (OSError, ValueError):
             return ""
+
+
+def make_writable(folder: Path, what: str) -> None:
+    """Make a folder if it is missing, and see that files can be made in it.
+
+    Args:
+        folder: its path.
+        what: What is to be written there, for example `"a run"`.
+
+    Raises:
+        UserError: A file is in the way, or the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError):
+        in_the_way = next(p for p in (folder, *folder.parents) if p.exists())
+        raise UserError(f"{folder}: {in_the_way} is a file; {what} needs a folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write {what} there: {error.strerror}") from error

@@ -110,4 +110,4 @@ def _raise(problems: Iterator[str]) -> None:
 
 def _checksum(tensor: Tensor) -> Tensor:
     """The sum of the tensor's bytes as integers: exact, in any order, without a copy of the tensor."""
-    return tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).sum(dtype=torch.int64)
