@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
+from typing import Any
 
 from tworeel.config.schema import RunConfig
 from tworeel.signals import StopFlag, Stopped
 from tworeel.training.report import SilentRun
 from tworeel.training.run import train
 
+# There is one fork server, which imports these when the first process is started.
+_PRELOADED = ["pytest", "pytest.__main__", "tworeel.training.run"]
 
-def process_context() -> BaseContext:
-    """How processes are started."""
+
+def process_context() -> tuple[Any, bool]:
+    """How processes are started, and whether that is fast."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
+        return multiprocessing.get_context("spawn"), False
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tworeel.training.run", "tworeel.demo.checkpoint", "peft", "torch"])
-    return context
+    context.set_forkserver_preload(_PRELOADED)
+    return context, True
 
 
 class Polling(SilentRun):
@@ -47,10 +50,10 @@ def go_on(config: RunConfig, ready: Event) -> None:
             sys.exit(stopped.exit_code)
 
 
-def start(context: BaseContext, config: RunConfig) -> BaseProcess:
+def start(context: Any, config: RunConfig) -> BaseProcess:
     """Start `go_on` in a process and return once it listens to signals."""
     ready = context.Event()
-    process = context.Process(target=go_on, args=(config, ready))  # type: ignore[attr-defined]
+    process: BaseProcess = context.Process(target=go_on, args=(config, ready))
     process.start()
     assert ready.wait(120)
     return process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import random
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_in_process import process_context
 from torch import Tensor
 
 from tworeel.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
@@ -316,13 +316,10 @@ def kill_at_random(context: Any, store: CheckpointStore, first: int, delay: floa
 
 
 def test_a_process_killed_at_any_moment_of_saving_loses_no_checkpoint(store: CheckpointStore) -> None:
-    method = "spawn" if sys.platform == "win32" else "forkserver"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["pytest", "pytest.__main__", "tworeel.training.checkpoint"])
+    context, is_fast = process_context()
     chance = random.Random(2)
     step, leftovers = 0, 0
-    for _ in range(KILLS if method == "forkserver" else KILLS // 10):
+    for _ in range(KILLS if is_fast else KILLS // 10):
         last = kill_at_random(context, store, 2 * step, chance.uniform(0, 0.06))
         checkpoint, skipped = store.newest_intact()
         assert checkpoint is not None and checkpoint.step in (last, last + 1)

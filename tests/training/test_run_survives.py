@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,10 @@ from tworeel.errors import UserError
 from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.run import train
 
-KILLS = 20
-SIGNALS = 8
 STEPS = 8
+CONTEXT, IS_FAST = process_context()
+KILLS, SIGNALS = (20, 8) if IS_FAST else (4, 2)
 MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def context() -> BaseContext:
-    return process_context()
 
 
 @pytest.fixture
@@ -43,12 +37,12 @@ def make_run(make_config: MakeConfig, tmp_path: Path) -> Callable[..., RunConfig
     return make
 
 
-def undisturbed(context: BaseContext, config: RunConfig) -> tuple[str, float]:
+def undisturbed(config: RunConfig) -> tuple[str, float]:
     """The digest of a run that nobody disturbs, and its seconds; one goes before to warm the files up."""
     for _ in range(2):
         folder = config.train.output
+        process = start(CONTEXT, config)
         begin = time.perf_counter()
-        process = start(context, config)
         process.join()
         seconds = time.perf_counter() - begin
         assert process.exitcode == 0
@@ -73,14 +67,14 @@ def leftovers(config: RunConfig) -> list[Path]:
 
 @pytest.mark.slow
 def test_kills_at_any_moment_lose_no_checkpoint_and_change_no_bit(
-    make_run: Callable[..., RunConfig], context: BaseContext
+    make_run: Callable[..., RunConfig],
 ) -> None:
-    expected, seconds = undisturbed(context, make_run("whole"))
+    expected, seconds = undisturbed(make_run("whole"))
     rng, kills, run, reached = random.Random(20), 0, 0, -1
     phases: set[str] = set()
     for attempt in range(6 * KILLS):
         config = make_run(f"run{run}")
-        process = start(context, config)
+        process = start(CONTEXT, config)
         if kills < KILLS:
             # Spread over the life of a fresh run, so also over scan, caching, training and saving
             process.join(rng.uniform(0, seconds) if attempt % 2 else seconds * kills / KILLS)
@@ -107,14 +101,14 @@ def test_kills_at_any_moment_lose_no_checkpoint_and_change_no_bit(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
 def test_signals_at_any_moment_save_the_work_and_change_no_bit(
-    make_run: Callable[..., RunConfig], context: BaseContext
+    make_run: Callable[..., RunConfig],
 ) -> None:
     # Checkpoints only at the end: what is there after a signal was saved because of it.
-    expected, seconds = undisturbed(context, make_run("whole", save_every=STEPS))
+    expected, seconds = undisturbed(make_run("whole", save_every=STEPS))
     rng, sent, run, saves = random.Random(7), 0, 0, 0
     for _ in range(6 * SIGNALS):
         config = make_run(f"run{run}", save_every=STEPS)
-        process = start(context, config)
+        process = start(CONTEXT, config)
         process.join(rng.uniform(0, seconds) if sent < SIGNALS else None)
         if process.is_alive():
             signum = (signal.SIGTERM, signal.SIGINT)[sent % 2]
@@ -142,10 +136,10 @@ def test_signals_at_any_moment_save_the_work_and_change_no_bit(
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(
-    make_run: Callable[..., RunConfig], context: BaseContext
+    make_run: Callable[..., RunConfig],
 ) -> None:
     config = make_run("shared", steps=100_000)
-    process = start(context, config)
+    process = start(CONTEXT, config)
     try:
         while len(losses_of(config)) < 2:  # by then the first checkpoint stands
             assert process.is_alive()
