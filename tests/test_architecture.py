@@ -24,7 +24,7 @@ ROOMS = (
     "config",
 )
 """From the top down; `docs/how-a-step-flows.md` has them in this order."""
-SHARED = {"tworeel.errors", "tworeel.files", "tworeel.signals", "tworeel.__version__"}
+SHARED = {"tworeel.errors", "tworeel.files", "tworeel.signals", "tworeel.workers", "tworeel.__version__"}
 """Belong to no room; all but the engine may use them, and they use nothing of ours but each other."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -81,7 +81,7 @@ def test_the_engine_knows_nothing_of_ours(path: Path) -> None:
     assert all(room_of(name) == "engine" for name in imports_of(path))
 
 
-@pytest.mark.parametrize("name", ["errors", "files", "signals"])
+@pytest.mark.parametrize("name", ["errors", "files", "signals", "workers"])
 def test_what_belongs_to_no_room_uses_no_room(name: str) -> None:
     assert all(is_shared(imported) for imported in imports_of(PACKAGE / f"{name}.py"))
 

@@ -27,6 +27,8 @@ def test_a_broken_clip_is_named_or_skipped(run: Run, small_run: list[str], tmp_p
     bad.with_suffix(".txt").write_text("A cat.", encoding="utf-8")
     done = run("check", *small_run, "--data", bad.parent)
     assert done.code == 2
+    assert "tokens a clip" in done.out and "3 clips of 3 files" in done.out  # the good ones, all the same
+    assert not (tmp_path / "output").exists()
     assert done.err.startswith(f"error: {bad}: ") and len(done.err.splitlines()) == 1
 
     skipped = run("check", *small_run, "--data", bad.parent, "--skip-broken")

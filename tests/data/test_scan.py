@@ -17,6 +17,7 @@ from tworeel.data.scan import scan
 from tworeel.demo.clips import write_clips
 from tworeel.errors import UserError
 from tworeel.models.family import Traits
+from tworeel.workers import SilentObserver
 
 MakeConfig = Callable[..., DataConfig]
 
@@ -40,12 +41,24 @@ def dataset(tmp_path: Path, good_video: Path) -> Path:
     return tmp_path
 
 
+class Counting(SilentObserver):
+    """Counts what it sees."""
+
+    total = done = 0
+
+    def start(self, title: str, total: int) -> None:
+        self.total = total
+
+    def advance(self) -> None:
+        self.done += 1
+
+
 def test_a_good_dataset_becomes_clips_in_order(demo: Path, data_config: MakeConfig, traits: Traits) -> None:
-    ticks: list[int] = []
-    found = scan(data_config(demo), traits, tick=lambda: ticks.append(1))
+    watched = Counting()
+    found = scan(data_config(demo), traits, observer=watched)
     found.raise_problems()
     assert [clip.name for clip in found.clips] == [*(f"0/clip_{k}.mp4" for k in range(6)), "0/image.png"]
-    assert len(ticks) == 7
+    assert (watched.total, watched.done) == (7, 7)
     assert all(len(clip.frame_indices) == clip.bucket.frames for clip in found.clips)
     assert found.clips[-1].bucket.frames == 1
     assert {clip.bucket.frames for clip in found.clips[:-1]} == {17}
@@ -166,9 +179,10 @@ def test_an_image_dataset_is_fine_for_an_image_to_video_model(
     assert clip.bucket.frames == 1 and clip.frame_indices == (0,)
 
 
-def test_a_tick_that_raises_stops_the_scan(demo: Path, data_config: MakeConfig, traits: Traits) -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
+def test_an_observer_that_raises_stops_the_scan(demo: Path, data_config: MakeConfig, traits: Traits) -> None:
+    class Stopping(SilentObserver):
+        def advance(self) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        scan(data_config(demo), traits, tick=stop)
+        scan(data_config(demo), traits, observer=Stopping())

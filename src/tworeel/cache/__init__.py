@@ -2,6 +2,6 @@
 
 from tworeel.cache.build import CacheIndex, build_cache
 from tworeel.cache.store import BadEntry, CacheStore
-from tworeel.cache.workers import Observer, SilentObserver
+from tworeel.workers import Observer, SilentObserver
 
 __all__ = ["BadEntry", "CacheIndex", "CacheStore", "Observer", "SilentObserver", "build_cache"]

@@ -16,7 +16,11 @@ from torch import Tensor
 
 from tworeel.cache.keys import latent_key, text_key
 from tworeel.cache.store import CacheStore
-from tworeel.cache.workers import (
+from tworeel.data.clips import Clip
+from tworeel.data.media import content_hash
+from tworeel.data.pixels import load_clip, load_images
+from tworeel.models.family import Family, LatentEncoder, ModelSource, TextEncoder
+from tworeel.workers import (
     Observer,
     SharedJobs,
     SilentObserver,
@@ -25,10 +29,6 @@ from tworeel.cache.workers import (
     run_each,
     run_workers,
 )
-from tworeel.data.clips import Clip
-from tworeel.data.media import content_hash
-from tworeel.data.pixels import load_clip, load_images
-from tworeel.models.family import Family, LatentEncoder, ModelSource, TextEncoder
 
 CLIPS_AHEAD = 2  # decoded clips that wait for each encoder
 MAX_HASH_THREADS = 8

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from tworeel.cli import options
 from tworeel.cli.watching import watching
+from tworeel.errors import raise_if_any
 from tworeel.report.console import complain, console, say
 
 if TYPE_CHECKING:
     from tworeel.config import RunConfig
+    from tworeel.data.scan import Scan
+    from tworeel.models.family import Traits
     from tworeel.training.preflight import Plan
 
 
@@ -40,29 +43,31 @@ def check(
     )
     # Slow imports, after what needs none of them
     from tworeel.report.tables import model_lines
-    from tworeel.training.preflight import preflight
+    from tworeel.training.preflight import survey
 
     with watching() as observer:
-        plan = preflight(run_config, observer)
-    for line in model_lines(plan.source):
+        found = survey(run_config, observer)
+    for line in model_lines(found.source) if found.source else []:
         say(line)
-    _show_data(run_config, plan)
-    _show_stages(plan)
+    if found.source and found.scan:
+        _show_data(run_config, found.scan, found.source.traits)
+    raise_if_any(found.problems)
+    assert found.plan is not None, "neither a plan nor a problem"
+    _show_stages(found.plan)
 
 
-def _show_data(config: RunConfig, plan: Plan) -> None:
+def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
     from tworeel.report.tables import bucket_table, step_tokens
 
-    traits, clips = plan.source.traits, plan.clips
-    console.print(bucket_table(clips, traits))
-    enlarged = sum(file.enlarged for file in plan.scan.files)
-    say(f"{len(clips):,} clips of {len(plan.scan.files):,} files")
-    say(f"{len(plan.scan.truncated):,} files are longer than their clips; {enlarged:,} are enlarged")
+    console.print(bucket_table(scan.clips, traits))
+    enlarged = sum(file.enlarged for file in scan.files)
+    say(f"{len(scan.clips):,} clips of {len(scan.files):,} files")
+    say(f"{len(scan.truncated):,} files are longer than their clips; {enlarged:,} are enlarged")
     weights = [source.weight * source.repeats for source in config.data.sources]
-    mean, most = step_tokens(clips, weights, traits, config.train.micro_batches)
+    mean, most = step_tokens(scan.clips, weights, traits, config.train.micro_batches)
     count = config.train.micro_batches
     say(f"An optimizer step is {count} clips: {mean:,.0f} tokens on average, at most {most:,}")
-    for line in plan.scan.skipped:
+    for line in scan.skipped:
         complain("skipped", line)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tworeel.data.metadata import Entry, Listing, read_source
 from tworeel.data.windows import choose_windows, count_slots
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Traits
+from tworeel.workers import Observer, SilentObserver, run_each
 
 MAX_WORKERS = 8
 
@@ -105,7 +105,7 @@ class _Outcome:
     broken: tuple[str, ...] = ()
 
 
-def scan(data: DataConfig, traits: Traits, *, tick: Callable[[], None] | None = None) -> Scan:
+def scan(data: DataConfig, traits: Traits, *, observer: Observer | None = None) -> Scan:
     """Read every file of the dataset strictly and cut it into clips.
 
     Problems are collected, not raised: see `Scan.raise_problems`. With `data.skip_broken` the problems of
@@ -114,7 +114,7 @@ def scan(data: DataConfig, traits: Traits, *, tick: Callable[[], None] | None = 
     Args:
         data: the configuration.
         traits: the model that the clips are for.
-        tick: called after each file; may raise to stop.
+        observer: sees the progress, and may stop it.
 
     Raises:
         UserError: nothing is left to train on; lists every problem.
@@ -122,7 +122,7 @@ def scan(data: DataConfig, traits: Traits, *, tick: Callable[[], None] | None = 
     listings = [read_source(source.path) for source in data.sources]
     problems = bucket_problems(data, traits) + [p for listing in listings for p in listing.problems]
     broken = [line for listing in listings for line in listing.broken]
-    outcomes = list(_read_all(_tasks(listings), _plan(data, traits), tick))
+    outcomes = _read_all(list(_tasks(listings)), _plan(data, traits), observer or SilentObserver())
     broken += [line for outcome in outcomes for line in outcome.broken]
     clips = tuple(clip for outcome in outcomes for clip in outcome.clips)
     if not clips:
@@ -148,17 +148,13 @@ def _tasks(listings: list[Listing]) -> Iterator[_Task]:
             yield _Task(entry, source, f"{source}/{entry.name}{again}")
 
 
-def _read_all(tasks: Iterator[_Task], plan: _Plan, tick: Callable[[], None] | None) -> Iterator[_Outcome]:
-    """Read files side by side; outcomes come in the order of the tasks."""
+def _read_all(tasks: list[_Task], plan: _Plan, observer: Observer) -> list[_Outcome]:
+    """Read files side by side; outcomes are in the order of the tasks."""
     # Threads suffice: decoders release the interpreter lock.
-    pool = ThreadPoolExecutor(min(MAX_WORKERS, os.cpu_count() or 1))
-    try:
-        for outcome in pool.map(lambda task: _read_task(task, plan), tasks):
-            yield outcome
-            if tick:
-                tick()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    threads = min(MAX_WORKERS, os.cpu_count() or 1)
+    order = range(len(tasks))
+    outcomes = run_each("Scanning clips", lambda i: _read_task(tasks[i], plan), order, threads, observer)
+    return [outcomes[i] for i in order]
 
 
 def _read_task(task: _Task, plan: _Plan) -> _Outcome:

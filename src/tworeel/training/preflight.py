@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tworeel.cache.workers import Observer
-from tworeel.config.schema import DataConfig, RunConfig, TrainConfig
+from tworeel.config.schema import RunConfig, TrainConfig
 from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
 from tworeel.data.scan import Scan, scan
@@ -30,6 +29,7 @@ from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder, make_writable
 from tworeel.weights.loading import check_weights
 from tworeel.weights.tensor_files import TensorFiles
+from tworeel.workers import Observer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +97,49 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What was found, and everything that is wrong with it; only without problems there is a plan."""
+
+    problems: tuple[str, ...]
+    source: ModelSource | None = None
+    scan: Scan | None = None
+    plan: Plan | None = None
+
+
 def preflight(config: RunConfig, observer: Observer) -> Plan:
-    """Look at everything that a run needs, and find out all that is wrong with it.
+    """Look at everything that a run needs, make the cache's folder, and make a plan.
 
     Raises:
-        UserError: lists every problem of the model, the devices, the LoRA and the data.
+        UserError: lists every problem of the model, the devices, the LoRA, the data and the cache's folder.
     """
+    found = survey(config, observer)
+    problems = list(found.problems)
+    with collected(problems):
+        make_writable(cache_folder(config), "the cache")
+    raise_if_any(problems)
+    assert found.plan is not None, "neither a plan nor a problem"
+    return found.plan
+
+
+def survey(config: RunConfig, observer: Observer) -> Survey:
+    """Look at everything that a run needs, and find out all that is wrong with it. Nothing is written."""
     problems: list[str] = []
-    init_from: LoraFile | None = None
     with collected(problems):
         require_optimizer(config.train)
     with collected(problems):
         RunFolder(config.train.output).lora(config.train.name)
     with collected(problems):
-        make_writable(cache_folder(config), "the cache")
-    family, source = _locate_or_explain(config, problems)
+        return _survey_model(config, *locate_model(model_request(config)), problems, observer)
+    problems += _problems_without_model(config)
+    return Survey(problems=tuple(problems))
+
+
+def _survey_model(
+    config: RunConfig, family: Family, source: ModelSource, problems: list[str], observer: Observer
+) -> Survey:
+    found: Scan | None = None
+    init_from: LoraFile | None = None
     transformer = family.build_transformer(source.transformer)
     with collected(problems):
         files = TensorFiles(*source.transformer.files)
@@ -125,12 +153,13 @@ def preflight(config: RunConfig, observer: Observer) -> Plan:
     with collected(problems):
         placement = _place(transformer, config, family)
     with collected(problems):
-        found = scan_data(config.data, source.traits, observer)
+        found = scan(config.data, source.traits, observer=observer)
         problems += found.problems
     with collected(problems):
         noise_levels(config.train, source.traits).require_some()
-    raise_if_any(problems)
-    return Plan(
+    if problems or found is None:
+        return Survey(problems=tuple(problems), source=source, scan=found)
+    plan = Plan(
         family=family,
         source=source,
         scan=found,
@@ -139,21 +168,19 @@ def preflight(config: RunConfig, observer: Observer) -> Plan:
         targets=tuple(targets),
         init_from=init_from,
     )
+    return Survey(problems=(), source=source, scan=found, plan=plan)
 
 
-def _locate_or_explain(config: RunConfig, problems: list[str]) -> tuple[Family, ModelSource]:
-    """Find the model; without one, still say what is wrong with the devices and the datasets' files."""
-    try:
-        return locate_model(model_request(config))
-    except UserError as error:
-        problems += error.problems
+def _problems_without_model(config: RunConfig) -> list[str]:
+    """What is wrong with the devices and the datasets' files: that much needs no model."""
+    problems: list[str] = []
+    with collected(problems):
+        resolve_devices(config.engine.devices)
+    for source in config.data.sources:
         with collected(problems):
-            resolve_devices(config.engine.devices)
-        for source in config.data.sources:
-            with collected(problems):
-                listing = read_source(source.path)
-                problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
-        raise UserError(*problems) from None
+            listing = read_source(source.path)
+            problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
+    return problems
 
 
 def _start_problems(
@@ -168,24 +195,6 @@ def _start_problems(
 def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
     """Key in the transformer's files -> parameter name."""
     return partial(family.parameter_name, source.transformer.layout)
-
-
-def scan_data(data: DataConfig, traits: Traits, observer: Observer) -> Scan:
-    """Scan the dataset under the observer's eyes.
-
-    Raises:
-        UserError: nothing is left to train on.
-    """
-
-    def tick() -> None:
-        observer.poll()
-        observer.advance()
-
-    observer.start("Scanning clips", 0)
-    try:
-        return scan(data, traits, tick=tick)
-    finally:
-        observer.finish()
 
 
 def _place(transformer: nn.Module, config: RunConfig, family: Family) -> Placement:

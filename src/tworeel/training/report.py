@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tworeel.cache.workers import Observer, SilentObserver
+from tworeel.workers import Observer, SilentObserver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tworeel.cache.workers import SharedJobs, SilentObserver, run_ahead, run_each, run_workers
+from tworeel.workers import SharedJobs, SilentObserver, run_ahead, run_each, run_workers
 
 
 class Stop(BaseException):
