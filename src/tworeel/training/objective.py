@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tworeel.engine.passage import send
 from tworeel.errors import UserError
 
 STEPS = 1000
@@ -97,8 +98,8 @@ def flow_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         target: noise - x_0, fp32, the same shape.
         mask: fp32, broadcastable; 0 where the loss is not counted.
     """
-    squared = (output.float() - target.to(output.device)).square()
+    squared = (output.float() - send(target, output.device)).square()
     if mask is None:
         return squared.mean()
-    mask = mask.to(output.device).expand_as(squared)
+    mask = send(mask, output.device).expand_as(squared)
     return (squared * mask).sum() / mask.sum()
