@@ -108,6 +108,8 @@ def rows(found: dict[str, float], arguments: argparse.Namespace) -> list[tuple[s
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all of it in a folder that is removed afterwards."""
     size, rounds = arguments.megabytes * MB, arguments.rounds
+    if arguments.folder is not None:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         return {

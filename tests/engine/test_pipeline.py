@@ -152,7 +152,7 @@ def test_gradients_add_to_those_that_are_there():
 
 
 @pytest.mark.parametrize("failing", [0, 3, 7])
-@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
+@pytest.mark.parametrize("where", ["forward", "block", "loss", "backward"])
 def test_a_failing_micro_batch_ends_the_step_with_its_own_error_and_leaves_no_thread(where, failing):
     class Break(torch.autograd.Function):
         @staticmethod
@@ -163,10 +163,17 @@ def test_a_failing_micro_batch_ends_the_step_with_its_own_error_and_leaves_no_th
         def backward(ctx, grad):
             raise ArithmeticError("broken in backward")
 
+    here = threading.local()
+
     def forward(model: nn.Module, numbered: tuple[int, dict]) -> torch.Tensor:
+        here.number = numbered[0]
         if numbered[0] == failing and where == "forward":
             raise ArithmeticError("broken in forward")
         return model(**numbered[1])
+
+    def inside_a_recomputed_block(*_: object) -> None:
+        if here.number == failing and where == "block":
+            raise ArithmeticError("broken in block")
 
     def loss(output, numbered: tuple[int, dict]) -> torch.Tensor:
         value = square_loss(output, numbered[1])
@@ -176,6 +183,7 @@ def test_a_failing_micro_batch_ends_the_step_with_its_own_error_and_leaves_no_th
 
     batches = [(n, make_micro_batch("t2v", torch.float32, n)) for n in range(8)]
     model = make_wan("t2v", torch.float32)
+    model.blocks[3].ffn.register_forward_hook(inside_a_recomputed_block)
     pipeline = Pipeline(model, ["cpu"] * 3, residency="recompute", forward=forward)
     before = threading.active_count()
     with pytest.raises(ArithmeticError, match=f"broken in {where}"):

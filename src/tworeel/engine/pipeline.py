@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Action, in_flight, one_f_one_b
 from tworeel.engine.split import Split, find_split, split
 from tworeel.engine.timeline import Span, Timeline
-from tworeel.engine.turnstile import Aborted, Turnstile
+from tworeel.engine.turnstile import Turnstile
 
 Loss = Callable[[Any, Any], Tensor]
 """(the model's output, the micro-batch) -> scalar, on the last stage's device."""
@@ -150,9 +151,10 @@ class _Step:
         try:
             with _autocast(self.autocast), self.split.passage(carrier := _Carrier(self, number)) as passage:
                 return self._carry(carrier, passage, micro_batch)
-        except Aborted:
-            raise
         except BaseException as error:
+            # An error keeps the frames it came through, and these the activations. In torch 2.11 an open
+            # checkpoint is among them, which only its own thread can close.
+            traceback.clear_frames(error.__traceback__)
             self.turnstile.abort(error)
             raise
 
