@@ -56,7 +56,7 @@ def train(
         train__output=output,
         train__steps=steps,
     )
-    _show_result(run_config, _run(run_config, resume_from or resume))
+    _show_result(_run(run_config, resume_from or resume))
 
 
 def _run(config: RunConfig, resume: bool | Path) -> Result:
@@ -75,13 +75,13 @@ def _run(config: RunConfig, resume: bool | Path) -> Result:
         raise
 
 
-def _show_result(config: RunConfig, result: Result) -> None:
+def _show_result(result: Result) -> None:
     from tworeel.report.plots import plot_loss
     from tworeel.report.tables import closing_lines
     from tworeel.training.run_folder import RunFolder
 
     folder, plot = RunFolder(result.folder), result.folder / "loss.png"
     plot_loss(folder.metrics, plot)
-    for line in closing_lines(result.lora, folder.config, steps=result.steps, expert=config.model.expert):
+    for line in closing_lines(result.lora, folder.config, steps=result.steps, expert=result.expert):
         say(line)
     say(f"  loss curve: {plot}")

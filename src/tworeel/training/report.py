@@ -33,6 +33,8 @@ class Result:
     lora: Path
     steps: int
     folder: Path
+    expert: str | None = None
+    """Which expert of the model the LoRA is for."""
 
 
 class RunObserver(Observer, Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -148,9 +149,23 @@ def _train(
         restore_state(checkpoint, model, optimizer)
         leave_course(store, checkpoint, batches.fingerprint, observer)
     trainer = Trainer(Pipeline(division, forward=run_transformer), optimizer, config.train, observer)
-    run = _Run(config, plan, folder, store, trainer, observer, batches)
+    run = _Run(
+        config=config,
+        plan=plan,
+        folder=folder,
+        store=store,
+        trainer=trainer,
+        observer=observer,
+        batches=batches,
+    )
+    run.require_space()
     run.go(checkpoint.step if checkpoint else 0)
-    return Result(lora=folder.lora(config.train.name), steps=config.train.steps, folder=folder.path)
+    return Result(
+        lora=folder.lora(config.train.name),
+        steps=config.train.steps,
+        folder=folder.path,
+        expert=plan.source.traits.expert,
+    )
 
 
 def _micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBatches:
@@ -166,35 +181,29 @@ def _micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBat
     )
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """The loop over the steps, with what is written on the way."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        plan: Plan,
-        folder: RunFolder,
-        store: CheckpointStore,
-        trainer: Trainer,
-        observer: RunObserver,
-        batches: MicroBatches,
-    ) -> None:
-        self._config = config
-        self._plan = plan
-        self._folder = folder
-        self._store = store
-        self._trainer = trainer
-        self._observer = observer
-        self._batches = batches
-        self._clips = batches.fingerprint
-        trained = sum(p.nbytes for p in lora_parameters(trainer.model).values())
-        # Weights and two moments a checkpoint; one more than is kept stands while it is written.
-        self._checkpoint_size = 3 * trained
-        require_space(
-            folder.path,
-            (config.train.keep_checkpoints + 1) * self._checkpoint_size + trained,
-            "this run's checkpoints and LoRA",
-        )
+    config: RunConfig
+    plan: Plan
+    folder: RunFolder
+    store: CheckpointStore
+    trainer: Trainer
+    observer: RunObserver
+    batches: MicroBatches
+
+    def require_space(self) -> None:
+        """Raise `OutOfSpace` unless this run's checkpoints and its LoRA will fit on the disk."""
+        # One more than is kept stands while it is written.
+        checkpoints = (self.config.train.keep_checkpoints + 1) * self._checkpoint_size
+        needed = checkpoints + self._checkpoint_size // 3
+        require_space(self.folder.path, needed, "this run's checkpoints and LoRA")
+
+    @property
+    def _checkpoint_size(self) -> int:
+        """Bytes of the LoRA's weights and two moments."""
+        return 3 * sum(p.nbytes for p in lora_parameters(self.trainer.model).values())
 
     def go(self, done: int) -> None:
         """Train from step `done` on, and write the LoRA.
@@ -202,49 +211,49 @@ class _Run:
         Raises:
             Stopped: a signal came; the steps that were finished are saved.
         """
-        steps = self._config.train.steps
-        board = self._folder.tensorboard if self._config.train.tensorboard else None
-        self._observer.train(done + 1, steps)
+        steps = self.config.train.steps
+        board = self.folder.tensorboard if self.config.train.tensorboard else None
+        self.observer.train(done + 1, steps)
         with (
-            MetricsLog(self._folder.metrics, done, board) as metrics,
-            closing(self._batches.ahead(done, steps)) as ahead,
+            MetricsLog(self.folder.metrics, done, board) as metrics,
+            closing(self.batches.ahead(done, steps)) as ahead,
         ):
             try:
                 for step, micro_batches in ahead:
-                    report = self._trainer.step(step, micro_batches)
+                    report = self.trainer.step(step, micro_batches)
                     done = step + 1
                     metrics.write(done, _as_metrics(report))
-                    self._observer.step(report)
+                    self.observer.step(report)
                     self._export_if_due(done)
-                    if done % self._config.train.save_every == 0 or done == steps:
+                    if done % self.config.train.save_every == 0 or done == steps:
                         self._save(done, metrics)
-                    self._observer.poll()
+                    self.observer.poll()
             except Stopped:
-                if done not in self._store.steps():
+                if done not in self.store.steps():
                     self._save(done, metrics)
                 raise
-        self._export(steps, self._config.train.name)
+        self._export(steps, self.config.train.name)
 
     def _save(self, step: int, metrics: MetricsLog) -> None:
         metrics.sync()
-        require_space(self._folder.path, self._checkpoint_size, "a checkpoint")
+        require_space(self.folder.path, self._checkpoint_size, "a checkpoint")
         save_state(
-            self._store,
+            self.store,
             step,
-            self._trainer.model,
-            self._trainer.optimizer,
-            config=self._config,
-            clips=self._clips,
+            self.trainer.model,
+            self.trainer.optimizer,
+            config=self.config,
+            clips=self.batches.fingerprint,
         )
 
     def _export_if_due(self, step: int) -> None:
         """Before the checkpoint of the same step: a run that is killed between the two writes it again."""
-        every = self._config.train.export_every
-        if every and step % every == 0 and step < self._config.train.steps:
-            self._export(step, f"{self._config.train.name}-{step:06d}")
+        every = self.config.train.export_every
+        if every and step % every == 0 and step < self.config.train.steps:
+            self._export(step, f"{self.config.train.name}-{step:06d}")
 
     def _export(self, step: int, name: str) -> None:
-        config, traits = self._config, self._plan.source.traits
+        config, traits = self.config, self.plan.source.traits
         metadata = describe_run(
             version=__version__,
             model=traits.variant,
@@ -253,12 +262,12 @@ class _Run:
             alpha=config.lora.alpha or config.lora.rank,
             precision=config.model.dtype,
             steps=step,
-            dataset=_dataset_summary(self._plan),
+            dataset=_dataset_summary(self.plan),
         )
-        lora = export_lora(self._trainer.model)
-        path = self._folder.lora(name)
+        lora = export_lora(self.trainer.model)
+        path = self.folder.lora(name)
         with full_disk_as_user_error(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
-            save_lora(path, lora, "comfyui", self._plan.naming, metadata=metadata)
+            save_lora(path, lora, "comfyui", self.plan.naming, metadata=metadata)
 
 
 def _as_metrics(report: StepReport) -> dict[str, float]:
