@@ -32,7 +32,7 @@ class Trainer:
         pipeline: of the model with its LoRA.
         optimizer: of the LoRA's parameters.
         config: of the training.
-        observer: polled before each stage works, so that a signal ends a step within it.
+        observer: polled for each micro-batch, so that a signal ends a step within it.
     """
 
     def __init__(
