@@ -269,6 +269,24 @@ def test_wrong_use_is_refused_with_what_to_do():
         )
 
 
+def test_a_tensor_that_goes_from_stage_to_stage_uncut_is_explained():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.blocks[0](x).tanh()
+            y = first
+            for block in self.blocks[1:]:
+                y = block(y)
+            return y * first
+
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        Pipeline(Residual(), ["cpu", "cpu"]).step([torch.ones(1, 2)], lambda y, _: y.sum())
+    assert "uses a tensor of an earlier stage between its blocks" in caught.value.__notes__[0]
+
+
 def test_dropout_in_a_recomputed_block_is_refused():
     model = make_wan("t2v", torch.float32)
     model.blocks[1].attn1.to_out[1].p = 0.5

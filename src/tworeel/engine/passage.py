@@ -96,9 +96,17 @@ class Passage:
         """Run the backward of one stage; the last stage's starts from `loss`.
 
         Raises:
-            RuntimeError: whatever autograd raises.
+            RuntimeError: whatever autograd raises; with a note if a tensor went from stage to stage uncut.
         """
-        _backward(self._crossings[stage], loss)
+        try:
+            _backward(self._crossings[stage], loss)
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                error.add_note(
+                    f"stage {stage}: the forward uses a tensor of an earlier stage between its blocks "
+                    "and modules, where it is not cut; make that code a module of its own"
+                )
+            raise
         self._crossings[stage].clear()
         if stage == 0:
             for cuts in reversed(self._prologue):
