@@ -132,23 +132,17 @@ class Split:
     def _staged(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
         device = self.placement.devices[unit.stage]
 
-        def block(*args: Any, **kwargs: Any) -> Any:
+        def staged(*args: Any, **kwargs: Any) -> Any:
             passage = self._current()
             if passage is None:
                 args, kwargs = self._recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
-            args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=True)
-            return run_block(forward, args, kwargs, residency=self.residency, device=device)
-
-        def other(*args: Any, **kwargs: Any) -> Any:
-            passage = self._current()
-            if passage is None:
-                args, kwargs = self._recall(unit.stage, (args, kwargs))
-                return forward(*args, **kwargs)
-            args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=False)
+            args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
+            if unit.is_block:
+                return run_block(forward, args, kwargs, residency=self.residency, device=device)
             return passage.leave_prologue(forward(*args, **kwargs))
 
-        return block if unit.is_block else other
+        return staged
 
     def _current(self) -> Passage | None:
         """This thread's passage while its forward runs."""
