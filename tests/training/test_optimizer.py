@@ -70,9 +70,9 @@ def test_fused_is_left_out_where_a_device_has_no_kernel() -> None:
     assert not make_optimizer(parameters, TrainConfig()).defaults["fused"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
-def test_eight_bit_without_its_package_says_how_to_get_it() -> None:
+def test_eight_bit_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(optimizer="adamw8bit")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"train\.optimizer = 'adamw8bit': needs bitsandbytes; pip install"):
         require_optimizer(config)
     with pytest.raises(UserError):

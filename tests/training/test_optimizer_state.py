@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tworeel.config.schema import TrainConfig
 from tworeel.training.checkpoint import CheckpointError, CheckpointStore
+from tworeel.training.optimizer import make_optimizer
 from tworeel.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 SHAPES = {"a": (4, 6), "b": (6, 3), "c.weight": (5,), "d": (2, 2)}
@@ -88,27 +90,27 @@ def test_the_restored_state_shares_no_memory_with_the_checkpoint() -> None:
     assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
 
 
-def test_state_of_eight_bits_and_plain_numbers_comes_back(tmp_path: Path) -> None:
-    """The shape of bitsandbytes' state: one table that all parameters share, and a count that is an int."""
-    named = parameters()
-    optimizer = torch.optim.AdamW(named.values())
-    table = torch.linspace(-1, 1, 256)
-    for parameter in named.values():
-        optimizer.state[parameter] = {
-            "step": 7,
-            "state1": torch.arange(parameter.numel(), dtype=torch.uint8).reshape(parameter.shape),
-            "absmax1": torch.rand(1),
-            "qmap1": table,
-        }
-    saved = through_disk(tmp_path, *optimizer_tensors(optimizer, list(SHAPES)))
-    others = parameters()
-    back = torch.optim.AdamW(others.values())
-    restore_optimizer(back, list(SHAPES), *saved)
-    for name in SHAPES:
-        kept, got = optimizer.state[named[name]], back.state[others[name]]
-        assert (kept.pop("step"), got.pop("step")) == (7, 7)
-        assert kept.keys() == got.keys()
-        assert all(kept[key].dtype == got[key].dtype and torch.equal(kept[key], got[key]) for key in kept)
+def test_a_resumed_eight_bit_adamw_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    """bitsandbytes keeps small parameters in fp32, large ones as bytes with tables and scales."""
+
+    def build() -> tuple[nn.Parameter, nn.Parameter, torch.optim.Optimizer]:
+        made = torch.Generator().manual_seed(0)
+        large, small = (nn.Parameter(torch.randn(shape, generator=made)) for shape in ((128, 64), (8, 8)))
+        return large, small, make_optimizer([large, small], TrainConfig(optimizer="adamw8bit"))
+
+    names = ["large", "small"]
+    *straight, whole = build()
+    steps(whole, dict(zip(names, straight, strict=True)), 0, 2)
+    saved = through_disk(tmp_path, *optimizer_tensors(whole, names))
+    assert saved[0]["large.state1"].dtype is torch.uint8
+    *resumed, again = build()
+    with torch.no_grad():
+        for mine, theirs in zip(resumed, straight, strict=True):
+            mine.copy_(theirs)
+    restore_optimizer(again, names, *saved)
+    steps(whole, dict(zip(names, straight, strict=True)), 2, 4)
+    steps(again, dict(zip(names, resumed, strict=True)), 2, 4)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(resumed, straight, strict=True))
 
 
 def test_an_optimizer_that_does_not_fit_is_refused_with_every_reason() -> None:
