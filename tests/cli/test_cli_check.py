@@ -40,3 +40,16 @@ def test_a_missing_model_and_a_missing_dataset_are_both_named(run: Run) -> None:
     done = run("check", "--model", "./nowhere", "--data", "no-clips", "--devices", "cpu")
     assert done.code == 2
     assert "nowhere" in done.err and "no-clips" in done.err and "Traceback" not in done.err
+
+
+def test_a_file_where_the_run_or_the_cache_shall_be_is_told_and_nothing_is_made(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = run("check", *small_run, "--output", "file", "--set", "cache.folder=file/cache")
+    assert done.code == 2
+    assert done.err.splitlines() == [
+        f"error: {tmp_path / 'file'} is a file; a run needs a folder",
+        f"error: {tmp_path / 'file' / 'cache'}: {tmp_path / 'file'} is a file; the cache needs a folder",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

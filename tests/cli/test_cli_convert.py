@@ -17,6 +17,7 @@ Run = Callable[..., Any]
         (["there.safetensors", "new.safetensors", "--to", "confyui"], "confyui"),
         (["there.safetensors", "new.safetensors", "--family", "wam"], "did you mean 'wan'?"),
         (["there.safetensors", "new.safetensors"], "there.safetensors"),
+        (["there.safetensors", "new.pt"], "new.pt: must end in .safetensors"),
     ],
 )
 def test_what_cannot_be_converted_is_one_line(

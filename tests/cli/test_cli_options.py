@@ -29,3 +29,5 @@ def test_options_are_stronger_than_settings_and_settings_than_the_file(tmp_path:
 def test_a_setting_without_a_value_is_refused() -> None:
     with pytest.raises(UserError, match="must be KEY=VALUE"):
         read_config(None, ["train.steps"])
+    with pytest.raises(UserError, match="must be KEY=VALUE"):
+        read_config(None, ["=1"])

@@ -27,6 +27,14 @@ def test_a_run_is_trained_kept_from_being_overwritten_and_resumed(
     assert again.code == 2
     assert "holds a run with checkpoints; go on with --resume" in again.err
 
+    looked = run("check", *small_run)
+    assert looked.code == 0 and "holds a run: 'tworeel train' needs --resume" in looked.out
+
+    wider = run("train", tmp_path / "output" / "config.toml", "--resume", "--steps", "3", "--rank", "4")
+    (line,) = wider.err.splitlines()
+    assert wider.code == 2 and line.startswith("error: lora.rank = 4: ") and "was trained with 2" in line
+    assert "Reading" not in wider.out
+
     more = run("train", tmp_path / "output" / "config.toml", "--resume", "--steps", "3")
     assert more.code == 0, more.err
     assert "resuming after step 2" in more.out

@@ -54,6 +54,7 @@ def check(
     raise_if_any(found.problems)
     assert found.plan is not None, "neither a plan nor a problem"
     _show_stages(found.plan)
+    _show_what_to_do(run_config)
 
 
 def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
@@ -61,7 +62,7 @@ def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
 
     console.print(bucket_table(scan.clips, traits))
     enlarged = sum(file.enlarged for file in scan.files)
-    say(f"{len(scan.clips):,} clips of {len(scan.files):,} files")
+    say(f"{_count(len(scan.clips), 'clip')} of {_count(len(scan.files), 'file')}")
     say(f"{len(scan.truncated):,} files are longer than their clips; {enlarged:,} are enlarged")
     weights = [source.weight * source.repeats for source in config.data.sources]
     mean, most = step_tokens(scan.clips, weights, traits, config.train.micro_batches)
@@ -71,8 +72,26 @@ def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
         complain("skipped", line)
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def _show_stages(plan: Plan) -> None:
     bounds = plan.placement.boundaries
     for stage, device in enumerate(plan.placement.devices):
         say(f"Stage {stage}: {device}, blocks {bounds[stage]} to {bounds[stage + 1] - 1}")
-    say(f"The LoRA adapts {len(plan.targets):,} layers. Nothing is wrong: 'tworeel train' can start.")
+    say(f"The LoRA adapts {len(plan.targets):,} layers.")
+
+
+def _show_what_to_do(config: RunConfig) -> None:
+    from tworeel.training.checkpoint import CheckpointStore
+    from tworeel.training.run_folder import RunFolder
+
+    folder = RunFolder(config.train.output)
+    if CheckpointStore(folder.checkpoints).steps():
+        say(
+            f"Nothing is wrong, but {folder.path} holds a run: 'tworeel train' needs --resume to go on "
+            "with it, or another --output."
+        )
+    else:
+        say("Nothing is wrong: 'tworeel train' can start.")

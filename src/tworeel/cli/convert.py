@@ -30,6 +30,8 @@ def convert(
     if family not in FAMILIES:
         known = f"{did_you_mean(family, FAMILIES)}; allowed: {', '.join(FAMILIES)}"
         raise UserError(f"--family {family}: unknown family{known}")
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: must end in .safetensors, as LoRA files do")
     if target.exists():
         raise UserError(f"{target}: exists already; remove it or choose another name")
     try:

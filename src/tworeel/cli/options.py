@@ -78,6 +78,6 @@ def device_list(text: str | None) -> list[str] | None:
 
 def _key_and_value(setting: str) -> tuple[str, str]:
     key, equals, value = setting.partition("=")
-    if not equals:
+    if not equals or not key.strip():
         raise UserError(f"--set {setting}: must be KEY=VALUE, for example train.steps=2000")
     return key.strip(), value.strip()

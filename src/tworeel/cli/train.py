@@ -72,6 +72,8 @@ def _run(config: RunConfig, resume: bool | Path) -> Result:
     except Stopped:
         if folder.checkpoints.exists():
             say(f"Stopped. Go on with: {resume_command(folder.config)}")
+        else:
+            say("Stopped before the first step. The same command starts again; what is cached stays.")
         raise
 
 

@@ -15,6 +15,7 @@ from tworeel.errors import UserError
 from tworeel.files import remove, write_text_atomic
 from tworeel.report.console import console, say
 from tworeel.training.devices import available_devices
+from tworeel.training.space import require_space
 
 MARKER = ".tworeel-demo"
 """A folder with this file was made by the demo, which may replace what it wrote there."""
@@ -35,6 +36,9 @@ CONTENTS = {
 }
 """What the demo writes, and what each of it is; the most useful first."""
 NOTE = "WHAT_IS_WHAT.txt"
+
+_NEEDED_SPACE = 32 * 1024**2
+"""Bytes; more than all of it takes."""
 
 _CONFIG = """\
 # What the demo trains. Every option that is not here has its default; 'tworeel config' lists them all.
@@ -79,9 +83,10 @@ def run_demo(folder: Path, run: Callable[[Sequence[str]], None]) -> None:
         run: runs the program with these arguments, as a user would.
 
     Raises:
-        UserError: the folder holds something that is not the demo's.
+        UserError: the folder holds something that is not the demo's, or the disk has no room for it.
     """
     _clear(folder)
+    require_space(folder, _NEEDED_SPACE, "the demo")
     say(f"A tiny Wan model with random weights, and drawn clips with captions, in {folder}:")
     write_checkpoint(folder / "model", variant=VARIANT, layout="native")
     clips = write_clips(folder / "clips")

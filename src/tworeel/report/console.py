@@ -53,6 +53,8 @@ def _set_up_logging() -> None:
     handler.addFilter(_Once())
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("tworeel").setLevel(logging.INFO)
+    # Where the extra `eightbit` is installed, diffusers imports it, and it warns of kernels that nobody needs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     warnings.simplefilter("once")
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):

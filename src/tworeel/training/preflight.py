@@ -26,7 +26,7 @@ from tworeel.models.locate import locate_model
 from tworeel.training.devices import resolve_devices
 from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
 from tworeel.training.optimizer import require_optimizer
-from tworeel.training.run_folder import RunFolder, make_writable
+from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
 from tworeel.weights.loading import check_weights
 from tworeel.weights.tensor_files import TensorFiles
 from tworeel.workers import Observer
@@ -117,7 +117,7 @@ def preflight(config: RunConfig, observer: Observer) -> Plan:
     problems = list(found.problems)
     with collected(problems):
         make_writable(cache_folder(config), "the cache")
-    raise_if_any(problems)
+    raise_if_any(dict.fromkeys(problems))  # a file in the cache's place was found already
     assert found.plan is not None, "neither a plan nor a problem"
     return found.plan
 
@@ -127,6 +127,9 @@ def survey(config: RunConfig, observer: Observer) -> Survey:
     problems: list[str] = []
     with collected(problems):
         require_optimizer(config.train)
+    for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
+        with collected(problems):
+            require_no_file(folder, what)
     with collected(problems):
         RunFolder(config.train.output).lora(config.train.name)
     with collected(problems):

@@ -58,7 +58,8 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
     """
     watched = observer or SilentRun()
     folder = RunFolder(config.train.output)
-    with folder.locked():
+    kept = "the checkpoints are intact; free some space, then --resume"
+    with full_disk_as_user_error(folder.path, "the run", kept), folder.locked():
         sweep_temporaries(folder.path)
         store = CheckpointStore(folder.checkpoints, keep=config.train.keep_checkpoints)
         checkpoint = find_checkpoint(store, resume, config, watched)

@@ -93,12 +93,23 @@ def make_writable(folder: Path, what: str) -> None:
     Raises:
         UserError: A file is in the way, or the folder cannot be made or written to.
     """
+    require_no_file(folder, what)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (FileExistsError, NotADirectoryError):
-        in_the_way = next(p for p in (folder, *folder.parents) if p.exists())
-        raise UserError(f"{folder}: {in_the_way} is a file; {what} needs a folder") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot write {what} there: {error.strerror}") from error
+
+
+def require_no_file(folder: Path, what: str) -> None:
+    """Raise `UserError` if there is a file where a folder, or one above it, has to be; nothing is made.
+
+    Args:
+        folder: its path.
+        what: What is to be written there, for example `"a run"`.
+    """
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if there and not there.is_dir():
+        where = "" if there == folder else f"{folder}: "
+        raise UserError(f"{where}{there} is a file; {what} needs a folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,8 @@ def find_checkpoint(
         observer: is told which checkpoint it is, and which were skipped.
 
     Raises:
-        UserError: a new run would write over an old one; no checkpoint is intact; or it has more steps than
-            the run shall have.
+        UserError: a new run would write over an old one; no checkpoint is intact; it has more steps than
+            the run shall have; or its LoRA has another rank or kind.
     """
     if resume is False:
         if store.steps():
@@ -102,6 +102,7 @@ def find_checkpoint(
             f"train.steps = {config.train.steps}: {checkpoint.path} has {checkpoint.step} steps already; "
             "ask for more steps, or resume from an earlier checkpoint"
         )
+    raise_if_any(_unfit(checkpoint, config))
     for line in skipped:
         observer.say(f"skipped a damaged checkpoint: {line}")
     for line in _changes(checkpoint.state["config"], config.model_dump(mode="json")):
@@ -123,6 +124,18 @@ def leave_course(store: CheckpointStore, checkpoint: Checkpoint, clips: str, obs
         observer.say(f"a later checkpoint was set aside: {moved}")
     if checkpoint.state["clips"] != clips:
         observer.say("changed since the checkpoint: the clips, their captions or the encoders")
+
+
+def _unfit(checkpoint: Checkpoint, config: RunConfig) -> Iterable[str]:
+    """Options that give the LoRA other tensors than the checkpoint has: said before a model is read."""
+    before, now = checkpoint.state["config"]["lora"], config.lora.model_dump(mode="json")
+    for name in ("rank", "dora"):
+        if before[name] != now[name]:
+            shown = str(before[name]).lower()
+            yield (
+                f"lora.{name} = {str(now[name]).lower()}: {checkpoint.path} was trained with {shown}; "
+                f"leave it at that, or start a new run with another --output"
+            )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
