@@ -13,6 +13,7 @@ from tiny_runs import Watcher
 
 from tworeel.config.schema import ModelConfig, RunConfig, SourceConfig
 from tworeel.errors import UserError
+from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.preflight import lora_targets, model_request, preflight, torch_dtype
 from tworeel.training.report import SilentRun
 from tworeel.training.run import train
@@ -110,6 +111,21 @@ def test_an_unknown_preset_names_those_there_are(make_config: MakeConfig) -> Non
 def test_targets_that_match_nothing_are_refused(make_config: MakeConfig) -> None:
     (line,) = problems_of(make_config(lora={"targets": ("attn3.to_q",)}))
     assert "attn3.to_q" in line
+
+
+def test_a_rank_beyond_the_layers_own_is_refused(make_config: MakeConfig) -> None:
+    (problem,) = problems_of(make_config(lora={"rank": 10**11}))
+    assert problem == "lora.rank = 100000000000: at most 128, the rank of the model's own layers"
+
+
+def test_an_occupied_folder_is_told_together_with_the_rest(make_config: MakeConfig) -> None:
+    config = make_config(engine={"devices": ("cuda:77",)})
+    CheckpointStore(config.train.output / "checkpoints").save(1, {"lora": {"a": torch.zeros(1)}}, {})
+    with pytest.raises(UserError) as caught:
+        train(config)
+    assert len(caught.value.problems) == 2
+    assert "holds a run with checkpoints" in caught.value.problems[0]
+    assert "cuda:77" in caught.value.problems[1]
 
 
 def test_a_schedule_without_levels_for_the_expert_is_refused(

@@ -32,11 +32,11 @@ def cache(
         cache__devices=options.device_list(devices),
         train__output=output,
     )
-    # Slow imports, after what needs none of them
-    from tworeel.training.preflight import preflight
-    from tworeel.training.run import cache_clips
-
     with watching() as observer:
+        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
+        from tworeel.training.preflight import preflight
+        from tworeel.training.run import cache_clips
+
         plan = preflight(run_config, observer)
         index = cache_clips(run_config, plan, observer)
     for line in plan.scan.skipped:

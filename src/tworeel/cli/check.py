@@ -41,11 +41,11 @@ def check(
         engine__devices=options.device_list(devices),
         train__output=output,
     )
-    # Slow imports, after what needs none of them
-    from tworeel.report.tables import model_lines
-    from tworeel.training.preflight import survey
-
     with watching() as observer:
+        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
+        from tworeel.report.tables import model_lines
+        from tworeel.training.preflight import survey
+
         found = survey(run_config, observer)
     for line in model_lines(found.source) if found.source else []:
         say(line)

@@ -61,15 +61,17 @@ def train(
 
 def _run(config: RunConfig, resume: bool | Path) -> Result:
     """Train; when a signal stops it, say how to go on."""
-    from tworeel.report.tables import resume_command
-    from tworeel.training.run import train as train_lora
-    from tworeel.training.run_folder import RunFolder
-
-    folder = RunFolder(config.train.output)
     try:
         with watching() as observer:
+            # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
+            from tworeel.training.run import train as train_lora
+
             return train_lora(config, resume=resume, observer=observer)
     except Stopped:
+        from tworeel.report.tables import resume_command
+        from tworeel.training.run_folder import RunFolder
+
+        folder = RunFolder(config.train.output)
         if folder.checkpoints.exists():
             say(f"Stopped. Go on with: {resume_command(folder.config)}")
         else:

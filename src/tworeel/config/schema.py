@@ -20,7 +20,8 @@ from pydantic import (
 )
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-FrameCount = Annotated[int, Field(ge=1)]
+FrameCount = Annotated[int, Field(ge=1, le=4093)]
+Pixels = Annotated[int, Field(ge=16, le=16384)]
 Precision = Literal["bfloat16", "float32", "float64"]
 
 
@@ -65,7 +66,7 @@ class DataConfig(Section):
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     """The datasets."""
-    resolution: tuple[PositiveInt, PositiveInt] = (832, 480)
+    resolution: tuple[Pixels, Pixels] = (832, 480)
     """Width and height in pixels; buckets of other aspect ratios have about the same area."""
     frames: Annotated[tuple[FrameCount, ...], Field(min_length=1)] = (1, 17, 33, 49)
     """Lengths that clips are cut to, each 4k+1 frames; a clip takes the longest that it fills."""

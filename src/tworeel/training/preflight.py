@@ -107,14 +107,19 @@ class Survey:
     plan: Plan | None = None
 
 
-def preflight(config: RunConfig, observer: Observer) -> Plan:
+def preflight(config: RunConfig, observer: Observer, known: Sequence[str] = ()) -> Plan:
     """Look at everything that a run needs, make the cache's folder, and make a plan.
+
+    Args:
+        config: of the run.
+        observer: sees the progress, and may stop it.
+        known: problems that were found before; they are listed with the others.
 
     Raises:
         UserError: lists every problem of the model, the devices, the LoRA, the data and the cache's folder.
     """
     found = survey(config, observer)
-    problems = list(found.problems)
+    problems = [*known, *found.problems]
     with collected(problems):
         make_writable(cache_folder(config), "the cache")
     raise_if_any(dict.fromkeys(problems))  # a file in the cache's place was found already
@@ -151,6 +156,7 @@ def _survey_model(
         init_from = load_lora(config.lora.init_from, Naming.of(family)) if config.lora.init_from else None
     with collected(problems):
         targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
+        raise_if_any(_rank_problems(config.lora.rank, transformer, targets))
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))
     with collected(problems):
@@ -184,6 +190,12 @@ def _problems_without_model(config: RunConfig) -> list[str]:
             listing = read_source(source.path)
             problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
     return problems
+
+
+def _rank_problems(rank: int, transformer: nn.Module, targets: Sequence[str]) -> list[str]:
+    weights = (transformer.get_submodule(name).get_parameter("weight") for name in targets)
+    most = max(min(weight.shape) for weight in weights)
+    return [f"lora.rank = {rank}: at most {most}, the rank of the model's own layers"] if rank > most else []
 
 
 def _start_problems(

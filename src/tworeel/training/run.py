@@ -16,6 +16,7 @@ from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
 from tworeel.engine import Pipeline, split
+from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.inject import inject_lora
@@ -62,8 +63,10 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
     with full_disk_as_user_error(folder.path, "the run", kept), folder.locked():
         sweep_temporaries(folder.path)
         store = CheckpointStore(folder.checkpoints, keep=config.train.keep_checkpoints)
-        checkpoint = find_checkpoint(store, resume, config, watched)
-        plan = preflight(config, watched)
+        problems: list[str] = []
+        with collected(problems):
+            checkpoint = find_checkpoint(store, resume, config, watched)
+        plan = preflight(config, watched, problems)
         write_text_atomic(folder.config, dump_config(config))
         with _memory_told(plan.placement.devices, folder):
             index = cache_clips(config, plan, watched)
