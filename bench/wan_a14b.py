@@ -44,13 +44,14 @@ from tworeel.engine import Pipeline, split
 from tworeel.lora.files import load_lora
 from tworeel.lora.naming import Naming
 from tworeel.models.wan.family import WAN
+from tworeel.training.assembly import cache_clips, load_model
 from tworeel.training.loop import StepReport
 from tworeel.training.micro_batches import MicroBatches, run_transformer, weighted_loss
 from tworeel.training.objective import NoiseLevels
 from tworeel.training.order import Order
 from tworeel.training.preflight import preflight, torch_dtype
 from tworeel.training.report import SilentRun
-from tworeel.training.run import cache_clips, load_model, train
+from tworeel.training.run import train
 from tworeel.training.space import require_space
 
 STEPS = 3

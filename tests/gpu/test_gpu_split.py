@@ -14,9 +14,9 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline, split
 from tworeel.demo.clips import write_clips
+from tworeel.training.assembly import load_model
 from tworeel.training.preflight import preflight
 from tworeel.training.report import SilentRun
-from tworeel.training.run import load_model
 
 pytestmark = pytest.mark.gpu
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tworeel.config.schema import RunConfig
+from tworeel.training.assembly import cache_clips, make_micro_batches
 from tworeel.training.micro_batches import MicroBatch, MicroBatches, weighted_loss
 from tworeel.training.objective import flow_loss
 from tworeel.training.order import generator_for
 from tworeel.training.preflight import preflight
 from tworeel.training.report import SilentRun
-from tworeel.training.run import _micro_batches, cache_clips
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -26,7 +26,7 @@ def make_batches(make_config: MakeConfig) -> Callable[..., MicroBatches]:
     def make(**sections: Any) -> MicroBatches:
         config = make_config(**sections)
         plan = preflight(config, SilentRun())
-        return _micro_batches(config, plan, cache_clips(config, plan, SilentRun()))
+        return make_micro_batches(config, plan, cache_clips(config, plan, SilentRun()))
 
     return make
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tworeel.config.schema import ModelConfig, RunConfig
 from tworeel.lora.inject import lora_layers
 from tworeel.lora.state import load_lora_state
-from tworeel.training import run
+from tworeel.training.assembly import cache_clips, load_model, make_micro_batches
 from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.preflight import preflight
 from tworeel.training.report import SilentRun
+from tworeel.training.run import train
 
 MakeConfig = Callable[..., RunConfig]
 MakeModel = Callable[..., ModelConfig]
@@ -30,8 +31,8 @@ MakeModel = Callable[..., ModelConfig]
 def trained_model(config: RunConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The model as the run had it after its last step, and inputs of a micro-batch."""
     plan = preflight(config, SilentRun())
-    batches = run._micro_batches(config, plan, run.cache_clips(config, plan, SilentRun()))
-    model = run.load_model(config, plan)
+    batches = make_micro_batches(config, plan, cache_clips(config, plan, SilentRun()))
+    model = load_model(config, plan)
     checkpoint, _ = CheckpointStore(config.train.output / "checkpoints").newest_intact()
     assert checkpoint is not None and checkpoint.step == config.train.steps
     load_lora_state(model, checkpoint.tensors["lora"])
@@ -76,7 +77,7 @@ def test_diffusers_gives_the_trainers_own_output(
         model_config = model_config.model_copy(update={"expert": "low"})
     # A rate at which the LoRA counts for far more than rounding
     config = make_config(model=model_config, lora=lora, train={"learning_rate": 2e-2})
-    path = run.train(config).lora
+    path = train(config).lora
     ours, inputs = trained_model(config)
     pipeline = WanImageToVideoPipeline if "i2v" in variant and "ti2v" not in variant else WanPipeline
     theirs, taken = in_diffusers(Path(model_config.path), subfolder, pipeline, path)

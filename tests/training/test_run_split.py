@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tworeel.config.schema import ModelConfig, RunConfig
 from tworeel.engine import Pipeline, split
 from tworeel.lora.state import lora_parameters
-from tworeel.training import run
+from tworeel.training.assembly import cache_clips, load_model, make_micro_batches
 from tworeel.training.micro_batches import run_transformer, weighted_loss
 from tworeel.training.preflight import preflight
 from tworeel.training.report import SilentRun
@@ -28,8 +28,8 @@ def gradients(
 ) -> tuple[list[Tensor], dict[str, Tensor], set[torch.Size]]:
     """Losses and gradients of one step: split, or (None) by plain PyTorch on the whole model."""
     plan = preflight(config, SilentRun())
-    batches = run._micro_batches(config, plan, run.cache_clips(config, plan, SilentRun())).of_step(0)
-    model = run.load_model(config, plan)
+    batches = make_micro_batches(config, plan, cache_clips(config, plan, SilentRun())).of_step(0)
+    model = load_model(config, plan)
     for parameter in (p for name, p in lora_parameters(model).items() if name.endswith("lora_B")):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     if stages is None:

@@ -34,8 +34,8 @@ def cache(
     )
     with watching() as observer:
         # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
+        from tworeel.training.assembly import cache_clips
         from tworeel.training.preflight import preflight
-        from tworeel.training.run import cache_clips
 
         plan = preflight(run_config, observer)
         index = cache_clips(run_config, plan, observer)

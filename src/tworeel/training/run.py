@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tworeel import __version__
-from tworeel.cache.build import CacheIndex, build_cache
-from tworeel.cache.store import CacheStore
+from tworeel.cache.build import CacheIndex
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
 from tworeel.engine import Pipeline, split
 from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
-from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from
 from tworeel.signals import Stopped
+from tworeel.training.assembly import cache_clips, load_model, make_micro_batches
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
-from tworeel.training.devices import out_of_memory, resolve_devices
+from tworeel.training.devices import out_of_memory
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
 from tworeel.training.optimizer import make_optimizer
-from tworeel.training.order import Order
 from tworeel.training.preflight import (
     Plan,
-    cache_folder,
-    noise_levels,
     preflight,
-    torch_dtype,
-    transformer_names,
 )
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
 from tworeel.training.space import full_disk_as_user_error, require_space
 from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
-from tworeel.weights.loading import load_weights
-from tworeel.weights.tensor_files import TensorFiles
 
 
 def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserver | None = None) -> Result:
@@ -73,60 +64,6 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
             return _train(config, plan, index, folder, store, checkpoint, watched)
 
 
-def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIndex:
-    """Encode what the cache does not hold yet; the encoders are gone when it returns.
-
-    Raises:
-        UserError: a clip cannot be encoded, or the disk is full.
-    """
-    folder = cache_folder(config)
-    with full_disk_as_user_error(folder, "the cache", "what it holds already is intact"):
-        return build_cache(
-            CacheStore(folder),
-            plan.family,
-            plan.source,
-            plan.clips,
-            devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
-            dtype=torch_dtype(config.cache.dtype),
-            empty_caption=config.train.caption_dropout > 0,
-            observer=observer,
-        )
-
-
-def load_model(config: RunConfig, plan: Plan, poll: Callable[[], None] = lambda: None) -> nn.Module:
-    """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it.
-
-    Args:
-        config: of the run.
-        plan: of the same; its transformer is filled.
-        poll: called before each tensor; may raise to stop.
-    """
-    base = torch_dtype(config.model.dtype)
-    keep = set(plan.family.keep_fp32)
-
-    def device_of(name: str) -> torch.device:
-        poll()
-        return plan.placement.device_of(name)
-
-    load_weights(
-        plan.transformer,
-        TensorFiles(*plan.source.transformer.files),
-        transformer_names(plan.family, plan.source),
-        device_of=device_of,
-        dtype_of=lambda name: torch.float32 if keep & set(name.split(".")) else base,
-    )
-    inject_lora(
-        plan.transformer,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha or config.lora.rank,
-        targets=plan.targets,
-        rslora=config.lora.rslora,
-        dora=config.lora.dora,
-        seed=config.train.seed,
-    )
-    return plan.transformer
-
-
 def _train(
     config: RunConfig,
     plan: Plan,
@@ -148,7 +85,7 @@ def _train(
         residency=config.engine.residency,
     )
     optimizer = make_optimizer(lora_parameters(model).values(), config.train)
-    batches = _micro_batches(config, plan, index)
+    batches = make_micro_batches(config, plan, index)
     if checkpoint is not None:
         restore_state(checkpoint, model, optimizer)
         leave_course(store, checkpoint, batches.fingerprint, observer)
@@ -169,19 +106,6 @@ def _train(
         steps=config.train.steps,
         folder=folder.path,
         expert=plan.source.traits.expert,
-    )
-
-
-def _micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBatches:
-    return MicroBatches(
-        family=plan.family,
-        traits=plan.source.traits,
-        clips=plan.clips,
-        index=index,
-        order=Order(plan.clips, [s.weight * s.repeats for s in config.data.sources], config.train.seed),
-        levels=noise_levels(config.train, plan.source.traits),
-        config=config.train,
-        dtype=torch_dtype(config.model.dtype),
     )
 
 
