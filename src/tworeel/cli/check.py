@@ -77,9 +77,9 @@ def _count(number: int, thing: str) -> str:
 
 
 def _show_stages(plan: Plan) -> None:
-    bounds = plan.placement.boundaries
     for stage, device in enumerate(plan.placement.devices):
-        say(f"Stage {stage}: {device}, blocks {bounds[stage]} to {bounds[stage + 1] - 1}")
+        blocks = plan.placement.blocks_of(stage)
+        say(f"Stage {stage}: {device}, blocks {blocks[0]} to {blocks[-1]}")
     say(f"The LoRA adapts {len(plan.targets):,} layers.")
 
 

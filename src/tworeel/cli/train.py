@@ -82,10 +82,11 @@ def _run(config: RunConfig, resume: bool | Path) -> Result:
 def _show_result(result: Result) -> None:
     from tworeel.report.plots import plot_loss
     from tworeel.report.tables import closing_lines
+    from tworeel.training.metrics import read_metrics
     from tworeel.training.run_folder import RunFolder
 
     folder, plot = RunFolder(result.folder), result.folder / "loss.png"
-    plot_loss(folder.metrics, plot)
+    plot_loss(read_metrics(folder.metrics), plot)
     for line in closing_lines(result.lora, folder.config, steps=result.steps, expert=result.expert):
         say(line)
     say(f"  loss curve: {plot}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from tworeel.data.errors import MediaError
 from tworeel.data.images import read_image
 from tworeel.data.video import frames_at, probe_video
+from tworeel.files import sha256_of
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -89,8 +89,7 @@ def content_hash(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal; raises `MediaError` if it cannot be read."""
     check_readable(path)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise MediaError(path, f"cannot be read: {error.strerror}") from error
 

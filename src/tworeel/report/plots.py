@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tworeel.errors import UserError
 from tworeel.files import write_bytes_atomic
@@ -14,17 +15,23 @@ SMOOTHED_STEPS = 50
 """How many steps the smoothed curve averages, about; in a short run a tenth of all."""
 
 
-def plot_loss(metrics_path: Path, png_path: Path) -> None:
-    """Draw the loss of each step, and smoothed, from `metrics.jsonl`.
+def plot_loss(metrics: Sequence[Mapping[str, Any]], png_path: Path) -> None:
+    """Draw the loss of each step, and smoothed.
+
+    Args:
+        metrics: `step` and `loss` of each step, as `metrics.jsonl` has them.
+        png_path: the picture; an older one is replaced.
 
     Raises:
         UserError: there is no step to draw.
     """
+    if not metrics:
+        raise UserError(f"{png_path}: there is no step that could be drawn")
     # A slow import that no other part needs
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps, losses = _losses(metrics_path)
+    steps, losses = [row["step"] for row in metrics], [row["loss"] for row in metrics]
     mean = RunningMean(1 - 1 / max(1, min(SMOOTHED_STEPS, len(steps) / 10)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -37,12 +44,3 @@ def plot_loss(metrics_path: Path, png_path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_bytes_atomic(png_path, buffer.getvalue())
-
-
-def _losses(path: Path) -> tuple[list[int], list[float]]:
-    """Steps and their losses; a last line that is still being written is left out."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    rows = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
-    if not rows:
-        raise UserError(f"{path}: holds no step that could be drawn")
-    return [row["step"] for row in rows], [row["loss"] for row in rows]
