@@ -12,12 +12,16 @@ A stage is a number, not a device: two stages may share one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from tworeel.engine.parking import Berth
+from tworeel.engine.streams import Arrival, start_copy
 
 
 class Gate(Protocol):
@@ -26,11 +30,20 @@ class Gate(Protocol):
     def advance(self, stage: int, to: int) -> None: ...
 
 
-class Cut(NamedTuple):
+@dataclass(eq=False)
+class Cut:
     """A place where the graph was cut: `leaf` stands for `source` on a later stage."""
 
     source: Tensor
     leaf: Tensor
+    gradient: Arrival | None = None
+    """The leaf's gradient on its way back to the source's device."""
+
+    def send_gradient(self) -> None:
+        """Begin to send the leaf's gradient back, if it has one by now."""
+        if self.leaf.grad is not None:
+            self.gradient = start_copy(self.leaf.grad, self.source.device)
+            self.leaf.grad = None
 
 
 class Passage:
@@ -42,12 +55,16 @@ class Passage:
     def __init__(self, devices: Sequence[torch.device], gate: Gate | None = None) -> None:
         self.stage = 0
         self.done = False
+        self.berths: dict[int, Berth] = {}
+        """What the last block on each stage has parked in host memory."""
         self._devices = devices
         self._gate = gate
         self._blocks_reached = False
         self._owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._under_way: dict[tuple[int, int], Arrival] = {}
         self._stand_ins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._crossings: list[list[Cut]] = [[] for _ in devices]
+        self._sources: list[list[Cut]] = [[] for _ in devices]
+        self._leaves: list[list[Cut]] = [[] for _ in devices]
         self._prologue: list[list[Cut]] = []
 
     def arrive(self, stage: int, inputs: Any, *, block: bool) -> Any:
@@ -58,15 +75,20 @@ class Passage:
             inputs: any nesting of tuples, lists and dicts; what is not a tensor passes through.
             block: the module is one of the blocks.
         """
-        for tensor in tree_leaves(inputs):
-            if isinstance(tensor, Tensor):
-                self._owner.setdefault(tensor, self.stage)
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._owner.setdefault(tensor, self.stage)
         self._blocks_reached |= block
+        if self.stage < stage:
+            # Before the gate: while this micro-batch waits for its turn, its tensors are under way.
+            self._depart(tensors, stage)
         while self.stage < stage:
             if self._gate is not None:
                 self._gate.advance(self.stage, self.stage + 1)
             self.stage += 1
-        return tree_map_only(Tensor, lambda tensor: self._bring(tensor, stage), inputs)
+        inputs = tree_map_only(Tensor, lambda tensor: self._bring(tensor, stage), inputs)
+        self._under_way.clear()
+        return inputs
 
     def leave_prologue(self, outputs: Any) -> Any:
         """Cut what a module before the blocks has made, so that several stages can use it.
@@ -99,7 +121,7 @@ class Passage:
             RuntimeError: whatever autograd raises; with a note if a tensor went from stage to stage uncut.
         """
         try:
-            _backward(self._crossings[stage], loss)
+            _backward(self._sources[stage], loss)
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 error.add_note(
@@ -107,44 +129,60 @@ class Passage:
                     "and modules, where it is not cut; make that code a module of its own"
                 )
             raise
-        self._crossings[stage].clear()
+        self._sources[stage].clear()
+        for cut in self._leaves[stage]:
+            cut.send_gradient()
+        self._leaves[stage].clear()
         if stage == 0:
             for cuts in reversed(self._prologue):
+                for cut in cuts:
+                    cut.send_gradient()
                 _backward(cuts)
             self._prologue.clear()
 
+    def _depart(self, tensors: Sequence[Tensor], stage: int) -> None:
+        device = self._devices[stage]
+        for tensor in tensors:
+            is_there = tensor.device == device or stage in self._stand_ins.get(tensor, {})
+            if self._may_cut(tensor) and not is_there:
+                self._under_way.setdefault((id(tensor), stage), start_copy(tensor.detach(), device))
+
+    def _may_cut(self, tensor: Tensor) -> bool:
+        """Without a gate, what needs a gradient has to stay one graph."""
+        return self._gate is not None or not tensor.requires_grad
+
     def _bring(self, tensor: Tensor, stage: int) -> Tensor:
         owner, device = self._owner[tensor], self._devices[stage]
-        cut = self._gate is not None and tensor.requires_grad and owner < stage
-        if not cut and tensor.device == device:
+        is_cut = self._gate is not None and tensor.requires_grad and owner < stage
+        if not is_cut and tensor.device == device:
             return tensor
         known = self._stand_ins.setdefault(tensor, {})
         if stage not in known:
-            known[stage] = self._cross(tensor, owner, device) if cut else send(tensor, device)
+            known[stage] = self._cross(tensor, owner, stage) if is_cut else self._carry(tensor, stage)
         return known[stage]
 
-    def _cross(self, tensor: Tensor, owner: int, device: torch.device) -> Tensor:
-        leaf = send(tensor.detach(), device).requires_grad_()
-        self._crossings[owner].append(Cut(tensor, leaf))
+    def _cross(self, tensor: Tensor, owner: int, stage: int) -> Tensor:
+        leaf = self._carry(tensor.detach(), stage, id(tensor)).requires_grad_()
+        cut = Cut(tensor, leaf)
+        self._sources[owner].append(cut)
+        self._leaves[stage].append(cut)
         return leaf
 
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to another device without making the host wait for what is queued there."""
-    if tensor.device.type == "cpu" and device.type != "cpu":
-        # From pageable memory the driver would first drain the device's stream.
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    def _carry(self, tensor: Tensor, stage: int, identity: int | None = None) -> Tensor:
+        """The tensor on the stage's device."""
+        if not self._may_cut(tensor):
+            return tensor.to(self._devices[stage])
+        arrival = self._under_way.get((identity or id(tensor), stage))
+        return (arrival or start_copy(tensor, self._devices[stage])).wait()
 
 
 def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:
-    """Backward from `loss` and from the sources of those cuts whose leaves have a gradient by now."""
+    """Backward from `loss` and from the sources of those cuts whose leaves had a gradient."""
     sources: list[Tensor] = [] if loss is None else [loss]
     gradients: list[Tensor | None] = [None] * len(sources)
-    for source, leaf in cuts:
-        if leaf.grad is not None:
-            sources.append(source)
-            gradients.append(send(leaf.grad, source.device))
-            leaf.grad = None
+    for cut in cuts:
+        if cut.gradient is not None:
+            sources.append(cut.source)
+            gradients.append(cut.gradient.wait())
     if sources:
         torch.autograd.backward(sources, gradients)

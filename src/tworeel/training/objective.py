@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tworeel.engine.passage import send
+from tworeel.engine.streams import send
 from tworeel.errors import UserError
 
 STEPS = 1000

@@ -1,0 +1,100 @@
+"""Copies beside the computation: each device has a stream for what leaves it and one for what arrives.
+
+`tensor.to(other_device)` on the current streams would wait for everything that is queued on both devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A tensor that is on its way to its device, or there already."""
+
+    tensor: Tensor
+    event: torch.Event | None = None
+
+    def wait(self) -> Tensor:
+        """The tensor, for work that is queued from now on; the host does not wait."""
+        if self.event is not None:
+            stream = torch.accelerator.current_stream(self.tensor.device)
+            stream.wait_event(self.event)
+            self.tensor.record_stream(stream)
+        return self.tensor
+
+
+def start_copy(tensor: Tensor, device: torch.device) -> Arrival:
+    """Begin to bring a tensor to a device, behind the work that makes it and beside all other."""
+    if tensor.device == device:
+        return Arrival(tensor)
+    if "cpu" in (tensor.device.type, device.type):
+        return Arrival(_to_or_from_host(tensor, device))
+    leaving, arriving = side_stream(tensor.device, "out"), side_stream(device, "in")
+    leaving.wait_event(mark(tensor.device))
+    with arriving, leaving:
+        copy = tensor.to(device, non_blocking=True)
+    tensor.record_stream(leaving)
+    return Arrival(copy, arriving.record_event())
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to another device without making the host wait for what is queued there."""
+    return start_copy(tensor, device).wait()
+
+
+def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Event | None:
+    """Begin to copy a tensor to pinned host memory, which may be written after `free`.
+
+    Returns:
+        What happens when it is there; None if it is there already.
+    """
+    if tensor.device.type == "cpu":
+        host.copy_(tensor)
+        return None
+    leaving = side_stream(tensor.device, "out")
+    leaving.wait_event(mark(tensor.device))
+    if free is not None:
+        leaving.wait_event(free)
+    with leaving:
+        host.copy_(tensor, non_blocking=True)
+    tensor.record_stream(leaving)
+    return leaving.record_event()
+
+
+def copy_in(host: Tensor, device: torch.device, ready: torch.Event | None) -> Arrival:
+    """Begin to copy from pinned host memory, which is written after `ready`, to a new tensor."""
+    if device.type == "cpu":
+        return Arrival(host.clone())
+    arriving = side_stream(device, "in")
+    if ready is not None:
+        arriving.wait_event(ready)
+    with arriving:
+        copy = torch.empty_like(host, device=device, pin_memory=False)
+        copy.copy_(host, non_blocking=True)
+    return Arrival(copy, arriving.record_event())
+
+
+@cache
+def side_stream(device: torch.device, direction: Literal["in", "out"]) -> torch.Stream:
+    """The device's stream for copies in one direction, the same whenever it is asked for."""
+    return torch.Stream(device)
+
+
+def mark(device: torch.device) -> torch.Event:
+    """An event behind everything that is queued on the device's current stream."""
+    event = torch.Event(device)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def _to_or_from_host(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device.type == "cpu" and device.type != "cpu":
+        # From pageable memory the driver would first drain the device's stream.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type != "cpu")
