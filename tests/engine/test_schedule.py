@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 
-from tworeel.engine.schedule import Action, ideal_efficiency, in_flight, one_f_one_b
+from tworeel.engine.schedule import (
+    Action,
+    ideal_efficiency,
+    in_flight,
+    interleaved,
+    make_orders,
+    most_in_flight,
+    one_by_one,
+    one_f_one_b,
+)
 
 GRID = list(itertools.product((1, 2, 3, 4, 7), (1, 2, 3, 8, 20), (0, 1, 2)))
 
@@ -67,3 +76,56 @@ def test_backwards_come_in_the_order_of_the_micro_batches():
 def test_two_stages_take_turns_as_in_the_paper():
     assert [str(a) for a in one_f_one_b(2, 3)[0]] == ["F0@0", "F1@0", "B0@0", "F2@0", "B1@0", "B2@0"]
     assert [str(a) for a in one_f_one_b(2, 3)[1]] == ["F0@1", "B0@1", "F1@1", "B1@1", "F2@1", "B2@1"]
+
+
+def interleaved_slots(num_devices: int, stages_per_device: int, num_micro_batches: int) -> int:
+    """Run interleaved orders, a backward takes two slots and a forward one; fail if they deadlock."""
+    orders = interleaved(num_devices, stages_per_device, num_micro_batches)
+    num_stages = num_devices * stages_per_device
+    ends: dict[Action, int] = {}
+    free, position = [0] * num_devices, [0] * num_devices
+    while len(ends) < 2 * num_stages * num_micro_batches:
+        before = len(ends)
+        for device, order in enumerate(orders):
+            if position[device] == len(order):
+                continue
+            action = order[position[device]]
+            needs = [Action("F", action.micro_batch, action.stage - 1)] if action.stage else []
+            if action.kind == "B":
+                needs = [Action("F", action.micro_batch, action.stage)]
+                if action.stage < num_stages - 1:
+                    needs.append(Action("B", action.micro_batch, action.stage + 1))
+            if ends.keys() >= set(needs):
+                begin = max([free[device], *(ends[need] for need in needs)])
+                ends[action] = free[device] = begin + (1 if action.kind == "F" else 2)
+                position[device] += 1
+        assert len(ends) > before, "deadlock"
+    return max(free)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "stages_per_device", "num_micro_batches"),
+    list(itertools.product((2, 3, 4, 5), (1, 2, 3), range(1, 17))),
+)
+def test_interleaved_stages_never_deadlock(num_devices, stages_per_device, num_micro_batches):
+    interleaved_slots(num_devices, stages_per_device, num_micro_batches)
+
+
+@pytest.mark.parametrize(("num_devices", "stages_per_device"), [(2, 1), (2, 2), (2, 4), (4, 2)])
+def test_interleaving_shortens_the_bubble_as_the_paper_says(num_devices, stages_per_device):
+    work = 3 * stages_per_device * 8
+    share = work / interleaved_slots(num_devices, stages_per_device, 8)
+    assert share == pytest.approx(stages_per_device * 8 / (stages_per_device * 8 + num_devices - 1))
+
+
+def test_devices_that_stand_again_in_the_same_order_are_interleaved():
+    assert make_orders("abab", 4) == interleaved(2, 2, 4)
+    assert make_orders("ab", 4, slack=1) == one_f_one_b(2, 4, slack=1)
+    assert make_orders("aa", 4) == one_f_one_b(2, 4)
+    assert make_orders("abba", 4) == one_f_one_b(4, 4)
+
+
+def test_in_flight_is_counted_from_the_orders():
+    assert most_in_flight(one_f_one_b(3, 8, slack=1), 3) == [in_flight(3, s, slack=1) for s in range(3)]
+    assert most_in_flight(one_by_one(3, 8), 3) == [1, 1, 1]
+    assert most_in_flight(interleaved(2, 2, 8), 4) == [4, 3, 2, 1]

@@ -1,10 +1,12 @@
-"""In which order each stage works on its micro-batches: pure functions, no tensors.
+"""In which order the stages work on their micro-batches: pure functions, no tensors.
 
 1F1B: PipeDream-Flush, https://arxiv.org/abs/2006.09503, section 2.2.
+Interleaved 1F1B: https://arxiv.org/abs/2104.04473, section 2.2.2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +26,70 @@ class Action:
 Order = list[Action]
 
 
+def make_orders(devices: Sequence[Hashable], num_micro_batches: int, *, slack: int = 0) -> list[Order]:
+    """The orders of work for stages on these devices, one for each stage or, interleaved, for each device.
+
+    Args:
+        devices: of each stage. Two or more devices that stand several times in the same order, as in
+            `[0, 1, 0, 1]`, are interleaved; otherwise each stage has an order of its own.
+        num_micro_batches: M.
+        slack: see `one_f_one_b`; interleaving has slack of its own.
+    """
+    distinct = list(dict.fromkeys(devices))
+    per_device, rest = divmod(len(devices), len(distinct))
+    if len(distinct) > 1 and per_device > 1 and not rest and list(devices) == distinct * per_device:
+        return interleaved(len(distinct), per_device, num_micro_batches)
+    return one_f_one_b(len(devices), num_micro_batches, slack=slack)
+
+
+def most_in_flight(orders: Sequence[Order], num_stages: int) -> list[int]:
+    """The most micro-batches whose activations each stage holds at a time."""
+    most = [0] * num_stages
+    for order in orders:
+        held = [0] * num_stages
+        for action in order:
+            held[action.stage] += 1 if action.kind == "F" else -1
+            most[action.stage] = max(most[action.stage], held[action.stage])
+    return most
+
+
+def interleaved(num_devices: int, stages_per_device: int, num_micro_batches: int) -> list[Order]:
+    """Each device's order of work when it has several stages: device d has the stages d, d + P, d + 2P, …
+
+    A micro-batch passes each device several times, for a part of the work each time, so the pipeline is
+    filled and drained in smaller pieces: with v stages a device, the share of the time that a device
+    computes is v M / (v M + P - 1) where P divides M.
+
+    Args:
+        num_devices: P, at least 2.
+        stages_per_device: v.
+        num_micro_batches: M. The micro-batches go in groups of P; the first takes the rest of M / P too.
+
+    Returns:
+        P lists of 2vM actions.
+    """
+    assert num_devices >= 2 and stages_per_device >= 1 and num_micro_batches >= 1
+    first = min(num_micro_batches, num_devices + num_micro_batches % num_devices)
+    begins = range(first, num_micro_batches, num_devices)
+    groups = [range(first), *(range(begin, begin + num_devices) for begin in begins)]
+    orders = []
+    for device in range(num_devices):
+        stages = range(device, num_devices * stages_per_device, num_devices)
+        forwards = [Action("F", number, s) for group in groups for s in stages for number in group]
+        backwards = [Action("B", number, s) for group in groups for s in stages[::-1] for number in group]
+        ahead = 2 * (num_devices - device - 1) + (stages_per_device - 1) * first
+        orders.append(_alternate(forwards, backwards, ahead))
+    return orders
+
+
+def _alternate(forwards: Order, backwards: Order, ahead: int) -> Order:
+    """Some forwards, then a forward and a backward in turns, then the backwards that are left."""
+    order = forwards[:ahead]
+    for forward, backward in zip(forwards[ahead:], backwards, strict=False):
+        order += [forward, backward]
+    return order + backwards[max(0, len(forwards) - ahead) :]
+
+
 def one_f_one_b(num_stages: int, num_micro_batches: int, *, slack: int = 0) -> list[Order]:
     """Each stage's order of work: a few forwards to fill the pipeline, then one backward per forward.
 
@@ -39,6 +105,14 @@ def one_f_one_b(num_stages: int, num_micro_batches: int, *, slack: int = 0) -> l
     assert num_stages >= 1 and num_micro_batches >= 1 and slack >= 0
     return [
         _stage_order(stage, num_micro_batches, in_flight(num_stages, stage, slack=slack))
+        for stage in range(num_stages)
+    ]
+
+
+def one_by_one(num_stages: int, num_micro_batches: int) -> list[Order]:
+    """Each micro-batch goes all the way forth and back before the next: for a step that compiles."""
+    return [
+        [Action(kind, number, stage) for number in range(num_micro_batches) for kind in ("F", "B")]
         for stage in range(num_stages)
     ]
 
