@@ -12,6 +12,7 @@ from torch import nn
 from toy_wan import KINDS, assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
 from tworeel import Pipeline, split
+from tworeel.engine.residency import Residency
 from tworeel.engine.timeline import busy_shares
 
 EVERYWHERE = [
@@ -43,7 +44,7 @@ def references() -> dict:
     return found
 
 
-@pytest.mark.parametrize("residency", ["keep", "recompute", "offload"])
+@pytest.mark.parametrize("residency", list(Residency))
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", list(KINDS))

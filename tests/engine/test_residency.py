@@ -7,6 +7,13 @@ from tworeel import Pipeline
 from tworeel.engine.residency import Residency, run_block
 
 
+class Scale(torch.nn.Module):
+    """A block with a constant beside its input."""
+
+    def forward(self, h: torch.Tensor, *, text: torch.Tensor) -> torch.Tensor:
+        return h * text.sum()
+
+
 def saved_bytes(residency: str) -> int:
     """Bytes that autograd holds on the device for the backward of one block."""
     block = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
@@ -18,17 +25,13 @@ def saved_bytes(residency: str) -> int:
 
     x = torch.randn(32, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run_block(block.forward, (x,), {}, residency=Residency(residency), device=torch.device("cpu"))
+        run_block(block, (x,), {}, residency=Residency(residency))
     return sum(held)
 
 
 def test_recompute_holds_the_input_only():
     assert saved_bytes("recompute") == 32 * 64 * 4
     assert saved_bytes("keep") > 5 * saved_bytes("recompute")
-
-
-def test_offload_leaves_nothing_on_the_device():
-    assert saved_bytes("offload") == 0
 
 
 def test_constants_are_captured_once_and_not_held_per_block():
@@ -41,13 +44,7 @@ def test_constants_are_captured_once_and_not_held_per_block():
 
     x = torch.randn(32, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run_block(
-            lambda h, *, text: h * text.sum(),
-            (x,),
-            {"text": text},
-            residency=Residency.RECOMPUTE,
-            device=torch.device("cpu"),
-        )
+        run_block(Scale(), (x,), {"text": text}, residency=Residency.RECOMPUTE)
     assert held == [x.shape]
 
 
@@ -61,4 +58,4 @@ def test_recompute_runs_each_block_twice_and_keep_once():
         pipeline.step([make_micro_batch("t2v", torch.float32, 0)], square_loss)
         return len(calls)
 
-    assert [count(r) for r in ("keep", "recompute", "offload")] == [5, 10, 10]
+    assert [count(r) for r in Residency] == [5, 10, 10, 10, 10]

@@ -1,8 +1,18 @@
 """Split a model's blocks over devices and keep all of them busy. Knows torch and nothing else."""
 
+from tworeel.engine.attention import attention_backend
 from tworeel.engine.pipeline import Pipeline, StepResult
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split, split
 
-__all__ = ["Pipeline", "Placement", "Residency", "Split", "StepResult", "place", "split"]
+__all__ = [
+    "Pipeline",
+    "Placement",
+    "Residency",
+    "Split",
+    "StepResult",
+    "attention_backend",
+    "place",
+    "split",
+]

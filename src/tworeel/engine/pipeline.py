@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tworeel.engine.passage import Passage
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import Action, in_flight, one_f_one_b
+from tworeel.engine.schedule import Action, make_orders, most_in_flight, one_by_one
 from tworeel.engine.split import Split, find_split, split
 from tworeel.engine.timeline import Span, Timeline
 from tworeel.engine.turnstile import Turnstile
@@ -47,7 +47,9 @@ class Pipeline:
 
     Args:
         model: a model, or what `split` returned for it. A model that is not split yet needs `devices`.
-        devices, at, blocks, residency: as for `split`.
+        devices, at, blocks: as for `split`.
+        residency: as for `split`; changes that of a model that is split already.
+        compile, streamed: as for `split`.
         forward: how the model is run on a micro-batch; see `call_model`.
         slack: micro-batches in flight beyond what 1F1B needs; see `one_f_one_b`.
 
@@ -67,23 +69,37 @@ class Pipeline:
         *,
         at: Sequence[int] | None = None,
         blocks: Sequence[str] | None = None,
-        residency: Residency | str | None = None,
+        residency: Residency | str | Sequence[Residency | str] | None = None,
+        compile: bool = False,
+        streamed: Sequence[int] | None = None,
         forward: Callable[[nn.Module, Any], Any] = call_model,
         slack: int = 0,
     ) -> None:
         found = model if isinstance(model, Split) else find_split(model)
         if found is None and devices is None:
             raise ValueError("give the devices, or split the model first: tworeel.split(model, devices)")
-        if found is not None and (devices or at or blocks):
-            raise ValueError("the model is split already: devices, at and blocks belong to that split")
+        if found is not None and (devices or at or blocks or compile or streamed):
+            raise ValueError(
+                "the model is split already: devices, at, blocks, compile and streamed belong to that split"
+            )
         if found is None:
             assert isinstance(model, nn.Module) and devices is not None
-            found = split(model, devices, at=at, blocks=blocks)
-        if residency is not None:
-            found.residency = Residency(residency)
+            found = split(
+                model,
+                devices,
+                at=at,
+                blocks=blocks,
+                residency=residency or Residency.KEEP,
+                compile=compile,
+                streamed=streamed,
+            )
+        elif residency is not None:
+            found.set_residency(residency)
         self.split = found
         self._forward = forward
         self._slack = slack
+        self._compiled_for: set[Hashable] = set()
+        self._fitted_for = (0, 0)
 
     def step(self, micro_batches: Sequence[Any], loss: Loss, *, timed: bool = False) -> StepResult:
         """Run forward and backward of all micro-batches; gradients add up in `.grad`.
@@ -104,14 +120,61 @@ class Pipeline:
             raise ValueError("a step needs at least one micro-batch")
         self.split.refuse_dropout()
         devices = self.split.placement.devices
-        orders = one_f_one_b(len(devices), len(micro_batches), slack=self._slack)
+        orders = make_orders(devices, len(micro_batches), slack=self._slack)
+        depths = most_in_flight(orders, len(devices))
+        workers = depths[0]  # a micro-batch is on the first stage first and last
+        if self.split.is_auto:
+            self._fit(micro_batches, depths)
+        if self._must_compile(micro_batches):
+            # Compilation is not made for several threads at once.
+            orders, workers = one_by_one(len(devices), len(micro_batches)), 1
         run = _Step(self.split, self._forward, loss, Turnstile(orders), Timeline(devices) if timed else None)
-        workers = min(len(micro_batches), in_flight(len(devices), 0, slack=self._slack))
         with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
             futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
             _wait_for_all(futures, run.turnstile)
         spans = run.timeline.spans() if run.timeline else []
         return StepResult(tuple(f.result() for f in futures), tuple(spans))
+
+    def _fit(self, micro_batches: Sequence[Any], depths: Sequence[int]) -> None:
+        """Choose what the blocks leave behind, if a micro-batch or a step is larger than all before."""
+        largest = max(micro_batches, key=_bytes)
+        size, deepest = self._fitted_for
+        if _bytes(largest) > size or depths[0] > deepest:
+            self._fitted_for = max(size, _bytes(largest)), max(deepest, depths[0])
+            self.split.fit(lambda: self._forward(self.split.model, largest), depths)
+
+    def _must_compile(self, micro_batches: Sequence[Any]) -> bool:
+        """Whether a micro-batch has shapes that no step before had."""
+        if self.split.compiler is None:
+            return False
+        shapes = {_shapes(batch) for batch in micro_batches}
+        is_new = not shapes <= self._compiled_for
+        self._compiled_for |= shapes
+        return is_new
+
+
+def _tensors(thing: Any) -> Iterator[Tensor]:
+    """All tensors in a nesting of whatever kind."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif is_dataclass(thing):
+        for field in fields(thing):
+            yield from _tensors(getattr(thing, field.name))
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _tensors(value)
+    elif isinstance(thing, tuple | list):
+        for value in thing:
+            yield from _tensors(value)
+
+
+def _bytes(micro_batch: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(micro_batch))
+
+
+def _shapes(micro_batch: Any) -> Hashable:
+    """What a compilation depends on: shapes and dtypes of all tensors."""
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(micro_batch))
 
 
 def _wait_for_all(futures: list[Future[Tensor]], turnstile: Turnstile) -> None:
@@ -193,6 +256,9 @@ class _Carrier:
     def leave(self) -> None:
         assert self._action is not None
         self._span.close()
+        following = self._step.turnstile.after(self._action)
+        if following is not None:
+            self._step.split.expect(following.stage, backward=following.kind == "B")
         self._step.turnstile.leave(self._action)
 
     def advance(self, stage: int, to: int) -> None:

@@ -33,6 +33,11 @@ class Placement:
     def num_stages(self) -> int:
         return len(self.devices)
 
+    @property
+    def block_names(self) -> list[str]:
+        """Names of all blocks, in the order of the forward."""
+        return [unit.name for unit in self.units if unit.is_block]
+
     def blocks_of(self, stage: int) -> range:
         """Positions of the stage's blocks, counted over all block lists."""
         return range(self.boundaries[stage], self.boundaries[stage + 1])

@@ -1,45 +1,101 @@
-"""What a block leaves behind between its forward and its backward."""
+"""What a block's forward leaves behind for its backward, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.parking import Berth
+
+aten = torch.ops.aten
+ATTENTION_OPS = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_fused_attention_overrideable.default,
+    }
+)
+"""What `selective` keeps: little memory, and a third to a half of a forward over a long clip."""
 
 
 class Residency(StrEnum):
-    """Where a block's activations are until its backward needs them."""
+    """What a block leaves behind for its backward."""
 
     KEEP = "keep"
-    """On the device, all of them: fastest, most memory."""
+    """All activations, on the device: fastest, most memory."""
+    SELECTIVE = "selective"
+    """The block's input and what its attentions returned; the rest is computed again."""
     RECOMPUTE = "recompute"
-    """Only the block's input stays on the device; the rest is computed again (gradient checkpointing)."""
+    """The block's input; the rest is computed again (gradient checkpointing)."""
     OFFLOAD = "offload"
-    """As `RECOMPUTE`, and the input waits in pinned host memory."""
+    """As `RECOMPUTE`, and it waits in pinned host memory."""
+    OFFLOAD_SELECTIVE = "offload-selective"
+    """As `SELECTIVE`, and it waits in pinned host memory."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether some of the forward is computed again."""
+        return self is not Residency.KEEP
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether what the attentions returned is kept."""
+        return self in (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether what is kept waits in host memory."""
+        return self in (Residency.OFFLOAD, Residency.OFFLOAD_SELECTIVE)
 
 
-def run_block(
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    residency: Residency,
-    device: torch.device,
-) -> Any:
-    """Run a block's forward so that it leaves behind what `residency` says.
+@cache
+def plain_call(kind: Any) -> Callable[..., Any]:
+    """Run a block of a class: (block, *args, **kwargs) -> what the class's forward returns."""
+    forward = kind.forward
 
-    Inputs without a gradient (text, RoPE tables, modulation) are shared by all blocks: the recomputation
-    captures them, and only what changes from block to block is kept or offloaded per block.
+    def plain(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(block, *args, **kwargs)
+
+    return plain
+
+
+@cache
+def selective_call(kind: Any) -> Callable[..., Any]:
+    """The same, under a checkpoint that keeps what the attentions returned."""
+    forward = kind.forward
+
+    def selective(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _recomputing(forward, block, args, kwargs, context_fn=selective_contexts)
+
+    return selective
+
+
+def selective_contexts() -> Any:
+    """A checkpoint's `context_fn` that keeps what the attentions returned."""
+    return create_selective_checkpoint_contexts(_keep_attention)
+
+
+def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recomputing(forward: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any, **how: Any) -> Any:
+    """Run a block under a checkpoint that holds only the inputs that need a gradient.
+
+    Inputs without one (text, RoPE tables, modulation) are shared by all blocks: the recomputation captures
+    them, and only what changes from block to block is kept per block.
     """
-    if residency is Residency.KEEP or not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
     leaves, spec = tree_flatten((args, kwargs))
     changing = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
@@ -48,18 +104,59 @@ def run_block(
         for i, tensor in zip(changing, tensors, strict=True):
             merged[i] = tensor
         inner_args, inner_kwargs = tree_unflatten(merged, spec)
-        return forward(*inner_args, **inner_kwargs)
+        return forward(block, *inner_args, **inner_kwargs)
 
     inputs = [leaves[i] for i in changing]
     for i in changing:
         leaves[i] = None
-    with _host_memory(device) if residency is Residency.OFFLOAD else nullcontext():
-        # The pipeline refuses dropout, so there is no random state to carry (see `refuse_dropout`).
-        return checkpoint(rerun, *inputs, use_reentrant=False, preserve_rng_state=False)
+    # The pipeline refuses dropout, so there is no random state to carry (see `refuse_dropout`).
+    return checkpoint(rerun, *inputs, use_reentrant=False, preserve_rng_state=False, **how)
 
 
-def _host_memory(device: torch.device) -> AbstractContextManager[Any]:
-    return save_on_cpu(pin_memory=device.type != "cpu", device_type=device.type)
+def run_block(
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    residency: Residency,
+    berth: Berth | None = None,
+    compiler: BlockCompiler | None = None,
+) -> Any:
+    """Run a block's forward so that it leaves behind what `residency` says.
+
+    Args:
+        block: runs by its class's forward.
+        args, kwargs: of the forward.
+        residency: what is kept for the backward.
+        berth: where it waits, if that is host memory.
+        compiler: runs the block compiled.
+    """
+    if not torch.is_grad_enabled():
+        residency = Residency.KEEP
+    kind: Any = type(block)
+    call = plain_call(kind)
+    if compiler is not None and not compiler.failed:
+        call = partial(compiler, call)
+    parking: AbstractContextManager[None] = nullcontext()
+    if berth is not None and residency.is_parked:
+        parking = berth.hooks(_shared_storages(block, args, kwargs))
+    with parking:
+        if not residency.recomputes:
+            return call(block, *args, **kwargs)
+        if not residency.is_selective:
+            # Outside of what is compiled: compiled with it, the backward takes a third more memory.
+            return _recomputing(call, block, args, kwargs)
+        if compiler is not None and not compiler.failed:
+            return compiler(selective_call(kind), block, *args, **kwargs)
+        contexts = berth.contexts(ATTENTION_OPS) if berth and residency.is_parked else selective_contexts
+        return _recomputing(call, block, args, kwargs, context_fn=contexts)
+
+
+def _shared_storages(block: nn.Module, args: Any, kwargs: Any) -> set[int]:
+    """Addresses of what is held anyway: the block's weights, and inputs that all blocks share."""
+    shared = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    constants = [tensor for tensor in shared if not tensor.requires_grad]
+    return {t.untyped_storage().data_ptr() for t in (*constants, *block.parameters(), *block.buffers())}
 
 
 def refuse_dropout(name: str, block: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,11 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.fitting import Probe, StageMemory, available_memory, fit_stage
+from tworeel.engine.parking import Berth, HostPool
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, Unit, place
 from tworeel.engine.residency import Residency, refuse_dropout, run_block
+from tworeel.engine.run_ahead import RunAhead
+from tworeel.engine.weight_streaming import WeightStreamer, frozen_parameters, spread
+
+AUTO = "auto"
+NOTHING = StageMemory(available=0, num_blocks=0, may_keep=0, in_flight=0)
+"""Of a stage that is not fitted."""
 
 
 def split(
@@ -23,7 +33,11 @@ def split(
     *,
     at: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
-    residency: Residency | str = Residency.KEEP,
+    residency: Residency | str | Sequence[Residency | str] = Residency.KEEP,
+    compile: bool = False,
+    streamed: Sequence[int] | None = None,
+    host_limit: int | None = None,
+    run_ahead: int | None = None,
 ) -> Split:
     """Spread `model`'s blocks over `devices`; its forward and backward then work as before.
 
@@ -36,11 +50,18 @@ def split(
         devices: one device a stage, for example `["cuda:0", "cuda:1"]`; a device may stand more than once.
         at: first block of each stage after the first, for example `[20]`; even shares by default.
         blocks: dotted names of the block lists, for example `["blocks"]`; found by themselves by default.
-        residency: what each block leaves behind for its backward.
+        residency: what each block leaves behind for its backward; one for all, or one a block. `auto` keeps
+            as much as the devices have room for, found out before the first step of a `Pipeline`.
+        compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
+        streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
+            brought to the device ahead of use. Such blocks have to recompute.
+        host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
+        run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
 
     Raises:
-        ValueError: no block lists, more stages than blocks, boundaries out of order, the model is split
-            already.
+        ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
+            counts of streamed blocks as there are not, a streamed block that keeps its activations, the
+            model is split already.
 
     Example:
         >>> split(transformer, ["cuda:0", "cuda:1"])
@@ -50,8 +71,18 @@ def split(
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
     placement = place(model, devices, at=at, blocks=blocks)
-    _move(model, placement)
-    return Split(model, placement, Residency(residency))
+    positions = streamed_positions(placement, streamed)
+    _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
+    _move(model, placement, positions)
+    return Split(
+        model,
+        placement,
+        residency,
+        positions,
+        compile=compile,
+        host_limit=host_limit,
+        run_ahead=run_ahead,
+    )
 
 
 def find_split(model: nn.Module) -> Split | None:
@@ -65,19 +96,110 @@ class Split:
     Attributes:
         model: the model itself.
         placement: which unit runs on which stage and device.
-        residency: what each block leaves behind for its backward.
+        residencies: what each block leaves behind for its backward.
+        is_auto: whether the pipeline chooses the residencies.
+        compiler: runs the blocks compiled; None runs them as they are.
+        host_pool: pinned host memory for activations.
+        run_ahead: bounds how many blocks are queued on a device.
     """
 
-    def __init__(self, model: nn.Module, placement: Placement, residency: Residency) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        residency: Residency | str | Sequence[Residency | str],
+        streamed: Sequence[int] = (),
+        *,
+        compile: bool = False,
+        host_limit: int | None = None,
+        run_ahead: int | None = None,
+    ) -> None:
         self.model = model
         self.placement = placement
-        self.residency = residency
+        self.residencies = _one_a_block(residency, placement.boundaries[-1])
+        self.is_auto = self._chooses(residency)
+        self.compiler = BlockCompiler() if compile else None
+        self.host_pool = HostPool(host_limit)
+        self.run_ahead = RunAhead(run_ahead)
+        self._probe: Probe | None = None
         self._here = threading.local()
         self._open: set[Passage] = set()
         self._wrapped: list[nn.Module] = []
+        self._streamed = tuple(streamed)
+        self._streamers = _streamers(model, placement, streamed)
+        positions = {name: i for i, name in enumerate(placement.block_names)}
         for unit in placement.units:
-            self._wrap(model.get_submodule(unit.name), partial(self._staged, unit))
+            self._wrap(model.get_submodule(unit.name), partial(self._staged, unit, positions.get(unit.name)))
         self._wrap(model, self._rooted)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of pinned host memory that hold weights."""
+        return sum(streamer.host_bytes for streamer in self._streamers)
+
+    def set_residency(self, residency: Residency | str | Sequence[Residency | str]) -> None:
+        """Change what the blocks leave behind, from the next forward on; as for `split`."""
+        residencies = _one_a_block(residency, self.placement.boundaries[-1])
+        _refuse_kept_streamed(residencies, self._streamed)
+        self.residencies = residencies
+        self.is_auto = self._chooses(residency)
+
+    def _chooses(self, residency: Any) -> bool:
+        return residency == AUTO and any(device.type != "cpu" for device in self.placement.devices)
+
+    def fit(self, forward: Callable[[], Any], in_flight: Sequence[int]) -> None:
+        """Choose the residencies so that as much is kept as the devices have room for.
+
+        Stages on a CPU recompute.
+
+        Args:
+            forward: runs the model on the largest micro-batch.
+            in_flight: micro-batches whose activations each stage holds at a time.
+        """
+        memories = [self._memory(stage, count) for stage, count in enumerate(in_flight)]
+        self._probe = Probe([memory or NOTHING for memory in memories])
+        try:
+            with self.passage(), torch.no_grad():
+                forward()
+            footprints = self._probe.footprints
+        finally:
+            self._probe = None
+        for stage, memory in enumerate(memories):
+            if memory is not None:
+                self._keep_most(stage, *fit_stage(memory, footprints[stage]))
+
+    def _memory(self, stage: int, in_flight: int) -> StageMemory | None:
+        blocks = self.placement.blocks_of(stage)
+        if self.placement.devices[stage].type == "cpu":
+            return None
+        return StageMemory(
+            available=available_memory(self.placement, self.model, stage),
+            num_blocks=len(blocks),
+            may_keep=sum(position not in self._streamed for position in blocks),
+            in_flight=in_flight,
+        )
+
+    def _keep_most(self, stage: int, num_kept: int, fallback: Residency) -> None:
+        blocks = self.placement.blocks_of(stage)
+        for position in blocks:
+            self.residencies[position] = fallback
+        # The last blocks come first in the backward: there nothing has to be fetched.
+        can_keep = [position for position in blocks if position not in self._streamed]
+        for position in can_keep[len(can_keep) - num_kept :]:
+            self.residencies[position] = Residency.KEEP
+
+    def residency_in_words(self) -> str:
+        """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""
+        stages = range(self.placement.num_stages)
+        counts = [Counter(self.residencies[i] for i in self.placement.blocks_of(s)) for s in stages]
+        return "; ".join(
+            f"stage {s}: " + ", ".join(f"{count} {residency}" for residency, count in counts[s].items())
+            for s in stages
+        )
+
+    def expect(self, stage: int, *, backward: bool) -> None:
+        """The stage's next work begins at its last block (a backward) or at its first."""
+        self._streamers[stage].expect(backward=backward)
 
     def remove(self) -> None:
         """Let the model's modules run as they did before; they stay on their devices."""
@@ -87,10 +209,9 @@ class Split:
 
     def refuse_dropout(self) -> None:
         """Raise ValueError if a block draws random numbers that a recomputation would not draw again."""
-        if self.residency is not Residency.KEEP:
-            for unit in self.placement.units:
-                if unit.is_block:
-                    refuse_dropout(unit.name, self.model.get_submodule(unit.name))
+        for name, residency in zip(self.placement.block_names, self.residencies, strict=True):
+            if residency.recomputes:
+                refuse_dropout(name, self.model.get_submodule(name))
 
     @contextmanager
     def passage(self, gate: Gate | None = None) -> Iterator[Passage]:
@@ -129,20 +250,52 @@ class Split:
         root.split = self  # type: ignore[attr-defined]
         return root
 
-    def _staged(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
-        device = self.placement.devices[unit.stage]
-
+    def _staged(self, unit: Unit, position: int | None, forward: Callable[..., Any]) -> Callable[..., Any]:
         def staged(*args: Any, **kwargs: Any) -> Any:
             passage = self._current()
             if passage is None:
                 args, kwargs = self._recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
             args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
-            if unit.is_block:
-                return run_block(forward, args, kwargs, residency=self.residency, device=device)
+            if position is not None:
+                return self._run_block(unit, position, passage, args, kwargs)
             return passage.leave_prologue(forward(*args, **kwargs))
 
         return staged
+
+    def _run_block(self, unit: Unit, position: int, passage: Passage, args: Any, kwargs: Any) -> Any:
+        device, streamer = self.placement.devices[unit.stage], self._streamers[unit.stage]
+        residency = self.residencies[position]
+        berth = Berth(self.host_pool, passage.berths.get(unit.stage)) if residency.is_parked else None
+        streamer.use(position, backward=False)
+        block = self.model.get_submodule(unit.name)
+        if self._probe is not None:
+            return self._run_probed(self._probe, unit.stage, block, args, kwargs)
+        outputs = run_block(block, args, kwargs, residency=residency, berth=berth, compiler=self.compiler)
+        self.run_ahead.block_queued(device)
+        if berth is not None:
+            passage.berths[unit.stage] = berth
+
+        def begin_backward(_: Tensor) -> None:
+            self.run_ahead.block_queued(device)
+            streamer.use(position, backward=True)
+
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(begin_backward)
+                break
+        return outputs
+
+    def _run_probed(self, probe: Probe, stage: int, block: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a block without gradients, and measure what it would leave behind with them."""
+
+        def run(residency: Residency, args: Any, kwargs: Any) -> Any:
+            return run_block(block, args, kwargs, residency=residency, compiler=self.compiler)
+
+        outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
+        if (device := self.placement.devices[stage]).type != "cpu":
+            probe.measure(stage, device, block, run, args, kwargs, outputs)
+        return outputs
 
     def _current(self) -> Passage | None:
         """This thread's passage while its forward runs."""
@@ -165,7 +318,60 @@ class Split:
         return tree_map_only(Tensor, recall, inputs)
 
 
-def _move(model: nn.Module, placement: Placement) -> None:
-    """Move every parameter and buffer to its stage's device."""
+def _one_a_block(residency: Residency | str | Sequence[Residency | str], num_blocks: int) -> list[Residency]:
+    if isinstance(residency, str):
+        # Until it is fitted, `auto` recomputes.
+        return [Residency.RECOMPUTE if residency == AUTO else Residency(residency)] * num_blocks
+    if len(residency) != num_blocks:
+        raise ValueError(f"{len(residency)} residencies for {num_blocks} blocks: give one, or one a block")
+    return [Residency(one) for one in residency]
+
+
+def _refuse_kept_streamed(residencies: Sequence[Residency], streamed: Sequence[int]) -> None:
+    for position in streamed:
+        if not residencies[position].recomputes:
+            raise ValueError(f"block {position}: its weights are streamed, so its residency cannot be 'keep'")
+
+
+def streamed_positions(placement: Placement, counts: Sequence[int] | None) -> list[int]:
+    """Positions of the blocks whose weights are streamed, spread evenly over each stage.
+
+    Raises:
+        ValueError: not one count a stage, or more than the stage has blocks.
+    """
+    if counts is None:
+        return []
+    stages = [placement.blocks_of(stage) for stage in range(placement.num_stages)]
+    if len(counts) != len(stages):
+        raise ValueError(f"streamed={list(counts)}: {len(stages)} stages need as many numbers")
+    for stage, (blocks, count) in enumerate(zip(stages, counts, strict=True)):
+        if not 0 <= count <= len(blocks):
+            raise ValueError(f"streamed={list(counts)}: stage {stage} has {len(blocks)} blocks")
+    return [i for blocks, count in zip(stages, counts, strict=True) for i in spread(blocks, count)]
+
+
+def _streamers(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> list[WeightStreamer]:
+    """One a stage; those without streamed blocks do nothing."""
+    return [
+        WeightStreamer(
+            device,
+            {
+                i: model.get_submodule(placement.block_names[i])
+                for i in streamed
+                if i in placement.blocks_of(stage)
+            },
+        )
+        for stage, device in enumerate(placement.devices)
+    ]
+
+
+def _move(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> None:
+    """Move every parameter and buffer to its stage's device, but for those that are streamed."""
+    waiting = {
+        id(parameter)
+        for i in streamed
+        for parameter in frozen_parameters(model.get_submodule(placement.block_names[i]))
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor.data = tensor.data.to(placement.device_of(name))
+        if id(tensor) not in waiting:
+            tensor.data = tensor.data.to(placement.device_of(name))

@@ -1,0 +1,101 @@
+"""Which attention kernel scaled_dot_product_attention runs: the fastest of the card, or a repeatable one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+AttentionBackend = Literal["auto", "cudnn", "flash", "efficient", "deterministic"]
+
+_NAMED = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_PROBE = (1, 8, 4096, 128)
+"""Batch, heads, tokens and head dimension of the attention that the kernels are timed with."""
+_PROBE_ROUNDS = 3
+
+
+@contextmanager
+def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -> Iterator[None]:
+    """Prefer one attention kernel inside; where it cannot run (masks, odd shapes), torch takes another.
+
+    The choice is the process's, not the thread's.
+
+    Args:
+        name: `auto` times what there is on the first device and takes the fastest. `deterministic` gives the
+            same bits every time, also in the backward: flash attention's own deterministic variant.
+        devices: of the model; on CPUs nothing is changed.
+    """
+    accelerators = [device for device in devices if device.type != "cpu"]
+    if not accelerators:
+        yield
+        return
+    if name == "deterministic":
+        first = [SDPBackend.FLASH_ATTENTION]
+    else:
+        first = [_NAMED[name]] if name in _NAMED else fastest_backends(accelerators[0])
+    rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = list(dict.fromkeys([*first, *rest]))
+    with (
+        sdpa_kernel(order, set_priority=True),
+        _deterministic() if name == "deterministic" else nullcontext(),
+    ):
+        yield
+
+
+def fastest_backends(device: torch.device) -> list[SDPBackend]:
+    """The kernels that run forward and backward on a device in bf16, fastest first."""
+    return list(_measured(device.type, torch.get_device_module(device).get_device_name(device), device.index))
+
+
+@cache
+def _measured(kind: str, _card: str, index: int) -> tuple[SDPBackend, ...]:
+    device = torch.device(kind, index)
+    seconds = {backend: _seconds(backend, device) for backend in _NAMED.values()}
+    return tuple(sorted((b for b in seconds if seconds[b] is not None), key=lambda b: seconds[b] or 0.0))
+
+
+def _seconds(backend: SDPBackend, device: torch.device) -> float | None:
+    """How long a few forwards and backwards take; None if the kernel does not run there."""
+    query = torch.ones(_PROBE, device=device, dtype=torch.bfloat16, requires_grad=True)
+    begin = 0.0
+    try:
+        with sdpa_kernel(backend):
+            for round in range(_PROBE_ROUNDS + 1):
+                if round == 1:
+                    torch.accelerator.synchronize(device)
+                    begin = time.perf_counter()
+                output = scaled_dot_product_attention(query, query, query)
+                torch.autograd.grad(output, query, output)
+    except RuntimeError:
+        return None
+    torch.accelerator.synchronize(device)
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Ask every operation for its deterministic variant; those that have none warn."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic
+    filling = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # What would be filled is going to be written anyway, and filling costs a pass over every tensor.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filling

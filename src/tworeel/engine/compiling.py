@@ -1,0 +1,68 @@
+"""Blocks through `torch.compile`: one compilation for all blocks of a kind and a residency."""
+
+from __future__ import annotations
+
+import threading
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+BlockCall = Callable[..., Any]
+"""(block, *args, **kwargs) -> what the block's forward returns."""
+
+
+class BlockCompiler:
+    """Compiles block calls, and goes on without where that fails.
+
+    The weights are inputs of what is compiled, so that all blocks of a class share it. Another shape is
+    compiled again once, then for any size.
+    """
+
+    def __init__(self) -> None:
+        # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
+        # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
+        torch._functorch.config.enable_autograd_cache = False
+        self._compiled: dict[BlockCall, BlockCall] = {}
+        self._lock = threading.Lock()
+        self.failed = False
+
+    def __call__(self, call: BlockCall, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run `call(block, *args, **kwargs)` compiled; give the same `call` for all blocks of a class."""
+        if self.failed:
+            return call(block, *args, **kwargs)
+        try:
+            return self._compiled_of(call, block)(block, *args, **kwargs)
+        except TorchDynamoException as error:
+            if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+                raise
+            self._give_up(error)
+        return call(block, *args, **kwargs)
+
+    def _compiled_of(self, call: BlockCall, block: nn.Module) -> BlockCall:
+        with self._lock:
+            if call not in self._compiled:
+                name = f"{type(block).__name__}_{call.__name__}"
+                self._compiled[call] = torch.compile(_with_own_code(call, name))
+            return self._compiled[call]
+
+    def _give_up(self, error: Exception) -> None:
+        with self._lock:
+            if not self.failed:
+                reason = str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
+                warnings.warn(f"blocks run without torch.compile, which failed: {reason}", stacklevel=3)
+            self.failed = True
+
+
+def _with_own_code(call: BlockCall, name: str) -> BlockCall:
+    """A copy of a function with a code object of its own: torch counts recompilations by code object."""
+    assert isinstance(call, types.FunctionType)
+    copy = types.FunctionType(
+        call.__code__.replace(co_name=name), call.__globals__, name, call.__defaults__, call.__closure__
+    )
+    copy.__kwdefaults__ = call.__kwdefaults__
+    return copy

@@ -1,0 +1,208 @@
+"""Chooses what each block leaves behind by the memory that its device has: as much as fits.
+
+One block of each stage is run once in each way, on the largest micro-batch, and what it keeps and takes is
+measured. More kept blocks are less to compute again.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tworeel.engine.placement import Placement
+from tworeel.engine.residency import Residency
+
+SPARE = 0.04
+"""Share of a device's memory that is left alone: the allocator's rounding and gaps."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one block takes on its device, in bytes, for one micro-batch."""
+
+    kept: int
+    """Between its forward and its backward."""
+    working: int
+    """While its forward or backward runs, beyond what it keeps."""
+
+
+TOO_LARGE = Footprint(kept=2**62, working=2**62)
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What a stage has to divide."""
+
+    available: int
+    """Bytes on its device that are not taken by weights, gradients or optimizer state."""
+    num_blocks: int
+    may_keep: int
+    """Blocks whose weights are on the device: only they can keep their activations."""
+    in_flight: int
+    """Micro-batches whose activations it holds at a time."""
+
+
+FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
+"""For blocks whose activations cannot all stay, best first."""
+
+
+def fit_stage(memory: StageMemory, footprints: dict[Residency, Footprint]) -> tuple[int, Residency]:
+    """How many blocks of a stage keep everything, and what the others leave behind.
+
+    Args:
+        memory: of the stage.
+        footprints: of `KEEP`, and of `SELECTIVE` if not everything can be kept.
+    """
+    for fallback in FALLBACKS:
+        for num_kept in range(memory.may_keep, -1, -1):
+            if _fits(memory, footprints, num_kept, fallback):
+                return num_kept, fallback
+    return 0, FALLBACKS[-1]
+
+
+def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
+    """Whether not all blocks of a stage can keep their activations."""
+    everything = {Residency.KEEP: keep}
+    return memory.may_keep < memory.num_blocks or not _fits(
+        memory, everything, memory.num_blocks, FALLBACKS[0]
+    )
+
+
+def _fits(
+    memory: StageMemory, footprints: dict[Residency, Footprint], num_kept: int, fallback: Residency
+) -> bool:
+    kept = num_kept * footprints[Residency.KEEP].kept
+    working = footprints[Residency.KEEP].working if num_kept else 0
+    num_others = memory.num_blocks - num_kept
+    if num_others:
+        # What is parked is on the device while it leaves, and one block ahead of its backward.
+        selective = footprints[Residency.SELECTIVE]
+        kept += selective.kept * (4 if fallback.is_parked else num_others)
+        working = max(working, selective.working)
+    return memory.in_flight * kept + working <= memory.available
+
+
+def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:
+    """Bytes that activations may take on a stage's device; stages that share it get equal parts.
+
+    Room for gradients that are not there yet, and for two moments of an optimizer, is set aside.
+    """
+    device = placement.devices[stage]
+    total, free = _total_and_free(device)
+    coming = sum(
+        p.nbytes * ((p.grad is None) + 2)
+        for name, p in model.named_parameters()
+        if p.requires_grad and placement.device_of(name) == device
+    )
+    return int((free - coming - SPARE * total) / placement.devices.count(device))
+
+
+def _total_and_free(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may use on a device, and those of them that no tensor takes."""
+    free, total = torch.accelerator.get_memory_info(device)
+    allocated = torch.accelerator.memory_allocated(device)
+    free += torch.accelerator.memory_reserved(device) - allocated
+    if device.type == "cuda":
+        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return limit, min(free, limit - allocated)
+    return total, free
+
+
+Run = Callable[[Residency, tuple[Any, ...], dict[str, Any]], Any]
+"""(residency, args, kwargs of a block) -> its output."""
+
+
+class Probe:
+    """Measures what a block of each stage takes, beside a forward of the model without gradients.
+
+    Args:
+        memories: of each stage.
+    """
+
+    def __init__(self, memories: Sequence[StageMemory]) -> None:
+        self.memories = memories
+        self.footprints: list[dict[Residency, Footprint]] = [{} for _ in memories]
+
+    def measure(
+        self,
+        stage: int,
+        device: torch.device,
+        block: nn.Module,
+        run: Run,
+        args: Any,
+        kwargs: Any,
+        outputs: Any,
+    ) -> None:
+        """Run the block forward and backward in each way that is asked for.
+
+        Args:
+            stage, device: of the block; each stage is measured once.
+            block: the block.
+            run: runs it.
+            args, kwargs: of its forward.
+            outputs: what it returned for them.
+        """
+        found = self.footprints[stage]
+        if found:
+            return
+        # What comes out of a block goes into the next: inputs of these shapes will need a gradient.
+        shapes = {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
+
+        def fresh(tensor: Tensor) -> Tensor:
+            copy = tensor.detach()
+            return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
+
+        args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        for residency in (Residency.KEEP, Residency.SELECTIVE):
+            if residency is Residency.KEEP or needs_fallback(self.memories[stage], found[Residency.KEEP]):
+                found[residency] = _measured(residency, device, run, args, kwargs, trained)
+
+
+def _measured(
+    residency: Residency,
+    device: torch.device,
+    run: Run,
+    args: Any,
+    kwargs: Any,
+    trained: Sequence[nn.Parameter],
+) -> Footprint:
+    """The footprint after a first run, which compiles; more than any device has if that does not fit."""
+    try:
+        with torch.enable_grad():
+            _footprint(residency, device, run, args, kwargs, trained)
+            return _footprint(residency, device, run, args, kwargs, trained)
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+    torch.accelerator.empty_cache()
+    return TOO_LARGE
+
+
+def _footprint(
+    residency: Residency,
+    device: torch.device,
+    run: Run,
+    args: Any,
+    kwargs: Any,
+    trained: Sequence[nn.Parameter],
+) -> Footprint:
+    torch.accelerator.synchronize(device)
+    before = torch.accelerator.memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    outputs = [leaf for leaf in tree_leaves(run(residency, args, kwargs)) if isinstance(leaf, Tensor)]
+    # The output is the next block's input, so it counts once a block.
+    kept = torch.accelerator.memory_allocated(device) - before
+    outputs = [output for output in outputs if output.requires_grad]
+    # Not a backward(), which would add to the parameters' gradients.
+    wanted = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    torch.autograd.grad(
+        outputs, [*wanted, *trained], [torch.ones_like(output) for output in outputs], allow_unused=True
+    )
+    peak = torch.accelerator.max_memory_allocated(device) - before
+    return Footprint(kept=kept, working=peak - kept)

@@ -1,0 +1,204 @@
+"""Activations that wait in pinned host memory between a block's forward and its backward.
+
+They leave on a stream of their own while the next blocks compute, and are fetched back one block before they
+are needed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from tworeel.engine.streams import Arrival, copy_in, copy_out
+
+SMALLEST = 2**16
+"""Tensors of fewer bytes are not worth a transfer."""
+
+
+class HostPool:
+    """Pinned buffers that are used again and again.
+
+    Args:
+        limit: bytes that may be pinned; what does not fit stays on its device. None for no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.held = 0
+        """Bytes that are pinned so far, in use or not."""
+        self._free: dict[int, list[tuple[Tensor, torch.Event | None]]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def take(self, size: int, *, pinned: bool = True) -> tuple[Tensor, torch.Event | None] | None:
+        """A buffer of `size` bytes and the event after which it may be written; None at the limit."""
+        with self._lock:
+            if self._free[size]:
+                return self._free[size].pop()
+            if self.limit is not None and self.held + size > self.limit:
+                return None
+            self.held += size
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned), None
+
+    def give_back(self, buffer: Tensor, read: torch.Event | None) -> None:
+        """Let another tensor have the buffer once `read` has happened."""
+        with self._lock:
+            self._free[buffer.nbytes].append((buffer, read))
+
+
+class Parked:
+    """One tensor in host memory."""
+
+    def __init__(self, tensor: Tensor, pool: HostPool, buffer: Tensor, free: torch.Event | None) -> None:
+        self.device = tensor.device
+        self._pool = pool
+        self._buffer: Tensor | None = buffer
+        self._host = _view_like(buffer, tensor)
+        self._fetched: Arrival | None = None
+        self._last = copy_out(tensor, self._host, free)
+
+    def fetch(self) -> None:
+        """Begin to bring it back."""
+        if self._fetched is None:
+            self._fetched = copy_in(self._host, self.device, self._last)
+            self._last = self._fetched.event
+
+    def get(self) -> Tensor:
+        """The tensor on its device, for work that is queued from now on; it can be had once.
+
+        Raises:
+            RuntimeError: a second time, as `retain_graph=True` would want it.
+        """
+        if self._buffer is None:
+            raise RuntimeError("activations in host memory are fetched once: they cannot be used again")
+        self.fetch()
+        assert self._fetched is not None
+        tensor = self._fetched.wait()
+        self._leave()
+        return tensor
+
+    def _leave(self) -> None:
+        # Not only when it is collected: the graph hangs in cycles.
+        buffer, self._buffer, self._fetched = self._buffer, None, None
+        if buffer is not None:
+            self._pool.give_back(buffer, self._last)
+
+    def __del__(self) -> None:
+        self._leave()
+
+
+class Berth:
+    """What one block of one micro-batch has parked.
+
+    Args:
+        pool: of host memory.
+        before: the berth of the block before, which is needed next in the backward.
+    """
+
+    def __init__(self, pool: HostPool, before: Berth | None) -> None:
+        self._pool = pool
+        self._before = before
+        self._parked: list[Parked] = []
+
+    def park(self, tensor: Tensor) -> Parked | Tensor:
+        """Bring a tensor to host memory; it stays itself if it is small or there is no room."""
+        if tensor.nbytes < SMALLEST or not _is_dense(tensor):
+            return tensor
+        place = self._pool.take(tensor.nbytes, pinned=tensor.device.type != "cpu")
+        if place is None:
+            return tensor
+        parked = Parked(tensor, self._pool, *place)
+        self._parked.append(parked)
+        return parked
+
+    def get(self, parked: Parked | Tensor) -> Tensor:
+        """What was parked, and begin to fetch what the block before has parked."""
+        if isinstance(parked, Tensor):
+            return parked
+        for one in self._parked:
+            one.fetch()
+        tensor = parked.get()
+        before, self._before = self._before, None
+        if before is not None:
+            before.prefetch()
+        self._parked = [one for one in self._parked if one is not parked]
+        return tensor
+
+    def prefetch(self) -> None:
+        """Begin to bring everything back."""
+        for one in self._parked:
+            one.fetch()
+
+    @contextmanager
+    def hooks(self, shared: Collection[int]) -> Iterator[None]:
+        """Park what autograd saves inside.
+
+        Args:
+            shared: storages (by address) that are not this block's alone: weights and constants.
+        """
+
+        def pack(tensor: Tensor) -> Parked | Tensor:
+            return tensor if tensor.untyped_storage().data_ptr() in shared else self.park(tensor)
+
+        with saved_tensors_hooks(pack, self.get):
+            yield
+
+    def contexts(self, ops: Collection[Any]) -> Callable[[], tuple[Any, Any]]:
+        """A checkpoint's `context_fn` that parks what `ops` return, for the recomputation to take."""
+
+        def make() -> tuple[Any, Any]:
+            kept: list[Any] = []
+            return _Keeping(self, ops, kept), _Replaying(self, ops, kept)
+
+        return make
+
+
+class _Keeping(TorchDispatchMode):
+    """Parks what some operations return."""
+
+    def __init__(self, berth: Berth, ops: Collection[Any], kept: list[Any]) -> None:
+        super().__init__()
+        self._berth, self._ops, self._kept = berth, ops, kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in self._ops:
+            self._kept.append(tree_map_only(Tensor, lambda t: self._berth.park(t.detach()), result))
+        return result
+
+
+class _Replaying(TorchDispatchMode):
+    """Gives back what was parked instead of running these operations again."""
+
+    def __init__(self, berth: Berth, ops: Collection[Any], kept: Sequence[Any]) -> None:
+        super().__init__()
+        self._berth, self._ops, self._kept = berth, ops, iter(())
+        self._source = kept
+
+    def __enter__(self) -> _Replaying:
+        self._kept = iter(self._source)
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self._ops:
+            return func(*args, **(kwargs or {}))
+        return tree_map_only((Tensor, Parked), lambda t: self._berth.get(t).detach(), next(self._kept))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its extent, in whatever order."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return extent == tensor.numel()
+
+
+def _view_like(buffer: Tensor, tensor: Tensor) -> Tensor:
+    return buffer.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

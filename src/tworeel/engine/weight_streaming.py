@@ -1,0 +1,150 @@
+"""Frozen weights that wait in pinned host memory and are brought to their device ahead of use.
+
+A stage has two slots on its device, each as large as its largest streamed block. While a block computes from
+one slot, the next one's weights are copied into the other. They never go back: they are frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tworeel.engine.streams import mark, side_stream
+
+ALIGNMENT = 256
+"""Of each tensor in a slot, in bytes: what kernels for matrices ask for."""
+SLOTS = 2
+
+
+@dataclass
+class _Slot:
+    """Device memory for one block's weights."""
+
+    memory: Tensor
+    block: int | None = None
+    arrived: torch.Event | None = None
+    last_use: torch.Event | None = None
+
+
+@dataclass
+class _Streamed:
+    """One block's frozen parameters, and the one copy of their values."""
+
+    host: Tensor
+    places: list[tuple[nn.Parameter, int]] = field(default_factory=list)
+    """Each parameter with its offset in bytes."""
+
+    def point_to(self, memory: Tensor) -> None:
+        """Let the parameters be views of `memory`."""
+        for parameter, offset in self.places:
+            flat = memory[offset : offset + parameter.nbytes]
+            parameter.data = flat.view(parameter.dtype).view(parameter.shape)
+
+
+class WeightStreamer:
+    """Brings the weights of one stage's streamed blocks to its device, one block ahead.
+
+    Its methods are called in the order of the stage's work, by one thread at a time.
+
+    Args:
+        device: of the stage.
+        blocks: the stage's streamed blocks by their position; their frozen parameters may be on any device
+            and end in the slots.
+    """
+
+    def __init__(self, device: torch.device, blocks: Mapping[int, nn.Module]) -> None:
+        self.device = device
+        self._blocks = {position: _to_host(block, device) for position, block in blocks.items()}
+        self._order = sorted(self._blocks)
+        size = max((b.host.nbytes for b in self._blocks.values()), default=0)
+        self._slots = [
+            _Slot(torch.empty(size, dtype=torch.uint8, device=device))
+            for _ in range(min(SLOTS, len(self._blocks)))
+        ]
+        self._current: _Slot | None = None
+        for block in self._blocks.values():
+            block.point_to(self._slots[0].memory)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the weights take."""
+        return sum(block.host.nbytes for block in self._blocks.values())
+
+    def use(self, position: int, *, backward: bool) -> None:
+        """The block at `position` is about to run: its weights are there for what is queued from now on."""
+        self._release()
+        if position not in self._blocks:
+            return
+        slot = self._bring(position)
+        if slot.arrived is not None:
+            torch.accelerator.current_stream(self.device).wait_event(slot.arrived)
+        self._blocks[position].point_to(slot.memory)
+        self._current = slot
+        self._bring_next(position, -1 if backward else 1)
+
+    def expect(self, *, backward: bool) -> None:
+        """The stage's next work is a backward (from its last block) or a forward (from its first)."""
+        self._release()
+        if self._order:
+            self._bring(self._order[-1 if backward else 0])
+
+    def _release(self) -> None:
+        """Everything that uses the current slot is queued."""
+        if self._current is not None and self.device.type != "cpu":
+            self._current.last_use = mark(self.device)
+        self._current = None
+
+    def _bring_next(self, position: int, step: int) -> None:
+        following = self._order.index(position) + step
+        if 0 <= following < len(self._order):
+            self._bring(self._order[following])
+
+    def _bring(self, position: int) -> _Slot:
+        """The slot that holds a block's weights, or will: the copy is begun."""
+        for slot in self._slots:
+            if slot.block == position:
+                return slot
+        slot = next(slot for slot in self._slots if slot is not self._current)
+        host = self._blocks[position].host
+        if self.device.type == "cpu":
+            slot.memory[: host.nbytes].copy_(host)
+        else:
+            arriving = side_stream(self.device, "in")
+            if slot.last_use is not None:
+                arriving.wait_event(slot.last_use)
+            with arriving:
+                slot.memory[: host.nbytes].copy_(host, non_blocking=True)
+            slot.arrived = arriving.record_event()
+        slot.block = position
+        # The other slot is the next to be overwritten.
+        self._slots.sort(key=lambda other: other is slot)
+        return slot
+
+
+def spread(positions: Sequence[int], count: int) -> list[int]:
+    """Choose `count` of the positions, evenly: a copy has the time of the blocks between two of them."""
+    return [positions[(2 * i + 1) * len(positions) // (2 * count)] for i in range(count)]
+
+
+def frozen_parameters(block: nn.Module) -> Iterable[nn.Parameter]:
+    """The parameters of a block that are not trained."""
+    return (parameter for parameter in block.parameters() if not parameter.requires_grad)
+
+
+def _to_host(block: nn.Module, device: torch.device) -> _Streamed:
+    """Copy a block's frozen parameters into one stretch of host memory, pinned for a device that is none."""
+    places: list[tuple[nn.Parameter, int]] = []
+    size = 0
+    for parameter in frozen_parameters(block):
+        places.append((parameter, size))
+        size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+    for parameter, offset in places:
+        flat = host[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        flat.copy_(parameter.data)
+        # Now, not when all blocks are copied: the host never holds two copies of more than one block.
+        parameter.data = flat
+    return _Streamed(host, places)

@@ -1,0 +1,78 @@
+"""Compiled blocks: the same gradients, one compilation a kind, and eager after a failure."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
+
+from tworeel import Pipeline
+from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.residency import plain_call
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residency", ["keep", "selective", "offload"])
+def test_compiled_equals_the_unsplit_eager_model(residency):
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(3)]
+    losses, expected = run_unsplit(make_wan("t2v", torch.float32), batches)
+    model = make_wan("t2v", torch.float32)
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency=residency, compile=True, slack=1)
+    for _ in range(2):  # the first is carried by one thread
+        model.zero_grad()
+        result = pipeline.step(batches, square_loss)
+        torch.testing.assert_close(list(result.losses), losses, rtol=1e-5, atol=0)
+        assert_close(gradients(model), expected, 1e-4)
+    compiler = pipeline.split.compiler
+    assert compiler is not None and not compiler.failed and len(compiler._compiled) == 1
+
+
+class Block(nn.Module):
+    """Takes part in a pipeline of any number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+def call(compiler: BlockCompiler, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run a block as `run_block` does."""
+    return compiler(plain_call(type(block)), block, x)
+
+
+def test_blocks_of_a_kind_share_one_compilation(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda call: made.append(call) or call)
+    compiler, x = BlockCompiler(), torch.ones(2, 4)
+    for block in (Block(), Block(), Block()):
+        call(compiler, block, x)
+    assert len(made) == 1
+
+
+def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler on this machine")
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend=broken))
+    compiler, block, x = BlockCompiler(), Block(), torch.ones(2, 4)
+    with pytest.warns(UserWarning, match="run without torch.compile.*no compiler"):
+        result = call(compiler, block, x)
+    assert torch.equal(result, block(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(compiler, block, x)
+
+
+@pytest.mark.filterwarnings("ignore:blocks run without")
+def test_a_mistake_in_the_block_is_told_by_its_own_error():
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        call(BlockCompiler(), Block(), torch.ones(2, 5))

@@ -1,0 +1,54 @@
+"""As much as fits is kept: the choice by numbers. Measuring it needs an accelerator (tests/gpu)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from toy_wan import make_wan
+
+from tworeel import split
+from tworeel.engine.fitting import Footprint, StageMemory, fit_stage, needs_fallback
+from tworeel.engine.residency import Residency
+
+SIZES = {Residency.KEEP: Footprint(kept=20, working=10), Residency.SELECTIVE: Footprint(kept=3, working=30)}
+
+
+def memory(available: int, **changes: int) -> StageMemory:
+    """A stage of 10 blocks that holds 2 micro-batches."""
+    usual = StageMemory(available=available, num_blocks=10, may_keep=10, in_flight=2)
+    return replace(usual, **changes)
+
+
+def test_with_room_for_everything_everything_is_kept():
+    assert fit_stage(memory(410), SIZES) == (10, Residency.SELECTIVE)
+    assert not needs_fallback(memory(410), SIZES[Residency.KEEP])
+    assert needs_fallback(memory(409), SIZES[Residency.KEEP])
+
+
+def test_with_less_room_some_blocks_recompute():
+    # 2 × (5 × 20 + 5 × 3) + 30
+    assert fit_stage(memory(260), SIZES) == (5, Residency.SELECTIVE)
+    assert fit_stage(memory(90), SIZES) == (0, Residency.SELECTIVE)
+
+
+def test_with_little_room_activations_wait_on_the_host():
+    kept, fallback = fit_stage(memory(89), SIZES)
+    assert (kept, fallback) == (1, Residency.OFFLOAD_SELECTIVE) or kept == 0
+    assert fit_stage(memory(10), SIZES) == (0, Residency.OFFLOAD_SELECTIVE)
+
+
+def test_more_micro_batches_in_flight_leave_room_for_less():
+    shallow, deep = (fit_stage(memory(260, in_flight=n), SIZES)[0] for n in (1, 3))
+    assert shallow > deep
+
+
+def test_blocks_with_streamed_weights_never_keep():
+    assert fit_stage(memory(10_000, may_keep=4), SIZES) == (4, Residency.SELECTIVE)
+    assert needs_fallback(memory(10_000, may_keep=4), SIZES[Residency.KEEP])
+
+
+def test_on_a_cpu_auto_recomputes():
+    division = split(make_wan("t2v", torch.float32), ["cpu", "cpu"], residency="auto")
+    assert not division.is_auto
+    assert division.residency_in_words() == "stage 0: 2 recompute; stage 1: 3 recompute"

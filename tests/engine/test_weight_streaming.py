@@ -1,0 +1,99 @@
+"""Frozen weights that wait in host memory give the same step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
+
+from tworeel import Pipeline, split
+from tworeel.engine.weight_streaming import SLOTS, WeightStreamer, spread
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("residency", ["recompute", "selective", "offload-selective"])
+@pytest.mark.parametrize("counts", [(1, 1), (3, 2), (0, 2)])
+def test_streamed_weights_give_the_gradients_of_the_unsplit_model(residency, counts):
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(4)]
+    losses, expected = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    pipeline = Pipeline(model, ["cpu", "cpu"], at=[3], residency=residency, streamed=counts, slack=1)
+    for _ in range(2):
+        model.zero_grad()
+        result = pipeline.step(batches, square_loss)
+        torch.testing.assert_close(list(result.losses), losses, rtol=1e-10, atol=0)
+        assert_close(gradients(model), expected, 1e-10)
+
+
+def test_a_plain_loop_over_streamed_weights_goes_on_as_before():
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(2)]
+    _, expected = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    split(model, ["cpu", "cpu"], residency="recompute", streamed=(2, 2))
+    run_unsplit(model, batches)
+    assert_close(gradients(model), expected, 1e-10)
+
+
+def blocks_of(count: int) -> dict[int, nn.Module]:
+    """Linear layers whose weights are their position."""
+    found: dict[int, nn.Module] = {}
+    for position in range(count):
+        found[position] = nn.Linear(8, 8, bias=False).requires_grad_(False)
+        nn.init.constant_(found[position].weight, position)
+    return found
+
+
+def test_a_block_has_its_weights_when_it_is_used_and_the_next_ones_are_under_way():
+    blocks = blocks_of(5)
+    streamer = WeightStreamer(CPU, blocks)
+    order = [*((p, False) for p in range(5)), *((p, True) for p in reversed(range(5)))]
+    for position, backward in order * 2:
+        streamer.use(position, backward=backward)
+        assert (blocks[position].weight == position).all()
+        following = position + (-1 if backward else 1)
+        if following in blocks:
+            assert following in {slot.block for slot in streamer._slots}
+    assert streamer.host_bytes == 5 * 256
+
+
+def test_all_blocks_share_two_slots():
+    blocks = blocks_of(5)
+    WeightStreamer(CPU, blocks)
+    assert len({b.weight.untyped_storage().data_ptr() for b in blocks.values()}) <= SLOTS
+
+
+def test_the_first_block_of_what_comes_next_is_fetched_ahead():
+    blocks = blocks_of(4)
+    streamer = WeightStreamer(CPU, blocks)
+    streamer.use(3, backward=False)
+    streamer.expect(backward=False)
+    assert 0 in {slot.block for slot in streamer._slots}
+
+
+def test_trained_parameters_stay_on_the_device():
+    model = make_wan("t2v", torch.float32)
+    division = split(model, ["cpu"], residency="recompute", streamed=(5,))
+    frozen = sum(p.nbytes for b in model.blocks for p in b.parameters() if not p.requires_grad)
+    assert frozen <= division.streamed_bytes < 1.5 * frozen + 5 * 100 * 256
+
+
+def test_streamed_blocks_are_spread_evenly():
+    assert spread(range(20), 4) == [2, 7, 12, 17]
+    assert spread(range(10, 13), 3) == [10, 11, 12]
+    assert spread(range(5), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"streamed": (1,)}, "2 stages need as many numbers"),
+        ({"streamed": (9, 0)}, "stage 0 has"),
+        ({"streamed": (1, 0), "residency": "keep"}, "cannot be 'keep'"),
+        ({"residency": ["keep"]}, "1 residencies for 5 blocks"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        split(make_wan("t2v", torch.float32), ["cpu", "cpu"], **{"residency": "recompute", **options})
