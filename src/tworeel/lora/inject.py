@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
-from tworeel.lora.layers import CastDora, CastLinear, row_norms
+from tworeel.lora.layers import CastDora, CastLinear, dense_weight, row_norms
 from tworeel.lora.targets import find_targets
 
 ADAPTER = "default"
@@ -32,7 +33,7 @@ def inject_lora(
 
     The LoRA's weights are fp32 (fp64 on an fp64 base), each on the device of its layer; they compute in the
     dtype of the layer's input. They start as peft's do (A uniform, B zero), but from `seed` and the layer's
-    name alone: the same on any devices, in any order.
+    name alone: the same on any devices, in any order. The layers may be quantized, see `dense_weight`.
 
     Args:
         model: the transformer, with its weights already on their devices.
@@ -56,7 +57,6 @@ def inject_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft only divides by the rank
         target_modules=names,
         use_rslora=rslora,
-        use_dora=dora,
         bias="none",
     )
     model.requires_grad_(False)
@@ -66,6 +66,8 @@ def inject_lora(
     assert set(layers) == set(names), "peft adapted other layers than the targets"
     for name, layer in layers.items():
         _fill(layer, seed, name)
+        if dora:
+            _add_magnitude(layer)
     return names
 
 
@@ -75,13 +77,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def base_weight(layer: LoraLinear) -> Tensor:
-    """Return the frozen weight of an adapted layer, shape (out, in)."""
+    """Return the frozen weight of an adapted layer as it is stored; `dense_weight` dequantizes it."""
     return layer.get_base_layer().get_parameter("weight")
+
+
+def layer_sizes(layer: LoraLinear) -> tuple[int, int]:
+    """Return the inputs and outputs of an adapted layer."""
+    base = layer.get_base_layer()
+    assert isinstance(base, nn.Linear)
+    return base.in_features, base.out_features
 
 
 def _fill(layer: LoraLinear, seed: int, name: str) -> None:
     base = base_weight(layer)
-    outputs, inputs = base.shape
+    inputs, outputs = layer_sizes(layer)
     rank = layer.r[ADAPTER]
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
     down = start_of_down(rank, inputs, seed, name).to(base.device, dtype)
@@ -89,9 +98,17 @@ def _fill(layer: LoraLinear, seed: int, name: str) -> None:
     layer.lora_A[ADAPTER] = CastLinear(down)
     layer.lora_B[ADAPTER] = CastLinear(up)
     layer.cast_input_dtype_enabled = False
-    if layer.use_dora[ADAPTER]:
-        with torch.no_grad():
-            layer.lora_magnitude_vector[ADAPTER] = CastDora(row_norms(base, down, up, 0.0))
+
+
+def _add_magnitude(layer: LoraLinear) -> None:
+    """Make a LoRA layer a DoRA layer, as peft does; but peft would take a quantized weight for the weight."""
+    down, up = (module[ADAPTER].get_parameter("weight") for module in (layer.lora_A, layer.lora_B))
+    with torch.no_grad():
+        lengths = row_norms(dense_weight(layer.get_base_layer()), down, up, 0.0)
+    layer.use_dora[ADAPTER] = True
+    layer.lora_variant[ADAPTER] = DoraLinearVariant()
+    layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude_vector")
+    layer.lora_magnitude_vector[ADAPTER] = CastDora(lengths)
 
 
 def start_of_down(rank: int, inputs: int, seed: int, name: str) -> Tensor:

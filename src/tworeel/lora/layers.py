@@ -7,6 +7,8 @@ would cast the input to fp32 instead and keep that copy of every input for the b
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
@@ -52,11 +54,24 @@ class CastDora(DoraLinearLayer):
         """Return what is added to the base layer's output; the norm gets no gradient (section 4.3)."""
         assert base_result is not None, "DoRA with dropout is not offered"
         with torch.no_grad():
-            norms = row_norms(base_layer.weight, lora_A.weight, lora_B.weight, scaling)
+            norms = row_norms(dense_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
         ratio = self.weight / norms
         directed = base_result if base_layer.bias is None else base_result - base_layer.bias
         update = lora_B(lora_A(x)) * scaling
         return (ratio - 1).to(x.dtype) * directed + ratio.to(x.dtype) * update
+
+
+@runtime_checkable
+class Quantized(Protocol):
+    """A layer that keeps its weight in another form than (out, in) numbers."""
+
+    def dequantized(self) -> Tensor:
+        """Return the weight, shape (out, in)."""
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Return the frozen weight of a linear layer, shape (out, in); that of a quantized one is made anew."""
+    return layer.dequantized() if isinstance(layer, Quantized) else layer.get_parameter("weight")
 
 
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -9,8 +9,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from tworeel.errors import raise_if_any
-from tworeel.lora.inject import ADAPTER, base_weight, lora_layers
-from tworeel.lora.layers import row_norms
+from tworeel.lora.inject import ADAPTER, layer_sizes, lora_layers
+from tworeel.lora.layers import dense_weight, row_norms
 from tworeel.lora.tensors import LoraFile, LoraTensors
 
 
@@ -104,8 +104,7 @@ def start_from(model: nn.Module, lora: LoraFile, source: str) -> list[str]:
     """
     layers = lora_layers(model)
     first = next(iter(layers.values()))
-    shapes = {name: base_weight(layer).shape for name, layer in layers.items()}
-    sizes = {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
+    sizes = {name: layer_sizes(layer) for name, layer in layers.items()}
     raise_if_any(start_problems(lora, sizes, source, rank=first.r[ADAPTER], dora=first.use_dora[ADAPTER]))
     with torch.no_grad():
         for name, part in lora.modules.items():
@@ -159,5 +158,5 @@ def _start(layer: LoraLinear, part: LoraTensors) -> None:
     down.copy_(part.down)
     up.copy_(part.up.to(up.dtype) * (part.scale / scaling))
     if "magnitude" in roles:
-        lengths = row_norms(base_weight(layer), down, up, scaling)
+        lengths = row_norms(dense_weight(layer.get_base_layer()), down, up, scaling)
         roles["magnitude"].copy_(lengths if part.magnitude is None else part.magnitude)

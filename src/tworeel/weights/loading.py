@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from tworeel.weights.tensor_files import TensorFiles, TensorInfo
 _LISTED = 10
 
 _Places = dict[str, list[tuple[nn.Module, str]]]
+
+
+@runtime_checkable
+class Accepts(Protocol):
+    """A module that takes its own tensors, to keep them in another form than the files do."""
+
+    def accept(self, name: str, tensor: Tensor) -> None:
+        """Take the tensor of one parameter or buffer, on its device."""
 
 
 def load_weights(
@@ -29,6 +38,7 @@ def load_weights(
     Tensors go from the page cache to their device, where they take their dtype: host memory holds none of
     them, and no device more than one besides its own (and that one's fp32 copy while it is dequantized).
     Parameters that share one tensor keep sharing it, and any one of their names in the files is enough.
+    Modules that accept tensors themselves (`Accepts`) are given theirs, one at a time too.
     Buffers that files do not hold (tables made by the constructor) move to their device as they are. The
     files are closed.
 
@@ -133,7 +143,9 @@ def _in_file_order(keys: Mapping[str, str], names: Mapping[str, TensorInfo]) -> 
 def _put(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
     parameter = nn.Parameter(tensor, requires_grad=False)
     for owner, leaf in places:
-        if leaf in owner._buffers:
+        if isinstance(owner, Accepts):
+            owner.accept(leaf, tensor)
+        elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
             owner._parameters[leaf] = parameter

@@ -1,0 +1,15 @@
+"""The comparison of 8 and 4 bits with bf16 runs as it is run by hand, at toy size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from test_bench import read, run
+
+
+def test_the_precision_of_each_kind_is_measured(tmp_path: Path) -> None:
+    printed = run("precision.py", "--kinds", "fp8,int8", "--blocks", "2", "--json", tmp_path / "x.json")
+    found = read(tmp_path / "x.json")["precision"]
+    assert "LoRA gradient" in printed
+    assert 0.99 < found["fp8"]["gradient_cosine"] < found["int8"]["gradient_cosine"] < 1
+    assert found["int8"]["output_error"] < 0.01
