@@ -1,24 +1,23 @@
-"""What the benchmarks share: time and memory by phase, the machine's name, tables and JSON."""
+"""What the scripts share: time and memory by phase, devices, tables and JSON."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 
-GIB = 2**30
+from tworeel.benchmarks.machine import GIB
+from tworeel.report.benchmark import fact_lines, plain_table
+
 SAMPLE_SECONDS = 0.02
 
 console = Console(highlight=False, width=None if os.isatty(1) else 120)
@@ -117,35 +116,6 @@ def anonymous_memory() -> int:
     return int(info.rss - getattr(info, "shared", 0))
 
 
-def pinned_memory() -> int:
-    """Most bytes of pinned host memory that torch has held so far (CUDA only)."""
-    if not torch.cuda.is_initialized():
-        return 0
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
-
-
-def machine(devices: Iterable[torch.device]) -> dict[str, Any]:
-    """What was measured on, and when."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "devices": [device_name(device) for device in devices],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """`cuda:0 (NVIDIA …, 31.4 GiB)`."""
-    if device.type == "cpu":
-        return f"cpu ({platform.processor() or platform.machine()})"
-    module: Any = torch.get_device_module(device)
-    properties = module.get_device_properties(device)
-    return f"{device} ({properties.name}, {properties.total_memory / GIB:.1f} GiB)"
-
-
 def default_devices(count: int = 2) -> list[torch.device]:
     """The first accelerators, one of them several times if there are too few, else the CPU."""
     if not torch.accelerator.is_available():
@@ -161,43 +131,15 @@ def devices_from(names: str | None) -> list[torch.device]:
     return [torch.device(name) for name in names.split(",")] if names else default_devices()
 
 
-def wake(devices: Iterable[torch.device]) -> None:
-    """Let each device make its context now, so that no phase pays for it."""
-    for device in devices:
-        torch.ones(1, device=device).sum().item()
-
-
-def limit_memory(devices: Sequence[torch.device], limit: float) -> None:
-    """Let torch use no more than `limit` GiB for each stage: a device with two stages may use twice as much.
-
-    Raises:
-        SystemExit: a device is not CUDA's (or ROCm's under that name).
-    """
-    for device in dict.fromkeys(devices):
-        if device.type != "cuda":
-            raise SystemExit(
-                f"--cap-gib: the memory of {device} cannot be limited, only that of CUDA devices"
-            )
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, limit * GIB * list(devices).count(device) / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)
-
-
 def print_machine(facts: dict[str, Any]) -> None:
-    """Write what `machine` found, one line a fact."""
-    for key, value in facts.items():
-        text = ", ".join(value) if isinstance(value, list) else str(value)
-        console.print(f"{key}: {text}", markup=False, soft_wrap=True)
+    """Write what `tworeel.benchmarks.machine.facts` found, one line a fact."""
+    for line in fact_lines(facts):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table; the first column is text, the others are numbers."""
-    table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(plain_table(title, columns, rows))
 
 
 def print_phases(title: str, phases: Iterable[Phase]) -> None:

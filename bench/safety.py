@@ -23,6 +23,7 @@ import torch
 from real_size import write_clips
 from safetensors.torch import save_file
 
+from tworeel.benchmarks import machine
 from tworeel.config.schema import DataConfig, SourceConfig
 from tworeel.data.media import content_hash
 from tworeel.data.scan import scan
@@ -143,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the benchmark."""
     arguments = parse_arguments()
-    facts = measuring.machine([torch.device("cpu")])
+    facts = machine.facts([torch.device("cpu")])
     measuring.print_machine(facts)
     found = measure(arguments)
     measuring.print_table("what safety costs", ("what", "seconds", "speed"), rows(found, arguments))

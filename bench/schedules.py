@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from tworeel.benchmarks.machine import synchronize
 from tworeel.engine import Pipeline
 from tworeel.engine.pipeline import Loss
 from tworeel.engine.timeline import busy_shares
+from tworeel.report.benchmark import percent
 
 TARGET = 0.65
 """A second GPU is worth its price if a clip takes at most this share of the time."""
@@ -67,11 +67,6 @@ def comparison_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     ]
 
 
-def percent(shares: Sequence[float]) -> str:
-    """(0.91, 0.88) -> `91 % 88 %`."""
-    return " ".join(f"{100 * share:.0f} %" for share in shares)
-
-
 def _busy(pipeline: Pipeline, batches: Sequence[Any], loss: Loss) -> tuple[float, ...]:
     result = pipeline.step(batches, loss, timed=True)
     return tuple(busy_shares(result.spans, pipeline.split.placement.num_stages))
@@ -79,17 +74,11 @@ def _busy(pipeline: Pipeline, batches: Sequence[Any], loss: Loss) -> tuple[float
 
 def _timed(pipeline: Pipeline, run: Callable[[], tuple[float, ...]]) -> tuple[float, tuple[float, ...]]:
     pipeline.split.model.zero_grad(set_to_none=True)
-    _synchronize(pipeline)
+    synchronize(pipeline.split.placement.devices)
     begin = time.perf_counter()
     busy = run()
-    _synchronize(pipeline)
+    synchronize(pipeline.split.placement.devices)
     return time.perf_counter() - begin, busy
-
-
-def _synchronize(pipeline: Pipeline) -> None:
-    for device in set(pipeline.split.placement.devices):
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
 
 
 def _median(rounds: Sequence[tuple[float, tuple[float, ...]]]) -> tuple[float, tuple[float, ...]]:

@@ -31,6 +31,7 @@ import torch
 from measuring import Meter, console, gib
 from real_size import TINY, Sizes, write_clips, write_model
 
+from tworeel.benchmarks import machine
 from tworeel.config.schema import (
     DataConfig,
     EngineConfig,
@@ -40,11 +41,13 @@ from tworeel.config.schema import (
     SourceConfig,
     TrainConfig,
 )
-from tworeel.engine import Pipeline, split
+from tworeel.engine import Pipeline, attention_backend
+from tworeel.errors import UserError
 from tworeel.lora.files import load_lora
 from tworeel.lora.naming import Naming
 from tworeel.models.wan.family import WAN
-from tworeel.training.assembly import cache_clips, load_model
+from tworeel.report.benchmark import percent
+from tworeel.training.assembly import cache_clips, load_model, split_model
 from tworeel.training.loop import StepReport
 from tworeel.training.micro_batches import MicroBatches, run_transformer, weighted_loss
 from tworeel.training.objective import NoiseLevels
@@ -140,13 +143,7 @@ def compare(options: Options) -> dict[str, Any]:
     plan = preflight(config, SilentRun())
     index = cache_clips(config, plan, SilentRun())
     model = load_model(config, plan)
-    division = split(
-        model,
-        plan.placement.devices,
-        at=plan.placement.boundaries[1:-1],
-        blocks=plan.family.block_lists,
-        residency=config.engine.residency,
-    )
+    division = split_model(config, plan, model)
     batches = MicroBatches(
         family=plan.family,
         traits=plan.source.traits,
@@ -157,8 +154,9 @@ def compare(options: Options) -> dict[str, Any]:
         config=config.train,
         dtype=torch_dtype(config.model.dtype),
     ).of_step(0)
-    pipeline = Pipeline(division, forward=run_transformer)
-    found = schedules.compare(pipeline, batches, weighted_loss, rounds=1)
+    pipeline = Pipeline(division, forward=run_transformer, slack=config.engine.slack)
+    with attention_backend(config.engine.attention, plan.placement.devices):
+        found = schedules.compare(pipeline, batches, weighted_loss, rounds=1)
     measuring.print_table("compare", ("schedule", "seconds a clip", "busy"), schedules.comparison_rows(found))
     return {**asdict(found), "ratio": found.ratio}
 
@@ -212,7 +210,7 @@ def _train(options: Options, name: str, steps: int) -> dict[str, Any]:
         "phases": measuring.as_json(phases),
         "steps": [_as_json(report, options.micro_batches) for report in watcher.reports],
         "load_host_growth": load,
-        "pinned_peak": measuring.pinned_memory(),
+        "pinned_peak": machine.pinned_memory(),
         "lora_bytes": result.lora.stat().st_size,
         "lora_layers": layers,
     }
@@ -234,7 +232,7 @@ def _print_steps(title: str, reports: Sequence[StepReport], micro_batches: int) 
                 f"{report.seconds / micro_batches:.3f}",
                 f"{report.loss:.4f}",
                 f"{report.grad_norm:.4f}",
-                schedules.percent(report.busy),
+                percent(report.busy),
             )
             for report in reports
         ),
@@ -266,7 +264,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("tworeel-bench"), help="where everything goes")
     parser.add_argument("--phase", choices=("all", *PHASES), default="all")
     parser.add_argument("--devices", help="one a stage, for example cuda:0,cuda:1; the first two by default")
-    parser.add_argument("--residency", choices=("keep", "recompute", "offload"), default="recompute")
+    parser.add_argument("--residency", default="auto", help="as engine.residency (auto)")
     parser.add_argument("--cap-gib", type=float, help="GiB that torch may use for each stage")
     parser.add_argument("--layers", type=int, help="blocks of the transformer (40)")
     parser.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (49)")
@@ -281,11 +279,14 @@ def main() -> None:
     """Run the phases that are asked for."""
     arguments = parse_arguments()
     options = read_options(arguments)
-    facts = measuring.machine(options.devices)
+    facts = machine.facts(options.devices)
     measuring.print_machine(facts)
     if arguments.cap_gib:
-        measuring.limit_memory(options.devices, arguments.cap_gib)
-    measuring.wake(options.devices)
+        try:
+            machine.limit_memory(options.devices, arguments.cap_gib)
+        except UserError as error:
+            raise SystemExit(str(error)) from None
+    machine.wake(options.devices)
     settings = {key: str(value) for key, value in asdict(options).items()} | {"cap_gib": arguments.cap_gib}
     for name in PHASES if arguments.phase == "all" else [arguments.phase]:
         results = PHASES[name](options)

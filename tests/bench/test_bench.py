@@ -47,13 +47,6 @@ def test_the_whole_run_is_measured_from_the_written_model_to_the_lora(tmp_path: 
     assert (tmp_path / "model" / "high_noise_model" / "config.json").is_file()
 
 
-def test_the_engine_is_compared_with_itself_one_micro_batch_at_a_time(tmp_path: Path) -> None:
-    printed = run("engine.py", "--devices", "cpu,cpu", "--rounds", "1", "--json", tmp_path / "engine.json")
-    found = read(tmp_path / "engine.json")["engine"]
-    assert found["ratio"] == found["pipelined"] / found["one_by_one"]
-    assert found["machine"]["torch"] in printed
-
-
 def test_the_cost_of_safety_is_measured(tmp_path: Path) -> None:
     printed = run("safety.py", "--rounds", "1", "--json", tmp_path / "safety.json")
     found = read(tmp_path / "safety.json")["safety"]

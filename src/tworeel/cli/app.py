@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tworeel import __version__
+from tworeel.cli.bench import bench
 from tworeel.cli.cache import cache
 from tworeel.cli.check import check
 from tworeel.cli.config import config
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, check, cache, convert, demo, config):
+for command in (train, check, cache, convert, demo, bench, config):
     app.command()(command)
 
 

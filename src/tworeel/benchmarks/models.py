@@ -1,0 +1,177 @@
+"""Models of random weights, made on the devices that they stay on, and micro-batches for them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tworeel.benchmarks.shapes import HEAD_DIM, PATCH, TEXT_TOKENS, Case, ModelShape
+from tworeel.engine import Placement, place
+from tworeel.engine.weight_streaming import spread
+from tworeel.errors import UserError
+from tworeel.lora.inject import inject_lora
+from tworeel.lora.state import lora_parameters
+from tworeel.models.family import Component
+from tworeel.models.wan.family import WAN
+
+Quantization = Literal["fp8", "int8", "nf4"]
+SCALE = 0.02
+"""Standard deviation of the weights: activations stay far from bf16's limits over 40 blocks."""
+TIMESTEP = 900.0
+
+
+def build(shape: ModelShape, blocks: int) -> nn.Module:
+    """The transformer on the meta device."""
+    config = {
+        "num_attention_heads": shape.heads,
+        "attention_head_dim": HEAD_DIM,
+        "in_channels": shape.channels,
+        "out_channels": shape.channels,
+        "text_dim": shape.text_dim,
+        "freq_dim": 256,
+        "ffn_dim": shape.ffn_dim,
+        "num_layers": blocks,
+    }
+    return WAN.build_transformer(Component(files=(), layout="native", config=config))
+
+
+def place_model(model: nn.Module, devices: Sequence[torch.device], at: Sequence[int] | None) -> Placement:
+    """Which block goes where.
+
+    Raises:
+        ValueError: as `tworeel.engine.place`.
+    """
+    return place(model, devices, at=at, blocks=WAN.block_lists)
+
+
+def fill(
+    model: nn.Module,
+    placement: Placement,
+    *,
+    dtype: torch.dtype,
+    rank: int,
+    quantize: Quantization | None = None,
+    streamed: Sequence[int] = (),
+) -> None:
+    """Give the model its weights, each made on its device, and a LoRA on all linear layers of the blocks.
+
+    What the family keeps in fp32 is fp32. A block is quantized as soon as it is made, so that no device ever
+    holds the whole model unquantized. The LoRA's second matrix is not zero, as at the start of a training:
+    then the first one would have no gradient to compare.
+
+    Args:
+        model: on the meta device.
+        placement: which device holds what.
+        dtype: of the weights.
+        rank: of the LoRA.
+        quantize: fp8, int8 or nf4.
+        streamed: how many blocks of each stage end in host memory, as for `tworeel.split`.
+
+    Raises:
+        UserError: this machine cannot quantize so.
+    """
+    noise = Noise()
+    keep = set(WAN.keep_fp32)
+    blocks = tuple(unit.name for unit in placement.units if unit.is_block)
+
+    def make(names: Iterable[str]) -> None:
+        for name in names:
+            precise = keep & set(name.split("."))
+            _make(model, name, noise, placement.device_of(name), torch.float32 if precise else dtype)
+
+    by_block = _by_block(model, blocks)
+    waiting = {
+        blocks[i]
+        for stage, count in enumerate(streamed[: placement.num_stages])
+        for i in spread(placement.blocks_of(stage), count)
+    }
+    make(by_block.pop(""))
+    for block, names in by_block.items():
+        make(names)
+        if quantize is not None:
+            _quantize(model, block, quantize)
+        if block in waiting:
+            model.get_submodule(block).to("cpu")
+    inject_lora(
+        model, rank=rank, alpha=rank, targets=WAN.lora_presets["all-linear"], block_lists=WAN.block_lists
+    )
+    for parameter in lora_parameters(model).values():
+        parameter.data = noise.normal(tuple(parameter.shape), parameter.device, parameter.dtype)
+
+
+class Noise:
+    """Normal random values of `SCALE`: the same whenever they are drawn in the same order."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def normal(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The device's next values."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        values = torch.empty(shape, dtype=dtype, device=device)
+        return values.normal_(std=SCALE, generator=self._generators[device])
+
+
+def make_batches(case: Case, dtype: torch.dtype, device: torch.device) -> list[dict[str, Tensor]]:
+    """Random inputs of the transformer on the first stage's device.
+
+    Returns:
+        For each micro-batch `hidden_states` (1, C, F, H, W), `timestep` (1,) and `encoder_hidden_states`
+        (1, 512, text width).
+    """
+    frames, height, width = case.grid
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return [
+        {
+            "hidden_states": randn(1, case.model.channels, frames, PATCH * height, PATCH * width),
+            "timestep": torch.full((1,), TIMESTEP, device=device),
+            "encoder_hidden_states": randn(1, TEXT_TOKENS, case.model.text_dim),
+        }
+        for _ in range(case.micro_batches)
+    ]
+
+
+def mean_square(output: Any) -> Tensor:
+    """The loss: mean of the output's squares, in fp32."""
+    loss: Tensor = output.sample.float().square().mean()
+    return loss
+
+
+def _by_block(model: nn.Module, blocks: Sequence[str]) -> dict[str, list[str]]:
+    """Names of parameters by block; those of no block come first, under an empty name."""
+    found: dict[str, list[str]] = defaultdict(list, {"": []})
+    for name, _ in model.named_parameters():
+        block = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        found[block].append(name)
+    return found
+
+
+def _make(model: nn.Module, name: str, noise: Noise, device: torch.device, dtype: torch.dtype) -> None:
+    path, _, leaf = name.rpartition(".")
+    shape = tuple(model.get_parameter(name).shape)
+    if len(shape) == 1 and leaf == "weight":  # of a norm
+        values = torch.ones(shape, device=device, dtype=dtype)
+    else:
+        values = noise.normal(shape, device, dtype)
+    setattr(model.get_submodule(path), leaf, nn.Parameter(values, requires_grad=False))
+
+
+def _quantize(model: nn.Module, block: str, kind: Quantization) -> None:
+    from tworeel.quant import quantize_blocks
+
+    modules = model.get_submodule(block).named_modules()
+    names = [f"{block}.{name}" for name, module in modules if isinstance(module, nn.Linear)]
+    try:
+        quantize_blocks(model, kind, names)
+    except ValueError as error:
+        raise UserError(f"--precision {kind}: {error}") from None

@@ -1,0 +1,283 @@
+"""`tworeel bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tworeel.benchmarks.shapes import DEFAULT_MODEL, MODELS, TINY, Case, make_cases, model_shape
+from tworeel.cli import options
+from tworeel.cli.watching import ConsoleObserver, watching
+from tworeel.errors import UserError
+from tworeel.report.console import console, say
+
+if TYPE_CHECKING:
+    from tworeel.benchmarks.results import CaseResult
+    from tworeel.benchmarks.run import Settings
+
+
+Precision = Literal["bf16", "fp8", "int8", "nf4"]
+Residency = Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"]
+Attention = Literal["auto", "cudnn", "flash", "efficient", "deterministic"]
+Baseline = Literal["naive"]
+
+WHAT = "What is measured"
+HOW = "How it is run"
+RESULTS = "What is told"
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Which model's widths: {', '.join(MODELS)}. {DEFAULT_MODEL} by default.",
+            metavar="NAME",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A clip as WIDTHxHEIGHTxFRAMES, or image-1024, image-1536. Repeat it for more. "
+            "'standard', the default, is 480x832x49 and image-1024.",
+            metavar="SHAPE",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="An image of so many tokens. Repeat it for more.", rich_help_panel=WHAT),
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many blocks of the model.", rich_help_panel=WHAT),
+    ] = None,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Clips of an optimizer step; 8 by default, 16 for images.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.", rich_help_panel=WHAT)] = 32,
+    tiny: Annotated[
+        bool,
+        typer.Option("--tiny", help="A tiny model: seconds, to see that it works.", rich_help_panel=WHAT),
+    ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Devices that share the model, for example cuda:0,cuda:1. All GPUs by default.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    split_at: Annotated[
+        str | None,
+        typer.Option(
+            help="First block of each device after the first, for example 20. Even shares by default.",
+            metavar="BLOCK,...",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the frozen weights.", rich_help_panel=HOW)
+    ] = "bf16",
+    residency: Annotated[
+        Residency,
+        typer.Option(help="What a block leaves behind for its backward.", rich_help_panel=HOW),
+    ] = "auto",
+    compile: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--eager",
+            help="Whether the blocks go through torch.compile. On GPUs they do by default.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    attention: Annotated[Attention, typer.Option(help="Attention kernel.", rich_help_panel=HOW)] = "auto",
+    slack: Annotated[
+        int,
+        typer.Option(min=0, help="Micro-batches in flight beyond what 1F1B needs.", rich_help_panel=HOW),
+    ] = 1,
+    stages_per_device: Annotated[
+        int,
+        typer.Option(min=1, help="Parts of the model on each device; 2 interleaves.", rich_help_panel=HOW),
+    ] = 1,
+    streamed: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks of each device whose weights wait in host memory, for example 8,8.",
+            metavar="COUNT,...",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    cap_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help="GiB that may be used for each stage, as on a smaller card.", rich_help_panel=HOW
+        ),
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Steps that are timed; the median counts.", rich_help_panel=HOW)
+    ] = 3,
+    compare: Annotated[
+        Baseline | None,
+        typer.Option(
+            help="'naive' also runs one micro-batch at a time with per-block device hooks.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Compare the gradients with the naive run's too.", rich_help_panel=RESULTS
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="File for all figures.", metavar="FILE", rich_help_panel=RESULTS),
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a picture and a trace of a step of each case.",
+            metavar="FOLDER",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None,
+) -> None:
+    """Measure how fast your devices train; nothing is downloaded.
+
+    Runs optimizer steps of a model of real size with random weights, and says
+    what a clip takes, how busy each device is, how much memory is used and what
+    limits. A few minutes on two GPUs. Without a GPU a tiny model is run, to show
+    that it works.
+
+    tworeel bench
+
+    tworeel bench --compare naive --check
+
+    tworeel bench --shapes 832x480x81 --cap-gib 22.5 --timeline steps
+    """
+    if check and compare is None:
+        raise UserError("--check: needs --compare naive")
+    shape = TINY if tiny else model_shape(model or DEFAULT_MODEL)
+    cases = make_cases(shape, shapes=shapes or (), tokens=tokens or (), micro_batches=micro_batches)
+    numbers = {"--split-at": _numbers("--split-at", split_at), "--streamed": _numbers("--streamed", streamed)}
+    if tiny:
+        # Before torch is imported: so tiny a model is slowed by more threads than one a stage.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with watching() as observer:
+        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
+        import torch
+
+        from tworeel.benchmarks.machine import devices_of
+        from tworeel.benchmarks.run import Settings
+
+        found = devices_of(options.device_list(devices))
+        on_cpu = all(device.type == "cpu" for device in found)
+        if devices is None and on_cpu and not tiny:
+            say(
+                "There is no GPU: a tiny model on cpu,cpu shows that it works; its figures mean nothing else."
+            )
+            cases = make_cases(TINY, micro_batches=micro_batches)
+            torch.set_num_threads(1)
+        settings = Settings(
+            devices=found,
+            stages_per_device=stages_per_device,
+            split_at=numbers["--split-at"],
+            blocks=blocks,
+            quantize=None if precision == "bf16" else precision,
+            residency=residency,
+            compile=not on_cpu if compile is None else compile,
+            attention=attention,
+            slack=slack,
+            streamed=numbers["--streamed"],
+            rank=rank,
+            rounds=rounds,
+            cap_gib=cap_gib,
+            compare_naive=compare is not None,
+            check=check,
+        )
+        _measure(cases, settings, observer, json_file, timeline)
+
+
+def _measure(
+    cases: Sequence[Case],
+    settings: Settings,
+    observer: ConsoleObserver,
+    json_file: Path | None,
+    timeline: Path | None,
+) -> None:
+    from tworeel.benchmarks import machine
+    from tworeel.benchmarks.run import run_case
+    from tworeel.report.benchmark import benchmark_table, closing_lines, fact_lines
+
+    for option, folder in (("--json", json_file and json_file.parent), ("--timeline", timeline)):
+        _make_folder(option, folder)
+    facts = machine.facts(dict.fromkeys(settings.devices))
+    for line in fact_lines(facts):
+        say(line)
+    machine.limit_memory(settings.devices, settings.cap_gib)  # refuses what cannot be limited
+    machine.wake(settings.devices)
+    rates = machine.matmul_rates(settings.devices)
+    results = [run_case(case, settings, rates, observer) for case in cases]
+    where = ", ".join(map(str, settings.devices))
+    title = f"{cases[0].model.name} on {where}, LoRA of rank {settings.rank}"
+    console.print(benchmark_table(results, title))
+    for result in results:
+        for line in closing_lines(result):
+            say(line)
+        if timeline is not None:
+            _write_timeline(timeline, result, settings)
+    if json_file is not None:
+        _write_json(json_file, {"machine": facts, "matmul_rates": rates}, settings, results)
+
+
+def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> None:
+    from tworeel.report.timeline import draw_timeline, write_trace
+
+    if result.measured is None:
+        return
+    devices = [str(device) for device in settings.stages]
+    name = f"{result.case.model.name}-{result.case.name}".replace(" ", "-")
+    picture, trace = folder / f"{name}.png", folder / f"{name}.trace.json"
+    draw_timeline(
+        result.measured.spans, devices, picture, title=f"{result.case.model.name}, {result.case.name}"
+    )
+    write_trace(result.measured.spans, devices, trace)
+    say(f"  timeline: {picture}, {trace} (for https://ui.perfetto.dev)")
+
+
+def _write_json(path: Path, head: dict[str, Any], settings: Settings, results: Sequence[CaseResult]) -> None:
+    from dataclasses import asdict
+
+    from tworeel.files import write_text_atomic
+
+    content = {**head, "settings": asdict(settings), "cases": [result.as_json() for result in results]}
+    write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
+    say(f"Figures: {path}")
+
+
+def _make_folder(option: str, folder: Path | None) -> None:
+    """Before anything is measured, so that no minutes are lost to a wrong path."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder}: {error.strerror}") from None
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Turn `20` or `8,8` into numbers."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option} {text}: must be whole numbers with commas between, for example 8,8")
+    return tuple(map(int, parts))

@@ -1,0 +1,98 @@
+"""What `tworeel bench` shows: the machine, a table of the cases, and what limits each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tworeel.benchmarks.machine import Peak
+    from tworeel.benchmarks.results import CaseResult, Measured
+
+GIB = 2**30
+NOTHING = "-"
+NAIVE = "one micro-batch at a time with per-block device hooks"
+
+
+def fact_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The machine, one line a fact."""
+    return [
+        f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in facts.items()
+    ]
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def benchmark_table(results: Sequence[CaseResult], title: str) -> Table:
+    """A column for each case, a row for each figure; figures that no case has are left out."""
+    columns = [_cells(result) for result in results]
+    names = dict.fromkeys(name for cells in columns for name in cells)
+    rows = [[name, *(cells.get(name, NOTHING) for cells in columns)] for name in names]
+    return plain_table(title, ["", *(result.case.name for result in results)], rows)
+
+
+def closing_lines(result: CaseResult) -> list[str]:
+    """What is to say of a case in words."""
+    measured, naive, name = result.measured, result.naive, result.case.name
+    lines = [f"{name}: does not fit" if measured is None else f"{name}: {measured.limit.words}"]
+    if naive and naive.seconds_per_clip is None:
+        lines.append(f"  {NAIVE} does not fit")
+    if result.speedup is not None:
+        lines.append(f"  {result.speedup:.2f} times as fast as {NAIVE}")
+    if measured and measured.agreement:
+        worst = measured.agreement
+        cosine = f"cosine {worst.worst_cosine:.6f} at worst ({worst.worst_tensor})"
+        lines.append(f"  gradients against it: {cosine}")
+    return lines
+
+
+def percent(shares: Iterable[float]) -> str:
+    """(0.91, 0.88) -> `91 % 88 %`."""
+    return " ".join(f"{100 * share:.0f} %" for share in shares)
+
+
+def _cells(result: CaseResult) -> dict[str, str]:
+    """Figures by the name of their row, in the order in which they are shown."""
+    cells = _measured_cells(result.measured) if result.measured else {"seconds a clip": "does not fit"}
+    cells["floor in bf16, seconds"] = f"{result.floor_seconds:.3g}"
+    cells |= _peak_cells("peak", result.peaks)
+    if result.pinned_peak:
+        cells["pinned host memory"] = f"{result.pinned_peak / GIB:.1f} GiB"
+    if result.naive:
+        clip = result.naive.seconds_per_clip
+        cells["naive: seconds a clip"] = "does not fit" if clip is None else f"{clip:.4g}"
+        cells |= _peak_cells("naive: peak", result.naive.peaks)
+    if result.speedup is not None:
+        cells["faster than naive"] = f"{result.speedup:.2f}×"
+    return cells
+
+
+def _measured_cells(measured: Measured) -> dict[str, str]:
+    cells = {
+        "seconds a clip": f"{measured.seconds_per_clip:.4g}",
+        "each stage busy": percent(measured.busy),
+        "bubble": percent([measured.bubble]),
+        "of 1F1B's ideal": percent([measured.ideal_share]),
+        "kernels run, alone": "" if measured.kernel_share is None else percent([measured.kernel_share]),
+        "blocks leave behind": measured.residency.replace("; ", "\n"),
+        "limited by": measured.limit.by,
+    }
+    return {name: cell for name, cell in cells.items() if cell}
+
+
+def _peak_cells(what: str, peaks: Mapping[str, Peak]) -> dict[str, str]:
+    return {
+        f"{what} {device} (reserved)": f"{peak.allocated / GIB:.1f} ({peak.reserved / GIB:.1f}) GiB"
+        for device, peak in peaks.items()
+    }

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tworeel.benchmarks import run
+from tworeel.benchmarks.run import Settings, run_case
+from tworeel.benchmarks.shapes import Case
+from tworeel.errors import UserError
+
+RATES = {"cpu": 1e9}
+
+
+class Listener:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def poll(self) -> None:
+        pass
+
+
+def test_a_case_is_measured_and_agrees_with_the_naive_run(case: Case, settings: Settings) -> None:
+    result = run_case(case, replace(settings, compare_naive=True, check=True, blocks=2), RATES, Listener())
+    measured, naive = result.measured, result.naive
+    assert measured and naive and naive.seconds_per_clip and measured.agreement
+    assert measured.agreement.worst_cosine > 0.9999
+    assert result.speedup == naive.seconds_per_clip / measured.seconds_per_clip
+    assert len(measured.seconds_per_step) == settings.rounds
+    assert len(measured.spans) == 2 * 2 * case.micro_batches
+    assert 0 < measured.bubble < 1 and 0 < measured.ideal_share < 1.5
+    assert measured.residency == "stage 0: 1 recompute; stage 1: 1 recompute"
+
+
+def test_a_case_that_does_not_fit_is_told_and_the_next_one_runs(
+    case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = run.make_pipeline
+
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "make_pipeline", refuse)
+    result = run_case(case, replace(settings, compare_naive=True), RATES, Listener())
+    assert result.measured is None and result.speedup is None
+    assert result.naive and result.naive.seconds_per_clip
+    assert result.as_json()["fits"] is False
+    monkeypatch.setattr(run, "make_pipeline", make)
+    assert run_case(case, settings, RATES, Listener()).measured
+
+
+def test_a_naive_run_that_does_not_fit_leaves_the_pipeline_to_measure(
+    case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "device_hooks", refuse)
+    result = run_case(case, replace(settings, compare_naive=True, check=True), RATES, Listener())
+    assert result.naive and result.naive.seconds_per_clip is None
+    assert result.measured and result.measured.agreement is None
+
+
+def test_what_the_engine_refuses_is_a_users_mistake(case: Case, settings: Settings) -> None:
+    with pytest.raises(UserError, match="streamed"):
+        run_case(case, replace(settings, streamed=(1, 1, 1)), RATES, Listener())
+
+
+def test_blocks_can_wait_in_host_memory(case: Case, settings: Settings) -> None:
+    result = run_case(case, replace(settings, streamed=(1, 1), slack=0), RATES, Listener())
+    assert result.measured

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tworeel.benchmarks.machine import Peak
+from tworeel.benchmarks.results import agreement_of, find_limit, mean_stage_seconds
+from tworeel.engine.schedule import Action
+from tworeel.engine.timeline import Span
+
+ROOMY: dict[str, Any] = {
+    "bubble": 0.1,
+    "kernel_share": 0.99,
+    "peaks": {"cuda:0": Peak(allocated=50, reserved=60)},
+    "limits": {"cuda:0": 100},
+    "made_room": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "limit", "word"),
+    [
+        ({}, "compute", "90 %"),
+        ({"kernel_share": None}, "compute", "90 %"),
+        ({"bubble": 0.3}, "bubble", "--micro-batches"),
+        ({"peaks": {"cuda:0": Peak(allocated=50, reserved=97)}, "bubble": 0.3}, "memory", "97 %"),
+        ({"made_room": "recompute × 40"}, "memory", "recompute × 40"),
+        ({"kernel_share": 0.5, "bubble": 0.3}, "host", "50 %"),
+    ],
+)
+def test_what_limits_is_the_first_that_holds(found: dict[str, Any], limit: str, word: str) -> None:
+    answer = find_limit(**{**ROOMY, **found})
+    assert answer.by == limit
+    assert word in answer.words
+
+
+def test_the_worst_cosine_is_told_with_its_tensor() -> None:
+    ours = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[1.0, 1.0]])}
+    theirs = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([[1.0, 0.0]])}
+    found = agreement_of(ours, theirs)
+    assert found.worst_tensor == "b"
+    assert found.worst_cosine == pytest.approx(0.5**0.5)
+
+
+def test_a_stage_takes_the_mean_of_its_forwards_plus_that_of_its_backwards() -> None:
+    spans = [
+        Span(Action("F", 0, 0), 0.0, 1.0),
+        Span(Action("B", 0, 0), 2.0, 5.0),
+        Span(Action("F", 0, 0), 0.0, 2.0),
+        Span(Action("B", 0, 0), 2.0, 4.0),
+    ]
+    assert mean_stage_seconds(spans, 1, steps=2) == [4.0]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Run = Callable[..., Any]
+TINY = ("bench", "--tiny", "--tokens", "16", "--rank", "2", "--rounds", "1", "--micro-batches", "3")
+
+
+def test_a_tiny_bench_prints_a_ratio_and_a_cosine_and_writes_all_figures(run: Run, tmp_path: Path) -> None:
+    files = ("--json", tmp_path / "figures" / "bench.json", "--timeline", tmp_path / "steps")
+    done = run(*TINY, "--devices", "cpu,cpu", "--eager", "--compare", "naive", "--check", *files)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "figures" / "bench.json").read_text(encoding="utf-8"))
+    (case,) = found["cases"]
+    assert case["fits"] and case["tokens"] == 16 and case["speedup"] > 0
+    assert case["measured"]["agreement"]["worst_cosine"] >= 0.9999
+    assert found["settings"]["devices"] == ["cpu", "cpu"]
+    assert "faster than naive" in done.out and "cosine 1.000" in done.out
+    trace = json.loads((tmp_path / "steps" / "tiny-16-tokens.trace.json").read_text(encoding="utf-8"))
+    assert sum(event["ph"] == "X" for event in trace["traceEvents"]) == 2 * 2 * 3
+    assert (tmp_path / "steps" / "tiny-16-tokens.png").stat().st_size > 5000
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_without_a_gpu_a_tiny_model_runs_and_that_is_said(run: Run) -> None:
+    done = run("bench", "--rounds", "1", "--micro-batches", "2", "--rank", "2")
+    assert done.code == 0, done.err
+    assert "There is no GPU: a tiny model on cpu,cpu" in done.out
+    assert "tiny on cpu, cpu" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shapes", "imgae-1024"], "--shapes imgae-1024: must be"),
+        (["--shapes", "832x480x48"], "frames must be 4k+1"),
+        (["--tokens", "7919"], "--tokens 7919: must be a product of two numbers"),
+        (["--model", "wan-15b"], "--model wan-15b: must be one of"),
+        (["--devices", "cpu,cuda:77"], "--devices: 'cuda:77' does not exist"),
+        (["--tiny", "--devices", "cpu", "--cap-gib", "1"], "--cap-gib: the memory of cpu cannot be limited"),
+        (["--split-at", "x"], "--split-at x: must be whole numbers"),
+        (["--check"], "--check: needs --compare naive"),
+        (["--tiny", "--devices", "cpu,cpu", "--split-at", "9"], "--devices, --split-at: at=[9]"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(run: Run, arguments: list[str], words: str) -> None:
+    done = run("bench", *arguments)
+    assert done.code == 2
+    assert done.err.startswith("error: ") and words in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(*TINY, "--devices", "cpu,cpu", "--json", tmp_path / "file" / "bench.json")
+    assert done.code == 2
+    assert "--json: cannot make the folder" in done.err and "micro-batches" not in done.out
+
+
+def test_an_unknown_choice_exits_with_2(run: Run) -> None:
+    assert run("bench", "--compare", "nothing").code == 2

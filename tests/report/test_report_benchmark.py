@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from tworeel.benchmarks.machine import Peak
+from tworeel.benchmarks.results import Agreement, CaseResult, Limit, Measured, Naive
+from tworeel.benchmarks.shapes import WAN_14B, make_cases
+from tworeel.report.benchmark import benchmark_table, closing_lines, fact_lines
+
+GIB = 2**30
+PEAKS = {"cuda:0": Peak(allocated=20 * GIB, reserved=21 * GIB)}
+MEASURED = Measured(
+    seconds_per_step=(32.0,),
+    seconds_per_clip=4.0,
+    busy=(0.9, 0.8),
+    bubble=0.15,
+    ideal_share=0.92,
+    kernel_share=0.97,
+    residency="stage 0: 20 recompute; stage 1: 12 selective, 8 keep",
+    limit=Limit(by="compute", words="the devices compute 85 % of the step"),
+    agreement=Agreement(worst_cosine=0.99991, worst_tensor="blocks.0.attn1.to_q.lora_A"),
+    spans=(),
+)
+RESULT = CaseResult(
+    case=make_cases(WAN_14B)[0],
+    blocks=40,
+    floor_seconds=1.37,
+    peaks=PEAKS,
+    pinned_peak=0,
+    measured=MEASURED,
+    naive=Naive(seconds_per_clip=6.4, peaks=PEAKS),
+)
+
+
+def printed(*results: CaseResult) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(benchmark_table(results, "a title"))
+    return capture.get()
+
+
+def row(text: str, name: str) -> list[str]:
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines()]
+    (found,) = [cells[1:] for cells in lines if cells[0] == name]
+    return found
+
+
+def test_the_table_has_a_column_a_case_and_fits_80_characters() -> None:
+    image = replace(RESULT, case=make_cases(WAN_14B)[1], naive=None)
+    text = printed(RESULT, image)
+    assert "…" not in text and "480x832x49" in text and "image-1024" in text
+    assert row(text, "seconds a clip") == ["4", "4"]
+    assert row(text, "each stage busy") == ["90 % 80 %", "90 % 80 %"]
+    assert row(text, "peak cuda:0 (reserved)") == ["20.0 (21.0) GiB"] * 2
+    assert row(text, "ratio to naive") == ["0.625", "-"]
+
+
+def test_a_case_that_does_not_fit_is_told_with_its_peaks() -> None:
+    text = printed(replace(RESULT, measured=None))
+    assert row(text, "seconds a clip") == ["does not fit"]
+    assert row(text, "peak cuda:0 (reserved)") == ["20.0 (21.0) GiB"]
+    assert closing_lines(replace(RESULT, measured=None))[0] == "480x832x49: does not fit"
+
+
+def test_words_follow_the_table() -> None:
+    limit, ratio, gradients = closing_lines(RESULT)
+    assert limit == "480x832x49: the devices compute 85 % of the step"
+    assert "0.625 of the time of one micro-batch at a time with per-block device hooks" in ratio
+    assert "cosine 0.999910 at worst (blocks.0.attn1.to_q.lora_A)" in gradients
+
+
+def test_a_naive_run_that_does_not_fit_is_told() -> None:
+    alone = replace(RESULT, naive=Naive(seconds_per_clip=None, peaks=PEAKS))
+    assert any("does not fit" in line for line in closing_lines(alone))
+    assert row(printed(alone), "naive: seconds a clip") == ["does not fit"]
+
+
+def test_facts_are_lines() -> None:
+    assert fact_lines({"devices": ["a", "b"], "cores": 2}) == ["devices: a, b", "cores: 2"]
