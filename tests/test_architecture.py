@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tworeel"
 ROOMS = (
     "cli",
+    "benchmarks",
     "demo",
     "training",
     "report",
@@ -20,12 +21,13 @@ ROOMS = (
     "lora",
     "models",
     "weights",
+    "quant",
     "engine",
     "config",
 )
 """From the top down; `docs/how-a-step-flows.md` has them in this order."""
 SHARED = {"tworeel.errors", "tworeel.files", "tworeel.signals", "tworeel.workers", "tworeel.__version__"}
-"""Belong to no room; all but the engine may use them, and they use nothing of ours but each other."""
+"""Belong to no room; all but engine and quant may use them, and they use nothing of ours but each other."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 FAMILIES = {path.name for path in (PACKAGE / "models").iterdir() if (path / "family.py").is_file()}
@@ -81,15 +83,21 @@ def test_the_engine_knows_nothing_of_ours(path: Path) -> None:
     assert all(room_of(name) == "engine" for name in imports_of(path))
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "quant").glob("*.py")), ids=relative)
+def test_the_quantized_layers_know_nothing_of_ours(path: Path) -> None:
+    assert all(room_of(name) == "quant" for name in imports_of(path))
+
+
 @pytest.mark.parametrize("name", ["errors", "files", "signals", "workers"])
 def test_what_belongs_to_no_room_uses_no_room(name: str) -> None:
     assert all(is_shared(imported) for imported in imports_of(PACKAGE / f"{name}.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
-def test_a_family_is_named_only_in_its_folder_in_the_registry_and_in_the_demo(path: Path) -> None:
+def test_a_family_is_named_only_in_its_folder_the_registry_the_demo_and_the_benchmarks(path: Path) -> None:
     place = relative(path)
-    if place.startswith(("demo/", *(f"models/{name}/" for name in FAMILIES))) or place in MAY_NAME_A_FAMILY:
+    folders = ("demo/", "benchmarks/", *(f"models/{name}/" for name in FAMILIES))
+    if place.startswith(folders) or place in MAY_NAME_A_FAMILY:
         return
     assert not set(names_in(path)) & FAMILIES
 

@@ -125,7 +125,8 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
         ("[engine]\ndevices = []", 'engine.devices = []: must be a list of one or more strings or "none"'),
         (
             '[engine]\nresidency = "cpu"',
-            'engine.residency = "cpu": must be "keep" or "recompute" or "offload"',
+            'engine.residency = "cpu": must be "auto" or "keep" or "selective" or "recompute" or "offload" '
+            'or "offload-selective"',
         ),
         ("[train]\nkeep_checkpoints = 1", "train.keep_checkpoints = 1: must be an integer >= 2"),
         (
@@ -134,8 +135,8 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
         ),
         (
             '[engine]\ndevices = ["cpu", "cpu"]\nsplit_at = [3, 5]',
-            'engine.split_at = [3, 5], engine.devices = ["cpu", "cpu"]: '
-            "split_at must have one number less than devices",
+            'engine.split_at = [3, 5], engine.devices = ["cpu", "cpu"], engine.stages_per_device = 1: '
+            "split_at must have one number less than there are stages",
         ),
         ("[engine]\nsplit_at = [5, 5]", "engine.split_at = [5, 5]: block numbers must increase"),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, square_loss
 
 from tworeel import Pipeline
+from tworeel.engine.parking import Berth, HostPool
 from tworeel.engine.residency import Residency, run_block
 
 pytestmark = pytest.mark.gpu
@@ -35,8 +36,10 @@ def run_blocks(device: torch.device, residency: Residency, count: int) -> tuple[
     x = torch.randn(ROWS, WIDTH).to(device).requires_grad_()
     before = torch.accelerator.memory_allocated(device)
     hidden: Tensor = x
+    berth: Berth | None = None
     for block in blocks:
-        hidden = run_block(block.forward, (hidden,), {}, residency=residency, device=device)
+        berth = Berth(HostPool(), berth)
+        hidden = run_block(block, (hidden,), {}, residency=residency, berth=berth)
     return x, hidden, torch.accelerator.memory_allocated(device) - before
 
 
@@ -74,7 +77,7 @@ def test_the_input_comes_back_as_it_was(gpu: torch.device) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("residency", ["recompute", "offload"])
+@pytest.mark.parametrize("residency", ["selective", "recompute", "offload", "offload-selective"])
 def test_gradients_are_those_of_kept_activations(devices: list[torch.device], residency: str) -> None:
     batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(4)]
     found = {}

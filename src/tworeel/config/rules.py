@@ -36,9 +36,19 @@ _RULES = (
         "block numbers must increase",
     ),
     _Rule(
-        ("engine.split_at", "engine.devices"),
-        lambda blocks, devices: len(blocks) == len(devices) - 1,
-        "split_at must have one number less than devices",
+        ("engine.split_at", "engine.devices", "engine.stages_per_device"),
+        lambda blocks, devices, each: len(blocks) == len(devices) * each - 1,
+        "split_at must have one number less than there are stages",
+    ),
+    _Rule(
+        ("engine.streamed_blocks", "engine.residency"),
+        lambda counts, residency: not any(counts) or residency != "keep",
+        "blocks whose weights are streamed cannot keep their activations",
+    ),
+    _Rule(
+        ("model.quantize", "model.dtype"),
+        lambda kind, dtype: dtype != "float64",
+        "quantized models compute in bfloat16 or float32",
     ),
 )
 

@@ -48,6 +48,8 @@ class ModelConfig(Section):
     """CLIP image encoder file or folder (Wan 2.1 I2V and FLF2V), if it is not beside the model."""
     dtype: Precision = "bfloat16"
     """Precision of the frozen weights and of the computation."""
+    quantize: Literal["fp8", "int8", "nf4"] | None = None
+    """Precision of the blocks' frozen linear layers: fp8 and int8 multiply in 8 bits too, nf4 only stores."""
 
 
 class SourceConfig(Section):
@@ -162,10 +164,20 @@ class EngineConfig(Section):
 
     devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """One device a stage, for example `["cuda:0", "cuda:1"]`; one may stand twice. All GPUs by default."""
+    stages_per_device: PositiveInt = 1
+    """Parts of the model on each device; 2 shortens the idle time at both ends of a step and costs memory."""
     split_at: tuple[PositiveInt, ...] | None = None
     """First block of each stage after the first; even shares by default."""
-    residency: Literal["keep", "recompute", "offload"] = "recompute"
-    """Keep a block's activations, recompute them, or recompute from inputs kept in pinned host memory."""
+    residency: Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"] = "auto"
+    """What each block leaves behind for its backward; `auto` keeps as much as the devices have room for."""
+    compile: bool | None = None
+    """Compile the blocks: less time and memory after the first step; by default on GPUs."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "deterministic"] = "auto"
+    """Attention kernel; `deterministic` makes two runs on GPUs equal to the bit."""
+    slack: NonNegativeInt = 1
+    """Micro-batches in flight beyond what 1F1B needs: absorbs jitter, costs one more clip's activations."""
+    streamed_blocks: tuple[NonNegativeInt, ...] | None = None
+    """Blocks of each stage whose weights wait in pinned host memory until they are used; none by default."""
 
 
 class RunConfig(Section):

@@ -17,6 +17,7 @@ Configuration of a Tworeel run. Start it with: tworeel train <this file>
 Values are the defaults; options behind a # are not set. Relative paths start at this file's folder."""
 _WIDTH = 100
 EXAMPLES = {
+    "model.quantize": '"fp8"',
     "model.expert": '"high"',
     "model.vae": '"models/wan_2.1_vae.safetensors"',
     "model.text_encoder": '"models/umt5_xxl_fp16.safetensors"',
@@ -30,7 +31,9 @@ EXAMPLES = {
     "train.shift": "5.0",
     "train.export_every": "250",
     "engine.devices": '["cuda:0", "cuda:1"]',
+    "engine.compile": "false",
     "engine.split_at": "[20]",
+    "engine.streamed_blocks": "[4, 4]",
 }
 """What may be written where nothing is set by default."""
 

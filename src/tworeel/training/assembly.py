@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch import nn
 
 from tworeel.cache.build import CacheIndex, build_cache
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
+from tworeel.engine import Split, split
 from tworeel.lora.inject import inject_lora
+from tworeel.models.family import Family
+from tworeel.quant import quantize_blocks
 from tworeel.training.devices import resolve_devices
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
@@ -19,6 +23,9 @@ from tworeel.training.report import RunObserver
 from tworeel.training.space import full_disk_as_user_error
 from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles
+
+HOST_SHARE = 0.8
+"""Of the host memory that is available, how much activations may take."""
 
 
 def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIndex:
@@ -51,10 +58,13 @@ def load_model(config: RunConfig, plan: Plan, poll: Callable[[], None] = lambda:
     """
     base = torch_dtype(config.model.dtype)
     keep = set(plan.family.keep_fp32)
+    waiting = tuple(f"{plan.placement.block_names[i]}." for i in plan.streamed)
+    if config.model.quantize is not None:
+        quantize_blocks(plan.transformer, config.model.quantize, block_linears(plan.transformer, plan.family))
 
     def device_of(name: str) -> torch.device:
         poll()
-        return plan.placement.device_of(name)
+        return torch.device("cpu") if name.startswith(waiting) else plan.placement.device_of(name)
 
     load_weights(
         plan.transformer,
@@ -73,6 +83,30 @@ def load_model(config: RunConfig, plan: Plan, poll: Callable[[], None] = lambda:
         seed=config.train.seed,
     )
     return plan.transformer
+
+
+def split_model(config: RunConfig, plan: Plan, model: nn.Module) -> Split:
+    """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
+    devices, engine = plan.placement.devices, config.engine
+    return split(
+        model,
+        devices,
+        at=plan.placement.boundaries[1:-1],
+        blocks=plan.family.block_lists,
+        residency=engine.residency,
+        compile=any(d.type != "cpu" for d in devices) if engine.compile is None else engine.compile,
+        streamed=engine.streamed_blocks,
+        host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
+    )
+
+
+def block_linears(transformer: nn.Module, family: Family) -> list[str]:
+    """Names of the linear layers inside the blocks: those that may be quantized."""
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{b}." for b in family.block_lists))
+    ]
 
 
 def make_micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBatches:

@@ -46,6 +46,7 @@ class Trainer:
         self._devices = pipeline.split.placement.devices
         self._lora = lora_parameters(self.model)
         self._steps_done = 0
+        self._residency = ""
         layers = {name: pipeline.split.placement.device_of(name) for name in self._lora}
         self._self_check: SelfCheck | None = SelfCheck(self.model, self._lora, layers, optimizer)
 
@@ -63,6 +64,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         result = self._pipeline.step(batches, self._loss, timed=True)
+        self._tell_residency()
         loss = math.fsum(float(loss) for loss in result.losses)
         norm = clip_gradients(self._lora.values(), self._config.max_grad_norm)
         _require_finite(step, loss, norm, batches, result)
@@ -76,6 +78,13 @@ class Trainer:
             memory=peak_memory(self._devices),
             busy=tuple(busy_shares(result.spans, len(self._devices))),
         )
+
+    def _tell_residency(self) -> None:
+        """Once, and whenever a larger clip changes it."""
+        chosen = self._pipeline.split.residency_in_words()
+        if self._pipeline.split.is_auto and chosen != self._residency:
+            self._residency = chosen
+            self._observer.say(f"What the blocks leave behind for their backward: {chosen}")
 
     def _loss(self, output: Tensor, batch: MicroBatch) -> Tensor:
         self._observer.poll()

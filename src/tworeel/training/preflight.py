@@ -15,6 +15,7 @@ from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
 from tworeel.data.scan import Scan, scan
 from tworeel.engine.placement import Placement, place
+from tworeel.engine.split import streamed_positions
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.lora.files import load_lora
 from tworeel.lora.naming import Naming
@@ -42,6 +43,8 @@ class Plan:
     transformer: nn.Module
     """On the meta device."""
     placement: Placement
+    streamed: tuple[int, ...]
+    """Positions of the blocks whose weights wait in host memory."""
     targets: tuple[str, ...]
     """Names of the linear layers that the LoRA adapts."""
     init_from: LoraFile | None
@@ -58,7 +61,7 @@ class Plan:
 
 def model_request(config: RunConfig) -> ModelRequest:
     """What the configuration says of the model."""
-    return ModelRequest(**config.model.model_dump(exclude={"dtype"}))
+    return ModelRequest(**config.model.model_dump(exclude={"dtype", "quantize"}))
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -161,6 +164,7 @@ def _survey_model(
             raise_if_any(_start_problems(init_from, config, transformer, targets))
     with collected(problems):
         placement = _place(transformer, config, family)
+        streamed = _streamed(placement, config)
     with collected(problems):
         found = scan(config.data, source.traits, observer=observer)
         problems += found.problems
@@ -174,6 +178,7 @@ def _survey_model(
         scan=found,
         transformer=transformer,
         placement=placement,
+        streamed=streamed,
         targets=tuple(targets),
         init_from=init_from,
     )
@@ -212,8 +217,15 @@ def transformer_names(family: Family, source: ModelSource) -> Callable[[str], st
     return partial(family.parameter_name, source.transformer.layout)
 
 
+def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
+    try:
+        return tuple(streamed_positions(placement, config.engine.streamed_blocks))
+    except ValueError as error:
+        raise UserError(f"engine: {error}") from None
+
+
 def _place(transformer: nn.Module, config: RunConfig, family: Family) -> Placement:
-    devices = resolve_devices(config.engine.devices)
+    devices = resolve_devices(config.engine.devices) * config.engine.stages_per_device
     try:
         return place(transformer, devices, at=config.engine.split_at, blocks=family.block_lists)
     except ValueError as error:

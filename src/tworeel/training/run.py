@@ -13,13 +13,13 @@ from tworeel import __version__
 from tworeel.cache.build import CacheIndex
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
-from tworeel.engine import Pipeline, split
+from tworeel.engine import Pipeline, attention_backend
 from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from
 from tworeel.signals import Stopped
-from tworeel.training.assembly import cache_clips, load_model, make_micro_batches
+from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
 from tworeel.training.devices import out_of_memory
 from tworeel.training.loop import Trainer
@@ -77,19 +77,14 @@ def _train(
     if plan.init_from is not None:
         for name in start_from(model, plan.init_from, str(config.lora.init_from)):
             observer.say(f"lora.init_from has nothing for {name}: it starts as new")
-    division = split(
-        model,
-        plan.placement.devices,
-        at=plan.placement.boundaries[1:-1],
-        blocks=plan.family.block_lists,
-        residency=config.engine.residency,
-    )
+    division = split_model(config, plan, model)
     optimizer = make_optimizer(lora_parameters(model).values(), config.train)
     batches = make_micro_batches(config, plan, index)
     if checkpoint is not None:
         restore_state(checkpoint, model, optimizer)
         leave_course(store, checkpoint, batches.fingerprint, observer)
-    trainer = Trainer(Pipeline(division, forward=run_transformer), optimizer, config.train, observer)
+    pipeline = Pipeline(division, forward=run_transformer, slack=config.engine.slack)
+    trainer = Trainer(pipeline, optimizer, config.train, observer)
     run = _Run(
         config=config,
         plan=plan,
@@ -100,7 +95,8 @@ def _train(
         batches=batches,
     )
     run.require_space()
-    run.go(checkpoint.step if checkpoint else 0)
+    with attention_backend(config.engine.attention, plan.placement.devices):
+        run.go(checkpoint.step if checkpoint else 0)
     return Result(
         lora=folder.lora(config.train.name),
         steps=config.train.steps,
