@@ -34,11 +34,11 @@ LORA_TARGETS = r"blocks\..*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"
 
 
 def make_wan(
-    kind: str, dtype: torch.dtype, *, targets: str | list[str] = LORA_TARGETS
+    kind: str, dtype: torch.dtype, *, targets: str | list[str] = LORA_TARGETS, **sizes: int
 ) -> WanTransformer3DModel:
     """A Wan transformer with LoRA; the same weights whenever it is called."""
     torch.manual_seed(0)
-    model = WanTransformer3DModel(**{**COMMON, "out_channels": 16, **KINDS[kind]})
+    model = WanTransformer3DModel(**{**COMMON, "out_channels": 16, **KINDS[kind], **sizes})
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=targets, init_lora_weights=False))
     return model.to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -62,6 +63,9 @@ def tworeel(
 def main() -> None:
     """Run the program and exit: 0 done, 2 a mistake of the user's, 130 or 143 stopped by a signal."""
     set_up_console()
+    if sys.platform == "linux":
+        # Several streams allocate on a device: without this, what one has freed does not serve another size.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         app()
     except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import types
 import warnings
@@ -27,6 +28,8 @@ class BlockCompiler:
         # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
         # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
         torch._functorch.config.enable_autograd_cache = False
+        # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[BlockCall, BlockCall] = {}
         self._lock = threading.Lock()
         self.failed = False

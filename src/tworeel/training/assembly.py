@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import psutil
@@ -88,6 +89,8 @@ def load_model(config: RunConfig, plan: Plan, poll: Callable[[], None] = lambda:
 def split_model(config: RunConfig, plan: Plan, model: nn.Module) -> Split:
     """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
     devices, engine = plan.placement.devices, config.engine
+    # The system may clear torch's usual place, a temporary folder, at every start.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config) / "compiled"))
     return split(
         model,
         devices,

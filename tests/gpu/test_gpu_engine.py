@@ -1,0 +1,130 @@
+"""Compiled, fitted, streamed, parked and interleaved on real devices: the gradients of the plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_wan import gradients, make_wan, square_loss
+
+from tworeel import Pipeline
+from tworeel.engine import attention_backend, parking
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 512, "num_layers": 8}
+GIB = 2**30
+
+
+def make_model(device: torch.device | str = "cpu") -> nn.Module:
+    """A bf16 transformer that is wide enough for every attention kernel."""
+    return make_wan("t2v", torch.bfloat16, **SIZES).to(device)
+
+
+def make_batches(count: int) -> list[dict[str, Tensor]]:
+    """Micro-batches of 256 tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    return [
+        {
+            "hidden_states": randn(1, 16, 4, 16, 16),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": randn(1, 12, 16),
+        }
+        for _ in range(count)
+    ]
+
+
+def step(devices: list[torch.device], **options: Any) -> tuple[dict[str, Tensor], Pipeline]:
+    """The second step's gradients, on the CPU."""
+    model = make_model()
+    pipeline = Pipeline(model, devices, **options)
+    for _ in range(2):
+        model.zero_grad()
+        pipeline.step(make_batches(4), square_loss)
+    return {name: gradient.cpu() for name, gradient in gradients(model).items()}, pipeline
+
+
+@pytest.fixture
+def expected(gpu: torch.device) -> dict[str, Tensor]:
+    """Gradients of the unsplit eager model on one GPU."""
+    return step([gpu])[0]
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_worth_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "SMALLEST", 0)
+
+
+@pytest.fixture
+def _full_memory(cuda: torch.device) -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0, cuda)
+
+
+def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """The same directions: what is compiled rounds in other places."""
+    for name, gradient in theirs.items():
+        cosine = torch.cosine_similarity(ours[name].double().flatten(), gradient.double().flatten(), dim=0)
+        assert cosine >= 0.999, f"{name}: {cosine}"
+
+
+@pytest.mark.parametrize("residency", ["keep", "selective", "recompute", "offload", "offload-selective"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_every_residency_gives_the_gradients_of_the_plain_model(
+    two_gpus: list[torch.device], expected: dict[str, Tensor], residency: str, compile: bool
+) -> None:
+    found, pipeline = step(two_gpus, residency=residency, compile=compile, slack=1)
+    assert_alike(found, expected)
+    assert (pipeline.split.host_pool.held > 0) == residency.startswith("offload")
+    assert not (pipeline.split.compiler and pipeline.split.compiler.failed)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_streamed_weights_give_the_gradients_of_the_plain_model(
+    two_gpus: list[torch.device], expected: dict[str, Tensor], compile: bool
+) -> None:
+    found, pipeline = step(two_gpus, residency="selective", streamed=(3, 2), compile=compile, slack=1)
+    assert_alike(found, expected)
+    assert pipeline.split.streamed_bytes > 0
+
+
+def test_interleaved_stages_give_the_gradients_of_the_plain_model(
+    two_gpus: list[torch.device], expected: dict[str, Tensor]
+) -> None:
+    found, _ = step(two_gpus * 2, residency="recompute")
+    assert_alike(found, expected)
+
+
+def test_auto_keeps_everything_where_there_is_room(two_gpus: list[torch.device]) -> None:
+    _, pipeline = step(two_gpus, residency="auto")
+    assert pipeline.split.residency_in_words() == "stage 0: 4 keep; stage 1: 4 keep"
+
+
+@pytest.mark.usefixtures("_full_memory")
+def test_auto_keeps_less_where_there_is_little_room(cuda: torch.device, expected: dict[str, Tensor]) -> None:
+    total = torch.cuda.get_device_properties(cuda).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.1 * GIB / total, cuda)
+    found, pipeline = step([cuda], residency="auto")
+    assert "8 keep" not in pipeline.split.residency_in_words()
+    assert_alike(found, expected)
+
+
+def test_the_deterministic_kernel_gives_the_same_bits_again(two_gpus: list[torch.device]) -> None:
+    with attention_backend("deterministic", two_gpus):
+        first, second = (step(two_gpus, residency="recompute", slack=1)[0] for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["auto", "cudnn", "flash", "efficient"])
+def test_every_attention_kernel_gives_the_same_gradients(
+    two_gpus: list[torch.device], expected: dict[str, Tensor], name: Any
+) -> None:
+    with attention_backend(name, two_gpus):
+        assert_alike(step(two_gpus, residency="keep")[0], expected)
