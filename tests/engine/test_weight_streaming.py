@@ -58,10 +58,20 @@ def test_a_block_has_its_weights_when_it_is_used_and_the_next_ones_are_under_way
     assert streamer.host_bytes == 5 * 256
 
 
-def test_all_blocks_share_two_slots():
+def test_all_blocks_share_two_slots_and_rest_in_host_memory():
     blocks = blocks_of(5)
-    WeightStreamer(CPU, blocks)
-    assert len({b.weight.untyped_storage().data_ptr() for b in blocks.values()}) <= SLOTS
+    streamer = WeightStreamer(CPU, blocks)
+
+    def storages() -> set[int]:
+        return {block.weight.untyped_storage().data_ptr() for block in blocks.values()}
+
+    assert len(storages()) == 5
+    for position in blocks:
+        streamer.use(position, backward=False)
+    assert len(storages()) == SLOTS
+    streamer.rest()
+    assert len(storages()) == 5
+    assert all((block.weight == position).all() for position, block in blocks.items())
 
 
 def test_the_first_block_of_what_comes_next_is_fetched_ahead():

@@ -129,9 +129,12 @@ class Pipeline:
             # Compilation is not made for several threads at once.
             orders, workers = one_by_one(len(devices), len(micro_batches)), 1
         run = _Step(self.split, self._forward, loss, Turnstile(orders), Timeline(devices) if timed else None)
-        with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
-            futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
-            _wait_for_all(futures, run.turnstile)
+        try:
+            with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
+                futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
+                _wait_for_all(futures, run.turnstile)
+        finally:
+            self.split.rest()
         spans = run.timeline.spans() if run.timeline else []
         return StepResult(tuple(f.result() for f in futures), tuple(spans))
 

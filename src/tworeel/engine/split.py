@@ -201,8 +201,14 @@ class Split:
         """The stage's next work begins at its last block (a backward) or at its first."""
         self._streamers[stage].expect(backward=backward)
 
+    def rest(self) -> None:
+        """Let streamed parameters be what is in host memory, until a block uses them again."""
+        for streamer in self._streamers:
+            streamer.rest()
+
     def remove(self) -> None:
         """Let the model's modules run as they did before; they stay on their devices."""
+        self.rest()
         for module in self._wrapped:
             del module.forward
         self._wrapped.clear()

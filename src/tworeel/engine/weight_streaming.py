@@ -52,7 +52,7 @@ class WeightStreamer:
     Args:
         device: of the stage.
         blocks: the stage's streamed blocks by their position; their frozen parameters may be on any device
-            and end in the slots.
+            and end in host memory.
     """
 
     def __init__(self, device: torch.device, blocks: Mapping[int, nn.Module]) -> None:
@@ -65,8 +65,6 @@ class WeightStreamer:
             for _ in range(min(SLOTS, len(self._blocks)))
         ]
         self._current: _Slot | None = None
-        for block in self._blocks.values():
-            block.point_to(self._slots[0].memory)
 
     @property
     def host_bytes(self) -> int:
@@ -90,6 +88,12 @@ class WeightStreamer:
         self._release()
         if self._order:
             self._bring(self._order[-1 if backward else 0])
+
+    def rest(self) -> None:
+        """Between two steps: the parameters are what is in host memory."""
+        self._release()
+        for block in self._blocks.values():
+            block.point_to(block.host)
 
     def _release(self) -> None:
         """Everything that uses the current slot is queued."""
