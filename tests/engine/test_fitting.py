@@ -8,10 +8,13 @@ import torch
 from toy_wan import make_wan
 
 from tworeel import split
-from tworeel.engine.fitting import Footprint, StageMemory, fit_stage, needs_fallback
+from tworeel.engine.fitting import Fit, Footprint, StageMemory, fit_stage, needs_fallback
 from tworeel.engine.residency import Residency
 
-SIZES = {Residency.KEEP: Footprint(kept=20, working=10), Residency.SELECTIVE: Footprint(kept=3, working=30)}
+SIZES = {
+    Residency.KEEP: Footprint(kept=20, working=10, hidden=1),
+    Residency.SELECTIVE: Footprint(kept=3, working=30, hidden=1),
+}
 
 
 def memory(available: int, **changes: int) -> StageMemory:
@@ -21,30 +24,34 @@ def memory(available: int, **changes: int) -> StageMemory:
 
 
 def test_with_room_for_everything_everything_is_kept():
-    assert fit_stage(memory(410), SIZES) == (10, Residency.SELECTIVE)
-    assert not needs_fallback(memory(410), SIZES[Residency.KEEP])
-    assert needs_fallback(memory(409), SIZES[Residency.KEEP])
+    assert fit_stage(memory(414), SIZES) == Fit(10, Residency.SELECTIVE)
+    assert not needs_fallback(memory(414), SIZES[Residency.KEEP])
+    assert needs_fallback(memory(413), SIZES[Residency.KEEP])
 
 
 def test_with_less_room_some_blocks_recompute():
-    # 2 × (5 × 20 + 5 × 3) + 30
-    assert fit_stage(memory(260), SIZES) == (5, Residency.SELECTIVE)
-    assert fit_stage(memory(90), SIZES) == (0, Residency.SELECTIVE)
+    # 2 × (5 × 20 + 5 × 3 + 2 × 1) + 30
+    assert fit_stage(memory(264), SIZES) == Fit(5, Residency.SELECTIVE)
+    assert fit_stage(memory(94), SIZES) == Fit(0, Residency.SELECTIVE)
 
 
 def test_with_little_room_activations_wait_on_the_host():
-    kept, fallback = fit_stage(memory(89), SIZES)
-    assert (kept, fallback) == (1, Residency.OFFLOAD_SELECTIVE) or kept == 0
-    assert fit_stage(memory(10), SIZES) == (0, Residency.OFFLOAD_SELECTIVE)
+    # 2 × (2 × 1) + 3 × 3 + 30, and 2 × 20 for a block that keeps
+    assert fit_stage(memory(93), SIZES) == Fit(1, Residency.OFFLOAD_SELECTIVE)
+    assert fit_stage(memory(43), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE)
+
+
+def test_what_is_missing_is_told():
+    assert fit_stage(memory(40), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE, missing=3)
 
 
 def test_more_micro_batches_in_flight_leave_room_for_less():
-    shallow, deep = (fit_stage(memory(260, in_flight=n), SIZES)[0] for n in (1, 3))
+    shallow, deep = (fit_stage(memory(264, in_flight=n), SIZES).num_kept for n in (1, 3))
     assert shallow > deep
 
 
 def test_blocks_with_streamed_weights_never_keep():
-    assert fit_stage(memory(10_000, may_keep=4), SIZES) == (4, Residency.SELECTIVE)
+    assert fit_stage(memory(10_000, may_keep=4), SIZES) == Fit(4, Residency.SELECTIVE)
     assert needs_fallback(memory(10_000, may_keep=4), SIZES[Residency.KEEP])
 
 

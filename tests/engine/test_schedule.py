@@ -11,7 +11,7 @@ from tworeel.engine.schedule import (
     interleaved,
     make_orders,
     most_in_flight,
-    one_by_one,
+    one_by_one_first,
     one_f_one_b,
 )
 
@@ -127,5 +127,22 @@ def test_devices_that_stand_again_in_the_same_order_are_interleaved():
 
 def test_in_flight_is_counted_from_the_orders():
     assert most_in_flight(one_f_one_b(3, 8, slack=1), 3) == [in_flight(3, s, slack=1) for s in range(3)]
-    assert most_in_flight(one_by_one(3, 8), 3) == [1, 1, 1]
     assert most_in_flight(interleaved(2, 2, 8), 4) == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("devices", ["ab", "abcd", "abab"])
+def test_the_first_micro_batches_may_go_one_by_one(devices):
+    rest = make_orders(devices, 3, slack=1)
+    orders = one_by_one_first(rest, 2)
+    for order, plain in zip(orders, rest, strict=True):
+        stages = len({action.stage for action in order})
+        for number in (0, 1):
+            alone = order[2 * stages * number : 2 * stages * (number + 1)]
+            assert {action.micro_batch for action in alone} == {number}
+            assert [action.stage for action in alone] == sorted(a.stage for a in alone if a.kind == "F") + (
+                sorted((a.stage for a in alone if a.kind == "B"), reverse=True)
+            )
+        assert [(a.kind, a.micro_batch - 2, a.stage) for a in order[4 * stages :]] == [
+            (a.kind, a.micro_batch, a.stage) for a in plain
+        ]
+    assert one_by_one_first(rest, 0) == rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,3 +184,13 @@ def test_names_of_presets_patterns_and_dtypes(make_config: MakeConfig) -> None:
     assert lora_targets(plan.family, make_config(lora={"targets": own})) == own
     assert model_request(make_config()).path == make_config().model.path
     assert torch_dtype("bfloat16") is torch.bfloat16
+
+
+def test_a_quantization_that_is_not_installed_is_a_problem(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    config = make_config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"quantize": "nf4"})})
+    (line,) = problems_of(config)
+    assert line.startswith("model.quantize = 'nf4': needs bitsandbytes; pip install")

@@ -1,4 +1,4 @@
-"""Whole runs under each engine setting: the same losses, and what cannot be is told before a weight is read."""
+"""Whole runs under each engine setting: the same losses; what cannot be is told before a weight is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import Watcher, losses_of, lora_of, tiny_config, tiny_model
+from tiny_runs import Watcher, lora_of, losses_of, tiny_config, tiny_model
 
 from tworeel.config.schema import RunConfig
 from tworeel.demo.clips import write_clips

@@ -7,7 +7,7 @@ measured. More kept blocks are less to compute again.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ class Footprint:
     """Between its forward and its backward."""
     working: int
     """While its forward or backward runs, beyond what it keeps."""
+    hidden: int = 0
+    """What it gives to the next block."""
 
 
 TOO_LARGE = Footprint(kept=2**62, working=2**62)
@@ -48,12 +50,26 @@ class StageMemory:
     """Micro-batches whose activations it holds at a time."""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What the blocks of a stage leave behind."""
+
+    num_kept: int
+    """Blocks that keep everything."""
+    fallback: Residency
+    """Of the others."""
+    missing: int = 0
+    """Bytes that are still too few."""
+
+
 FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
 """For blocks whose activations cannot all stay, best first."""
 
+Footprints = Mapping[Residency, Footprint]
 
-def fit_stage(memory: StageMemory, footprints: dict[Residency, Footprint]) -> tuple[int, Residency]:
-    """How many blocks of a stage keep everything, and what the others leave behind.
+
+def fit_stage(memory: StageMemory, footprints: Footprints) -> Fit:
+    """Let as many blocks of a stage as possible keep everything.
 
     Args:
         memory: of the stage.
@@ -61,31 +77,35 @@ def fit_stage(memory: StageMemory, footprints: dict[Residency, Footprint]) -> tu
     """
     for fallback in FALLBACKS:
         for num_kept in range(memory.may_keep, -1, -1):
-            if _fits(memory, footprints, num_kept, fallback):
-                return num_kept, fallback
-    return 0, FALLBACKS[-1]
+            if _needed(memory, footprints, num_kept, fallback) <= memory.available:
+                return Fit(num_kept, fallback)
+    least = _needed(memory, footprints, 0, FALLBACKS[-1])
+    return Fit(0, FALLBACKS[-1], least - memory.available)
 
 
 def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
     """Whether not all blocks of a stage can keep their activations."""
+    if memory.may_keep < memory.num_blocks:
+        return True
     everything = {Residency.KEEP: keep}
-    return memory.may_keep < memory.num_blocks or not _fits(
-        memory, everything, memory.num_blocks, FALLBACKS[0]
-    )
+    return _needed(memory, everything, memory.num_blocks, FALLBACKS[0]) > memory.available
 
 
-def _fits(
-    memory: StageMemory, footprints: dict[Residency, Footprint], num_kept: int, fallback: Residency
-) -> bool:
-    kept = num_kept * footprints[Residency.KEEP].kept
-    working = footprints[Residency.KEEP].working if num_kept else 0
-    num_others = memory.num_blocks - num_kept
-    if num_others:
-        # What is parked is on the device while it leaves, and one block ahead of its backward.
-        selective = footprints[Residency.SELECTIVE]
-        kept += selective.kept * (4 if fallback.is_parked else num_others)
-        working = max(working, selective.working)
-    return memory.in_flight * kept + working <= memory.available
+def _needed(memory: StageMemory, footprints: Footprints, num_kept: int, fallback: Residency) -> int:
+    """Bytes that a stage takes at its peak."""
+    keep = footprints[Residency.KEEP]
+    per_clip, once, working = num_kept * keep.kept, 0, keep.working if num_kept else 0
+    hidden = keep.hidden
+    if num_others := memory.num_blocks - num_kept:
+        other = footprints[Residency.SELECTIVE]
+        if fallback.is_parked:
+            # On the device are what leaves, what the block that runs has fetched, and what the next one has.
+            once = 3 * other.kept
+        else:
+            per_clip += num_others * other.kept
+        working, hidden = max(working, other.working), other.hidden
+    # A stage's input or output, and its gradient, wait for the other side.
+    return memory.in_flight * (per_clip + 2 * hidden) + once + working
 
 
 def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:
@@ -198,6 +218,7 @@ def _footprint(
     outputs = [leaf for leaf in tree_leaves(run(residency, args, kwargs)) if isinstance(leaf, Tensor)]
     # The output is the next block's input, so it counts once a block.
     kept = torch.accelerator.memory_allocated(device) - before
+    hidden = sum(output.nbytes for output in outputs)
     outputs = [output for output in outputs if output.requires_grad]
     # Not a backward(), which would add to the parameters' gradients.
     wanted = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -205,4 +226,4 @@ def _footprint(
         outputs, [*wanted, *trained], [torch.ones_like(output) for output in outputs], allow_unused=True
     )
     peak = torch.accelerator.max_memory_allocated(device) - before
-    return Footprint(kept=kept, working=peak - kept)
+    return Footprint(kept=kept, working=peak - kept, hidden=hidden)

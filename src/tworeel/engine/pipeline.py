@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tworeel.engine.passage import Passage
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import Action, make_orders, most_in_flight, one_by_one
+from tworeel.engine.schedule import Action, Order, make_orders, most_in_flight, one_by_one_first
 from tworeel.engine.split import Split, find_split, split
 from tworeel.engine.timeline import Span, Timeline
 from tworeel.engine.turnstile import Turnstile
@@ -120,14 +120,11 @@ class Pipeline:
             raise ValueError("a step needs at least one micro-batch")
         self.split.refuse_dropout()
         devices = self.split.placement.devices
-        orders = make_orders(devices, len(micro_batches), slack=self._slack)
-        depths = most_in_flight(orders, len(devices))
-        workers = depths[0]  # a micro-batch is on the first stage first and last
+        depths = self._depths(len(micro_batches))
         if self.split.is_auto:
             self._fit(micro_batches, depths)
-        if self._must_compile(micro_batches):
-            # Compilation is not made for several threads at once.
-            orders, workers = one_by_one(len(devices), len(micro_batches)), 1
+        orders = self._orders(micro_batches)
+        workers = depths[0]  # a micro-batch is on the first stage first and last
         run = _Step(self.split, self._forward, loss, Turnstile(orders), Timeline(devices) if timed else None)
         try:
             with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
@@ -146,14 +143,33 @@ class Pipeline:
             self._fitted_for = max(size, _bytes(largest)), max(deepest, depths[0])
             self.split.fit(lambda: self._forward(self.split.model, largest), depths)
 
-    def _must_compile(self, micro_batches: Sequence[Any]) -> bool:
-        """Whether a micro-batch has shapes that no step before had."""
+    def _depths(self, num_micro_batches: int) -> list[int]:
+        """The most micro-batches whose activations each stage holds at a time."""
+        devices = self.split.placement.devices
+        return most_in_flight(make_orders(devices, num_micro_batches, slack=self._slack), len(devices))
+
+    def _orders(self, micro_batches: Sequence[Any]) -> list[Order]:
+        """The orders of work; micro-batches up to the last that has to be compiled go one by one."""
+        devices, count = self.split.placement.devices, len(micro_batches)
+        # The last one may as well be the whole of a pipeline.
+        num_first = min(self._num_to_compile(micro_batches), count - 1)
+        rest = make_orders(devices, count - num_first, slack=self._slack)
+        return one_by_one_first(rest, num_first)
+
+    def _num_to_compile(self, micro_batches: Sequence[Any]) -> int:
+        """How many micro-batches there are up to the last whose like no step has had.
+
+        Compilation is not made for several threads at once.
+        """
         if self.split.compiler is None:
-            return False
-        shapes = {_shapes(batch) for batch in micro_batches}
-        is_new = not shapes <= self._compiled_for
-        self._compiled_for |= shapes
-        return is_new
+            return 0
+        residencies, number = tuple(self.split.residencies), 0
+        for i, batch in enumerate(micro_batches, 1):
+            like = (_shapes(batch), residencies)
+            if like not in self._compiled_for:
+                self._compiled_for.add(like)
+                number = i
+        return number
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

@@ -1,7 +1,9 @@
 """How far the host may run ahead of a device.
 
 Launching a compiled kernel on a device with a full queue blocks while it holds Python's lock, and with it the
-threads that keep the other devices busy. So the host waits after each block for the one before it.
+threads that keep the other devices busy. And what a copy beside the computation reads is free only when the
+copy is done, not when the host lets go of it: far ahead, the host would want memory for many blocks at once.
+So the host waits after each block for one that it queued a few blocks before.
 """
 
 from __future__ import annotations
@@ -12,23 +14,33 @@ import torch
 
 from tworeel.engine.streams import mark
 
+WITH_COPIES = 2
+"""The limit where none is given, for blocks whose activations or weights are copied."""
+
 
 class RunAhead:
     """Counts the blocks that are queued on each device.
 
     Args:
-        limit: blocks that may be queued behind the one that a device computes; None for no limit.
+        limit: blocks that may be queued behind the one that a device computes; None for no limit but where
+            copies hold memory.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._queued: dict[torch.device, deque[torch.Event]] = defaultdict(deque)
 
-    def block_queued(self, device: torch.device) -> None:
-        """Tell that a block was queued; waits until no more than `limit` others are unfinished."""
-        if self.limit is None or device.type == "cpu":
+    def block_queued(self, device: torch.device, *, copies: bool = False) -> None:
+        """Tell that a block was queued; waits until no more than the limit of others are unfinished.
+
+        Args:
+            device: that it was queued on.
+            copies: the block's activations or weights cross to or from the host.
+        """
+        limit = WITH_COPIES if self.limit is None and copies else self.limit
+        if limit is None or device.type == "cpu":
             return
         queued = self._queued[device]
         queued.append(mark(device))
-        while len(queued) > self.limit:
+        while len(queued) > limit:
             queued.popleft().synchronize()

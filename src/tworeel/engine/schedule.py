@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 
@@ -109,12 +110,25 @@ def one_f_one_b(num_stages: int, num_micro_batches: int, *, slack: int = 0) -> l
     ]
 
 
-def one_by_one(num_stages: int, num_micro_batches: int) -> list[Order]:
-    """Each micro-batch goes all the way forth and back before the next: for a step that compiles."""
-    return [
-        [Action(kind, number, stage) for number in range(num_micro_batches) for kind in ("F", "B")]
-        for stage in range(num_stages)
-    ]
+def one_by_one_first(orders: Sequence[Order], num_first: int) -> list[Order]:
+    """The same work, but the first micro-batches go all the way forth and back, each before the next.
+
+    For steps that compile. Each stage still takes the micro-batches in the same order.
+
+    Args:
+        orders: as `make_orders` gives them for the other micro-batches.
+        num_first: how many go before these.
+    """
+    first = []
+    for order in orders:
+        stages = sorted({action.stage for action in order})
+        alone = [
+            [*(Action("F", number, s) for s in stages), *(Action("B", number, s) for s in reversed(stages))]
+            for number in range(num_first)
+        ]
+        others = [Action(a.kind, a.micro_batch + num_first, a.stage) for a in order]
+        first.append([*chain.from_iterable(alone), *others])
+    return first
 
 
 def in_flight(num_stages: int, stage: int, *, slack: int = 0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.compiling import BlockCompiler
-from tworeel.engine.fitting import Probe, StageMemory, available_memory, fit_stage
+from tworeel.engine.fitting import Fit, Footprint, Probe, StageMemory, available_memory, fit_stage
 from tworeel.engine.parking import Berth, HostPool
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, Unit, place
 from tworeel.engine.residency import Residency, refuse_dropout, run_block
 from tworeel.engine.run_ahead import RunAhead
-from tworeel.engine.weight_streaming import WeightStreamer, frozen_parameters, spread
+from tworeel.engine.weight_streaming import SLOTS, WeightStreamer, frozen_parameters, spread
 
 AUTO = "auto"
 NOTHING = StageMemory(available=0, num_blocks=0, may_keep=0, in_flight=0)
@@ -54,7 +55,8 @@ def split(
             as much as the devices have room for, found out before the first step of a `Pipeline`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
         streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
-            brought to the device ahead of use. Such blocks have to recompute.
+            brought to the device ahead of use. Such blocks have to recompute. None by default; with the
+            residency `auto`, as many as are needed.
         host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
 
@@ -78,7 +80,7 @@ def split(
         model,
         placement,
         residency,
-        positions,
+        None if streamed is None else positions,
         compile=compile,
         host_limit=host_limit,
         run_ahead=run_ahead,
@@ -108,7 +110,7 @@ class Split:
         model: nn.Module,
         placement: Placement,
         residency: Residency | str | Sequence[Residency | str],
-        streamed: Sequence[int] = (),
+        streamed: Sequence[int] | None = None,
         *,
         compile: bool = False,
         host_limit: int | None = None,
@@ -125,8 +127,11 @@ class Split:
         self._here = threading.local()
         self._open: set[Passage] = set()
         self._wrapped: list[nn.Module] = []
-        self._streamed = tuple(streamed)
-        self._streamers = _streamers(model, placement, streamed)
+        self._streamed = tuple(streamed or ())
+        self._may_stream = streamed is None
+        self._streamers = [
+            _streamer(model, placement, stage, self._streamed) for stage in range(placement.num_stages)
+        ]
         positions = {name: i for i, name in enumerate(placement.block_names)}
         for unit in placement.units:
             self._wrap(model.get_submodule(unit.name), partial(self._staged, unit, positions.get(unit.name)))
@@ -156,17 +161,66 @@ class Split:
             forward: runs the model on the largest micro-batch.
             in_flight: micro-batches whose activations each stage holds at a time.
         """
-        memories = [self._memory(stage, count) for stage, count in enumerate(in_flight)]
+        while True:
+            memories = [self._memory(stage, count) for stage, count in enumerate(in_flight)]
+            try:
+                footprints = self._measure(forward, memories)
+                break
+            except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)
+                if not self._stream_more():
+                    raise
+        for stage, memory in enumerate(memories):
+            if memory is not None:
+                fit = fit_stage(memory, footprints[stage])
+                if fit.missing > 0 and self._may_stream:
+                    self._stream(stage, self._blocks_for(stage, fit.missing))
+                self._keep_most(stage, fit)
+
+    def _measure(
+        self, forward: Callable[[], Any], memories: Sequence[StageMemory | None]
+    ) -> list[dict[Residency, Footprint]]:
+        """What the blocks of each stage take."""
         self._probe = Probe([memory or NOTHING for memory in memories])
         try:
             with self.passage(), torch.no_grad():
                 forward()
-            footprints = self._probe.footprints
+            return self._probe.footprints
         finally:
             self._probe = None
-        for stage, memory in enumerate(memories):
-            if memory is not None:
-                self._keep_most(stage, *fit_stage(memory, footprints[stage]))
+            self.rest()
+
+    def _stream_more(self) -> bool:
+        """Stream half of the blocks that are on accelerators; False if there are none left or may be none."""
+        if not self._may_stream:
+            return False
+        before = len(self._streamed)
+        for stage, device in enumerate(self.placement.devices):
+            blocks = self.placement.blocks_of(stage)
+            if device.type != "cpu":
+                streamed = sum(position in self._streamed for position in blocks)
+                self._stream(stage, streamed + -(-(len(blocks) - streamed) // 2))
+        torch.accelerator.empty_cache()
+        return len(self._streamed) > before
+
+    def _blocks_for(self, stage: int, missing: int) -> int:
+        """How many blocks of a stage must be streamed to free so many bytes more."""
+        blocks = self.placement.blocks_of(stage)
+        streamed = sum(position in self._streamed for position in blocks)
+        sizes = [self._frozen_bytes(position) for position in blocks]
+        in_slots = 0 if streamed else SLOTS
+        return min(len(blocks), streamed + in_slots + -(-missing // max(1, min(sizes))))
+
+    def _frozen_bytes(self, position: int) -> int:
+        block = self.model.get_submodule(self.placement.block_names[position])
+        return sum(parameter.nbytes for parameter in frozen_parameters(block))
+
+    def _stream(self, stage: int, count: int) -> None:
+        """Let so many blocks of a stage wait in host memory from now on."""
+        blocks = self.placement.blocks_of(stage)
+        others = [position for position in self._streamed if position not in blocks]
+        self._streamed = tuple(sorted([*others, *spread(blocks, count)]))
+        self._streamers[stage] = _streamer(self.model, self.placement, stage, self._streamed)
 
     def _memory(self, stage: int, in_flight: int) -> StageMemory | None:
         blocks = self.placement.blocks_of(stage)
@@ -179,23 +233,26 @@ class Split:
             in_flight=in_flight,
         )
 
-    def _keep_most(self, stage: int, num_kept: int, fallback: Residency) -> None:
+    def _keep_most(self, stage: int, fit: Fit) -> None:
         blocks = self.placement.blocks_of(stage)
         for position in blocks:
-            self.residencies[position] = fallback
+            self.residencies[position] = fit.fallback
         # The last blocks come first in the backward: there nothing has to be fetched.
         can_keep = [position for position in blocks if position not in self._streamed]
-        for position in can_keep[len(can_keep) - num_kept :]:
+        for position in can_keep[len(can_keep) - fit.num_kept :]:
             self.residencies[position] = Residency.KEEP
 
     def residency_in_words(self) -> str:
         """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""
-        stages = range(self.placement.num_stages)
-        counts = [Counter(self.residencies[i] for i in self.placement.blocks_of(s)) for s in stages]
-        return "; ".join(
-            f"stage {s}: " + ", ".join(f"{count} {residency}" for residency, count in counts[s].items())
-            for s in stages
-        )
+        return "; ".join(map(self._stage_in_words, range(self.placement.num_stages)))
+
+    def _stage_in_words(self, stage: int) -> str:
+        blocks = self.placement.blocks_of(stage)
+        counts = Counter(self.residencies[position] for position in blocks)
+        parts = [f"{count} {residency}" for residency, count in counts.items()]
+        if num_streamed := sum(position in self._streamed for position in blocks):
+            parts.append(f"weights of {num_streamed} streamed")
+        return f"stage {stage}: {', '.join(parts)}"
 
     def expect(self, stage: int, *, backward: bool) -> None:
         """The stage's next work begins at its last block (a backward) or at its first."""
@@ -278,12 +335,13 @@ class Split:
         if self._probe is not None:
             return self._run_probed(self._probe, unit.stage, block, args, kwargs)
         outputs = run_block(block, args, kwargs, residency=residency, berth=berth, compiler=self.compiler)
-        self.run_ahead.block_queued(device)
+        copies = berth is not None or position in self._streamed
+        self.run_ahead.block_queued(device, copies=copies)
         if berth is not None:
             passage.berths[unit.stage] = berth
 
         def begin_backward(_: Tensor) -> None:
-            self.run_ahead.block_queued(device)
+            self.run_ahead.block_queued(device, copies=copies)
             streamer.use(position, backward=True)
 
         for tensor in tree_leaves(outputs):
@@ -356,19 +414,13 @@ def streamed_positions(placement: Placement, counts: Sequence[int] | None) -> li
     return [i for blocks, count in zip(stages, counts, strict=True) for i in spread(blocks, count)]
 
 
-def _streamers(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> list[WeightStreamer]:
-    """One a stage; those without streamed blocks do nothing."""
-    return [
-        WeightStreamer(
-            device,
-            {
-                i: model.get_submodule(placement.block_names[i])
-                for i in streamed
-                if i in placement.blocks_of(stage)
-            },
-        )
-        for stage, device in enumerate(placement.devices)
-    ]
+def _streamer(model: nn.Module, placement: Placement, stage: int, streamed: Sequence[int]) -> WeightStreamer:
+    """That of one stage; without streamed blocks it does nothing."""
+    blocks = [position for position in placement.blocks_of(stage) if position in streamed]
+    names = placement.block_names
+    return WeightStreamer(
+        placement.devices[stage], {position: model.get_submodule(names[position]) for position in blocks}
+    )
 
 
 def _move(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> None:

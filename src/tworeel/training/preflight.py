@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -135,6 +136,8 @@ def survey(config: RunConfig, observer: Observer) -> Survey:
     problems: list[str] = []
     with collected(problems):
         require_optimizer(config.train)
+    with collected(problems):
+        _require_quantization(config)
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
             require_no_file(folder, what)
@@ -215,6 +218,13 @@ def _start_problems(
 def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
     """Key in the transformer's files -> parameter name."""
     return partial(family.parameter_name, source.transformer.layout)
+
+
+def _require_quantization(config: RunConfig) -> None:
+    if config.model.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.quantize = 'nf4': needs bitsandbytes; pip install 'tworeel[eightbit]' brings it"
+        )
 
 
 def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:

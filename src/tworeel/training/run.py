@@ -184,7 +184,7 @@ class _Run:
             expert=traits.expert,
             rank=config.lora.rank,
             alpha=config.lora.alpha or config.lora.rank,
-            precision=config.model.dtype,
+            precision=config.model.quantize or config.model.dtype,
             steps=step,
             dataset=_dataset_summary(self.plan),
         )
