@@ -1,7 +1,7 @@
 """A whole run at real size: an expert of Wan 2.2 T2V-A14B (14.29 B parameters), 480×832, 49 frames.
 
     python bench/wan_a14b.py                       everything, on the first two GPUs
-    python bench/wan_a14b.py --phase write         one phase a call; they share --folder
+    python bench/wan_a14b.py --phase write run     some phases; calls share --folder
     python bench/wan_a14b.py --tiny                seconds, on the CPU
 
 Phases:
@@ -79,6 +79,8 @@ class Options:
     rank: int
     micro_batches: int
     residency: str
+    streamed: tuple[int, ...] | None = None
+    eager: bool = False
 
 
 class Watcher(SilentRun):
@@ -188,6 +190,8 @@ def run_config(options: Options, steps: int) -> RunConfig:
         engine=EngineConfig(
             devices=tuple(map(str, options.devices)),
             residency=options.residency,  # type: ignore[arg-type]  # pydantic checks it
+            streamed_blocks=options.streamed,
+            compile=False if options.eager else None,
         ),
     )
 
@@ -252,6 +256,8 @@ def read_options(arguments: argparse.Namespace) -> Options:
         devices=tuple(measuring.devices_from(arguments.devices)),
         sizes=replace(sizes, layers=arguments.layers) if arguments.layers else sizes,
         residency=arguments.residency,
+        streamed=tuple(map(int, arguments.streamed.split(","))) if arguments.streamed else None,
+        eager=arguments.eager,
         **{**shape, **given},
     )
 
@@ -262,9 +268,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("tworeel-bench"), help="where everything goes")
-    parser.add_argument("--phase", choices=("all", *PHASES), default="all")
+    parser.add_argument("--phase", choices=PHASES, nargs="+", default=list(PHASES))
     parser.add_argument("--devices", help="one a stage, for example cuda:0,cuda:1; the first two by default")
     parser.add_argument("--residency", default="auto", help="as engine.residency (auto)")
+    parser.add_argument("--streamed", help="as engine.streamed_blocks, for example 8,8")
+    parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     parser.add_argument("--cap-gib", type=float, help="GiB that torch may use for each stage")
     parser.add_argument("--layers", type=int, help="blocks of the transformer (40)")
     parser.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (49)")
@@ -288,7 +296,7 @@ def main() -> None:
             raise SystemExit(str(error)) from None
     machine.wake(options.devices)
     settings = {key: str(value) for key, value in asdict(options).items()} | {"cap_gib": arguments.cap_gib}
-    for name in PHASES if arguments.phase == "all" else [arguments.phase]:
+    for name in arguments.phase:
         results = PHASES[name](options)
         measuring.add_results(options.json, {name: {"machine": facts, "options": settings, **results}})
         # The model of a phase hangs in cycles: the next one needs its memory.
