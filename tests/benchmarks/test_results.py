@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tworeel.benchmarks.machine import Peak
-from tworeel.benchmarks.results import agreement_of, find_limit, mean_stage_seconds
+from tworeel.benchmarks.results import agreement_of, find_limit, ideal_seconds, mean_stage_seconds
 from tworeel.engine.schedule import Action
 from tworeel.engine.timeline import Span
 
@@ -52,3 +52,13 @@ def test_a_stage_takes_the_mean_of_its_forwards_plus_that_of_its_backwards() -> 
         Span(Action("B", 0, 0), 2.0, 4.0),
     ]
     assert mean_stage_seconds(spans, 1, steps=2) == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("stages", "stages_per_device", "expected"),
+    [([1.0, 1.0], 1, 9.0), ([1.0, 2.0], 1, 18.0), ([0.5, 0.5, 0.5, 0.5], 2, 8.5), ([3.0], 1, 24.0)],
+)
+def test_the_ideal_step_waits_only_at_its_ends(
+    stages: list[float], stages_per_device: int, expected: float
+) -> None:
+    assert ideal_seconds(stages, stages_per_device, 8) == expected

@@ -6,7 +6,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -81,6 +81,13 @@ class Settings:
     """Compare the gradients with the naive run's too."""
 
     @property
+    def baseline(self) -> Settings:
+        """What the naive run works with: bf16 weights, all on the devices, a part of the model on each."""
+        if not self.compare_naive:
+            return self
+        return replace(self, quantize=None, streamed=None, stages_per_device=1)
+
+    @property
     def stages(self) -> tuple[torch.device, ...]:
         """The device of each stage."""
         return self.devices * self.stages_per_device
@@ -112,15 +119,20 @@ def run_case(case: Case, settings: Settings, rates: Mapping[str, float], observe
     torch.compiler.reset()  # else this case's shapes count against a limit that the ones before have used up
     machine.reset_peaks(devices)
     observer.say(f"{case.name}: {blocks} blocks, {case.tokens:,} tokens, {case.micro_batches} micro-batches")
+    # Not for the naive run: it takes what it needs.
     machine.limit_memory(devices, None)
-    prepared = _unless_out_of_memory(lambda: prepare(case, settings, blocks))
+    baseline = settings.baseline
+    prepared = _unless_out_of_memory(lambda: prepare(case, baseline, blocks))
     naive, gradients = None, None
     if prepared and settings.compare_naive:
         observer.say("  one micro-batch at a time with per-block device hooks ...")
         naive, gradients = run_naive(prepared, settings, observer)
         machine.reset_peaks(devices)
+    if baseline != settings:
+        del prepared
+        machine.free()
+        prepared = _unless_out_of_memory(lambda: prepare(case, settings, blocks))
     measured = None
-    # Not the naive run: it takes what it needs.
     machine.limit_memory(devices, settings.cap_gib)
     if prepared:
         observer.say("  pipelined ...")
@@ -158,8 +170,7 @@ def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
         dtype=dtype,
         rank=settings.rank,
         quantize=settings.quantize,
-        # The naive run holds all weights on the devices
-        streamed=() if settings.compare_naive else settings.streamed or (),
+        streamed=settings.streamed or (),
     )
     batches = models.make_batches(case, dtype, settings.devices[0])
     return Prepared(model=model, placement=placement, batches=batches)
