@@ -64,7 +64,7 @@ def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend=broken))
     compiler, block, x = BlockCompiler(), Block(), torch.ones(2, 4)
-    with pytest.warns(UserWarning, match="run without torch.compile.*no compiler"):
+    with pytest.warns(UserWarning, match="Block runs without torch.compile, which failed: no compiler"):
         result = call(compiler, block, x)
     assert torch.equal(result, block(x))
     with warnings.catch_warnings():
@@ -72,7 +72,50 @@ def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch):
         call(compiler, block, x)
 
 
-@pytest.mark.filterwarnings("ignore:blocks run without")
+@pytest.mark.filterwarnings("ignore:Block runs without")
 def test_a_mistake_in_the_block_is_told_by_its_own_error():
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
         call(BlockCompiler(), Block(), torch.ones(2, 5))
+
+
+class Uncompilable(Block):
+    """Uses an operation that has no fake kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return twice(self.linear(x))
+
+
+@torch.library.custom_op("tworeel_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    """2 x, unknown to the compiler."""
+    return x * 2
+
+
+twice.register_autograd(lambda _, gradient: gradient * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Uncompilable runs without")
+@pytest.mark.parametrize("residency", ["keep", "recompute", "selective"])
+def test_what_is_compiled_stays_so_when_another_kind_of_block_is_not(residency):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.ModuleList(Block() for _ in range(2))
+            self.second = nn.ModuleList(Uncompilable() for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in (*self.first, *self.second):
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, batches = Model(), [torch.randn(2, 4) for _ in range(3)]
+    for batch in batches:
+        model(batch).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency=residency, compile=True)
+    pipeline.step(batches, lambda output, _: output.square().sum())
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+    assert pipeline.split.compiler is not None and len(pipeline.split.compiler.failed) == 1

@@ -8,7 +8,7 @@ import torch
 from toy_wan import make_wan
 
 from tworeel import split
-from tworeel.engine.fitting import Fit, Footprint, StageMemory, fit_stage, needs_fallback
+from tworeel.engine.fitting import Fit, Footprint, StageMemory, fit_stage, fit_stages, needs_fallback
 from tworeel.engine.residency import Residency
 
 SIZES = {
@@ -53,6 +53,16 @@ def test_more_micro_batches_in_flight_leave_room_for_less():
 def test_blocks_with_streamed_weights_never_keep():
     assert fit_stage(memory(10_000, may_keep=4), SIZES) == Fit(4, Residency.SELECTIVE)
     assert needs_fallback(memory(10_000, may_keep=4), SIZES[Residency.KEEP])
+
+
+def test_what_all_stages_park_has_to_fit_the_host():
+    memories, footprints = [memory(43), None, memory(43)], [SIZES, {}, SIZES]
+    parked = 2 * 2 * 10 * 3
+    selective = Fit(0, Residency.OFFLOAD_SELECTIVE)
+    assert fit_stages(memories, footprints, parked) == [selective, None, selective]
+    assert fit_stages(memories, footprints, None) == [selective, None, selective]
+    inputs = Fit(0, Residency.OFFLOAD)
+    assert fit_stages(memories, footprints, parked - 1) == [inputs, None, inputs]
 
 
 def test_on_a_cpu_auto_recomputes():

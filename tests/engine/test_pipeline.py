@@ -13,6 +13,7 @@ from toy_wan import KINDS, assert_close, gradients, make_micro_batch, make_wan, 
 
 from tworeel import Pipeline, split
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import most_in_flight
 from tworeel.engine.timeline import busy_shares
 
 EVERYWHERE = [
@@ -296,3 +297,43 @@ def test_dropout_in_a_recomputed_block_is_refused():
         Pipeline(model, ["cpu"], residency="recompute").step(
             [make_micro_batch("t2v", torch.float32, 0)], square_loss
         )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
+def test_interleaved_stages_give_the_gradients_of_the_unsplit_model(count):
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(count)]
+    losses, expected = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    result = Pipeline(model, ["cpu:0", "cpu:1"] * 2, residency="recompute").step(batches, square_loss)
+    torch.testing.assert_close(list(result.losses), losses, rtol=1e-10, atol=0)
+    assert_close(gradients(model), expected, 1e-10)
+
+
+@pytest.mark.parametrize("stages_per_device", [1, 2, 3])
+def test_a_step_that_compiles_ends_and_holds_no_more_than_the_others(stages_per_device):
+    class Runs:
+        """Takes the compiler's place."""
+
+        failed: frozenset = frozenset()
+
+        def __call__(self, call, block, *args, **kwargs):
+            return call(block, *args, **kwargs)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    for count in range(1, 10):
+        pipeline = Pipeline(Model(), ["cpu:0", "cpu:1"] * stages_per_device)
+        pipeline.split.compiler = Runs()
+        orders = pipeline._orders(batches := [torch.randn(2, 4)] * count)
+        most = pipeline._depths(count)
+        assert all(a <= b for a, b in zip(most_in_flight(orders, 2 * stages_per_device), most, strict=True))
+        pipeline._compiled_for.clear()
+        assert len(pipeline.step(batches, lambda output, _: output.sum()).losses) == count

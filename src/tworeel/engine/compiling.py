@@ -32,18 +32,19 @@ class BlockCompiler:
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[BlockCall, BlockCall] = {}
         self._lock = threading.Lock()
-        self.failed = False
+        self.failed: set[BlockCall] = set()
+        """What could not be compiled and runs as it is."""
 
     def __call__(self, call: BlockCall, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run `call(block, *args, **kwargs)` compiled; give the same `call` for all blocks of a class."""
-        if self.failed:
+        if call in self.failed:
             return call(block, *args, **kwargs)
         try:
             return self._compiled_of(call, block)(block, *args, **kwargs)
         except TorchDynamoException as error:
             if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
                 raise
-            self._give_up(error)
+            self._give_up(call, block, error)
         return call(block, *args, **kwargs)
 
     def _compiled_of(self, call: BlockCall, block: nn.Module) -> BlockCall:
@@ -53,12 +54,14 @@ class BlockCompiler:
                 self._compiled[call] = torch.compile(_with_own_code(call, name))
             return self._compiled[call]
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
+        """From now on; what is compiled already stays so: a recomputation has to repeat its forward."""
         with self._lock:
             if not self.failed:
                 reason = str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
-                warnings.warn(f"blocks run without torch.compile, which failed: {reason}", stacklevel=3)
-            self.failed = True
+                name = type(block).__name__
+                warnings.warn(f"{name} runs without torch.compile, which failed: {reason}", stacklevel=4)
+            self.failed.add(call)
 
 
 def _with_own_code(call: BlockCall, name: str) -> BlockCall:

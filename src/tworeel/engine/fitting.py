@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,6 +84,30 @@ def fit_stage(memory: StageMemory, footprints: Footprints) -> Fit:
     return Fit(0, FALLBACKS[-1], least - memory.available)
 
 
+def fit_stages(
+    memories: Sequence[StageMemory | None], footprints: Sequence[Footprints], host_limit: int | None
+) -> list[Fit | None]:
+    """Fit each stage that has a memory; what is parked by all of them together has to fit the host, too.
+
+    Where it does not, only the blocks' inputs are parked, and the attentions are computed again.
+    """
+    fits = [
+        None if memory is None else fit_stage(memory, found)
+        for memory, found in zip(memories, footprints, strict=True)
+    ]
+    parked = sum(
+        memory.in_flight * (memory.num_blocks - fit.num_kept) * found[Residency.SELECTIVE].kept
+        for memory, found, fit in zip(memories, footprints, fits, strict=True)
+        if memory is not None and fit is not None and fit.fallback.is_parked
+    )
+    if host_limit is None or parked <= host_limit:
+        return fits
+    return [
+        replace(fit, fallback=Residency.OFFLOAD) if fit is not None and fit.fallback.is_parked else fit
+        for fit in fits
+    ]
+
+
 def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
     """Whether not all blocks of a stage can keep their activations."""
     if memory.may_keep < memory.num_blocks:
@@ -142,10 +167,10 @@ class Probe:
     """Measures what a block of each stage takes, beside a forward of the model without gradients.
 
     Args:
-        memories: of each stage.
+        memories: of each stage; None for those that are not measured.
     """
 
-    def __init__(self, memories: Sequence[StageMemory]) -> None:
+    def __init__(self, memories: Sequence[StageMemory | None]) -> None:
         self.memories = memories
         self.footprints: list[dict[Residency, Footprint]] = [{} for _ in memories]
 
@@ -168,8 +193,8 @@ class Probe:
             args, kwargs: of its forward.
             outputs: what it returned for them.
         """
-        found = self.footprints[stage]
-        if found:
+        found, memory = self.footprints[stage], self.memories[stage]
+        if found or memory is None:
             return
         # What comes out of a block goes into the next: inputs of these shapes will need a gradient.
         shapes = {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
@@ -181,23 +206,17 @@ class Probe:
         args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         for residency in (Residency.KEEP, Residency.SELECTIVE):
-            if residency is Residency.KEEP or needs_fallback(self.memories[stage], found[Residency.KEEP]):
-                found[residency] = _measured(residency, device, run, args, kwargs, trained)
+            if residency is Residency.KEEP or needs_fallback(memory, found[Residency.KEEP]):
+                measure = partial(_footprint, residency, device, run, args, kwargs, trained)
+                found[residency] = _after_warm_up(measure)
 
 
-def _measured(
-    residency: Residency,
-    device: torch.device,
-    run: Run,
-    args: Any,
-    kwargs: Any,
-    trained: Sequence[nn.Parameter],
-) -> Footprint:
-    """The footprint after a first run, which compiles; more than any device has if that does not fit."""
+def _after_warm_up(measure: Callable[[], Footprint]) -> Footprint:
+    """What the second run finds, since the first compiles; more than any device has if that does not fit."""
     try:
         with torch.enable_grad():
-            _footprint(residency, device, run, args, kwargs, trained)
-            return _footprint(residency, device, run, args, kwargs, trained)
+            measure()
+            return measure()
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)
     torch.accelerator.empty_cache()

@@ -22,6 +22,11 @@ from tworeel.engine.streams import Arrival, copy_in, copy_out
 
 SMALLEST = 2**16
 """Tensors of fewer bytes are not worth a transfer."""
+SLAB = 2**30
+"""Bytes of an allocation that several buffers share."""
+
+IsKept = Callable[[Any, Sequence[Any]], bool]
+"""(operation, its arguments) -> whether what it returns is kept for the backward."""
 
 
 class HostPool:
@@ -36,22 +41,43 @@ class HostPool:
         self.held = 0
         """Bytes that are pinned so far, in use or not."""
         self._free: dict[int, list[tuple[Tensor, torch.Event | None]]] = defaultdict(list)
-        self._lock = threading.Lock()
+        # Taken again by the thread that has it: a collection of garbage may give buffers back at any moment.
+        self._lock = threading.RLock()
 
     def take(self, size: int, *, pinned: bool = True) -> tuple[Tensor, torch.Event | None] | None:
         """A buffer of `size` bytes and the event after which it may be written; None at the limit."""
         with self._lock:
-            if self._free[size]:
-                return self._free[size].pop()
-            if self.limit is not None and self.held + size > self.limit:
-                return None
-            self.held += size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned), None
+            if not self._free[size]:
+                room = None if self.limit is None else self.limit - self.held
+                slab = new_slab(size, room, pinned=pinned)
+                self.held += sum(buffer.nbytes for buffer in slab)
+                self._free[size] += [(buffer, None) for buffer in slab]
+            return self._free[size].pop() if self._free[size] else None
 
     def give_back(self, buffer: Tensor, read: torch.Event | None) -> None:
         """Let another tensor have the buffer once `read` has happened."""
         with self._lock:
             self._free[buffer.nbytes].append((buffer, read))
+
+
+def new_slab(size: int, room: int | None = None, *, pinned: bool = True, slab: int = SLAB) -> list[Tensor]:
+    """Buffers of `size` bytes from one allocation; none if there is no room for one.
+
+    torch rounds pinned memory up to a power of two, and making it takes a second a gigabyte or so: several
+    buffers share what would be lost.
+
+    Args:
+        size: of each, in bytes.
+        room: bytes that they may take together; None for no limit.
+        pinned: for a device that is not the CPU.
+        slab: bytes of the allocation, where it holds more than one.
+    """
+    count = max(1, slab // size) if pinned else 1
+    if room is not None:
+        count = min(count, room // size)
+    if count == 0:
+        return []
+    return list(torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned).split(size))
 
 
 class Parked:
@@ -151,12 +177,12 @@ class Berth:
         with saved_tensors_hooks(pack, self.get):
             yield
 
-    def contexts(self, ops: Collection[Any]) -> Callable[[], tuple[Any, Any]]:
-        """A checkpoint's `context_fn` that parks what `ops` return, for the recomputation to take."""
+    def contexts(self, is_kept: IsKept) -> Callable[[], tuple[Any, Any]]:
+        """A checkpoint's `context_fn` that parks what some operations return, for the recomputation."""
 
         def make() -> tuple[Any, Any]:
             kept: list[Any] = []
-            return _Keeping(self, ops, kept), _Replaying(self, ops, kept)
+            return _Keeping(self, is_kept, kept), _Replaying(self, is_kept, kept)
 
         return make
 
@@ -164,13 +190,13 @@ class Berth:
 class _Keeping(TorchDispatchMode):
     """Parks what some operations return."""
 
-    def __init__(self, berth: Berth, ops: Collection[Any], kept: list[Any]) -> None:
+    def __init__(self, berth: Berth, is_kept: IsKept, kept: list[Any]) -> None:
         super().__init__()
-        self._berth, self._ops, self._kept = berth, ops, kept
+        self._berth, self._is_kept, self._kept = berth, is_kept, kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in self._ops:
+        if self._is_kept(func, args):
             self._kept.append(tree_map_only(Tensor, lambda t: self._berth.park(t.detach()), result))
         return result
 
@@ -178,9 +204,9 @@ class _Keeping(TorchDispatchMode):
 class _Replaying(TorchDispatchMode):
     """Gives back what was parked instead of running these operations again."""
 
-    def __init__(self, berth: Berth, ops: Collection[Any], kept: Sequence[Any]) -> None:
+    def __init__(self, berth: Berth, is_kept: IsKept, kept: Sequence[Any]) -> None:
         super().__init__()
-        self._berth, self._ops, self._kept = berth, ops, iter(())
+        self._berth, self._is_kept, self._kept = berth, is_kept, iter(())
         self._source = kept
 
     def __enter__(self) -> _Replaying:
@@ -189,7 +215,7 @@ class _Replaying(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self._ops:
+        if not self._is_kept(func, args):
             return func(*args, **(kwargs or {}))
         return tree_map_only((Tensor, Parked), lambda t: self._berth.get(t).detach(), next(self._kept))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tworeel.engine.fitter import fit
 from tworeel.engine.passage import Passage
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Action, Order, make_orders, most_in_flight, one_by_one_first
@@ -120,11 +122,11 @@ class Pipeline:
             raise ValueError("a step needs at least one micro-batch")
         self.split.refuse_dropout()
         devices = self.split.placement.devices
-        depths = self._depths(len(micro_batches))
         if self.split.is_auto:
-            self._fit(micro_batches, depths)
+            self._fit(micro_batches)
         orders = self._orders(micro_batches)
-        workers = depths[0]  # a micro-batch is on the first stage first and last
+        # A micro-batch is on the first stage first and last.
+        workers = most_in_flight(orders, len(devices))[0]
         run = _Step(self.split, self._forward, loss, Turnstile(orders), Timeline(devices) if timed else None)
         try:
             with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
@@ -135,13 +137,14 @@ class Pipeline:
         spans = run.timeline.spans() if run.timeline else []
         return StepResult(tuple(f.result() for f in futures), tuple(spans))
 
-    def _fit(self, micro_batches: Sequence[Any], depths: Sequence[int]) -> None:
-        """Choose what the blocks leave behind, if a micro-batch or a step is larger than all before."""
+    def _fit(self, micro_batches: Sequence[Any]) -> None:
+        """Choose what the blocks leave behind, if a micro-batch or a step is larger than at the last time."""
         largest = max(micro_batches, key=_bytes)
+        depths = self._depths(len(micro_batches))
         size, deepest = self._fitted_for
         if _bytes(largest) > size or depths[0] > deepest:
-            self._fitted_for = max(size, _bytes(largest)), max(deepest, depths[0])
-            self.split.fit(lambda: self._forward(self.split.model, largest), depths)
+            self._fitted_for = _bytes(largest), depths[0]
+            fit(self.split, lambda: self._forward(self.split.model, largest), depths)
 
     def _depths(self, num_micro_batches: int) -> list[int]:
         """The most micro-batches whose activations each stage holds at a time."""
@@ -150,10 +153,12 @@ class Pipeline:
 
     def _orders(self, micro_batches: Sequence[Any]) -> list[Order]:
         """The orders of work; micro-batches up to the last that has to be compiled go one by one."""
-        devices, count = self.split.placement.devices, len(micro_batches)
+        count, most = len(micro_batches), self._depths(len(micro_batches))
         # The last one may as well be the whole of a pipeline.
         num_first = min(self._num_to_compile(micro_batches), count - 1)
-        rest = make_orders(devices, count - num_first, slack=self._slack)
+        while any(map(operator.gt, self._depths(count - num_first), most)):
+            num_first += 1  # interleaved, a smaller number can be deeper
+        rest = make_orders(self.split.placement.devices, count - num_first, slack=self._slack)
         return one_by_one_first(rest, num_first)
 
     def _num_to_compile(self, micro_batches: Sequence[Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import cache, partial
@@ -27,6 +27,8 @@ ATTENTION_OPS = frozenset(
     }
 )
 """What `selective` keeps: little memory, and a third to a half of a forward over a long clip."""
+_LEAST_KEYS = 4
+"""An attention is kept if it has at least one key for so many queries; over a short text it is cheap."""
 
 
 class Residency(StrEnum):
@@ -35,7 +37,7 @@ class Residency(StrEnum):
     KEEP = "keep"
     """All activations, on the device: fastest, most memory."""
     SELECTIVE = "selective"
-    """The block's input and what its attentions returned; the rest is computed again."""
+    """The block's input and what its self-attention returned; the rest is computed again."""
     RECOMPUTE = "recompute"
     """The block's input; the rest is computed again (gradient checkpointing)."""
     OFFLOAD = "offload"
@@ -82,12 +84,22 @@ def selective_call(kind: Any) -> Callable[..., Any]:
 
 
 def selective_contexts() -> Any:
-    """A checkpoint's `context_fn` that keeps what the attentions returned."""
+    """A checkpoint's `context_fn` that keeps what attentions over many keys returned."""
     return create_selective_checkpoint_contexts(_keep_attention)
 
 
-def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_attention(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_kept(op: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation is an attention whose result `selective` keeps.
+
+    Args:
+        op: as a dispatch mode sees it.
+        args: its query and key, of shape (B, heads, L, head width), come first.
+    """
+    return op in ATTENTION_OPS and args[1].shape[-2] * _LEAST_KEYS >= args[0].shape[-2]
 
 
 def _recomputing(forward: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any, **how: Any) -> Any:
@@ -134,9 +146,8 @@ def run_block(
     if not torch.is_grad_enabled():
         residency = Residency.KEEP
     kind: Any = type(block)
-    call = plain_call(kind)
-    if compiler is not None and not compiler.failed:
-        call = partial(compiler, call)
+    plain, selective = plain_call(kind), selective_call(kind)
+    call = plain if compiler is None else partial(compiler, plain)
     parking: AbstractContextManager[None] = nullcontext()
     if berth is not None and residency.is_parked:
         parking = berth.hooks(_shared_storages(block, args, kwargs))
@@ -146,10 +157,10 @@ def run_block(
         if not residency.is_selective:
             # Outside of what is compiled: compiled with it, the backward takes a third more memory.
             return _recomputing(call, block, args, kwargs)
-        if compiler is not None and not compiler.failed:
-            return compiler(selective_call(kind), block, *args, **kwargs)
-        contexts = berth.contexts(ATTENTION_OPS) if berth and residency.is_parked else selective_contexts
-        return _recomputing(call, block, args, kwargs, context_fn=contexts)
+        if compiler is not None and selective not in compiler.failed:
+            return compiler(selective, block, *args, **kwargs)
+        contexts = berth.contexts(is_kept) if berth and residency.is_parked else selective_contexts
+        return _recomputing(plain, block, args, kwargs, context_fn=contexts)
 
 
 def _shared_storages(block: nn.Module, args: Any, kwargs: Any) -> set[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +14,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.compiling import BlockCompiler
-from tworeel.engine.fitting import Fit, Footprint, Probe, StageMemory, available_memory, fit_stage
+from tworeel.engine.fitting import Probe
 from tworeel.engine.parking import Berth, HostPool
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, Unit, place
 from tworeel.engine.residency import Residency, refuse_dropout, run_block
 from tworeel.engine.run_ahead import RunAhead
-from tworeel.engine.weight_streaming import SLOTS, WeightStreamer, frozen_parameters, spread
+from tworeel.engine.weight_streaming import WeightStreamer, frozen_parameters, spread
 
 AUTO = "auto"
-NOTHING = StageMemory(available=0, num_blocks=0, may_keep=0, in_flight=0)
-"""Of a stage that is not fitted."""
 
 
 def split(
@@ -99,7 +96,8 @@ class Split:
         model: the model itself.
         placement: which unit runs on which stage and device.
         residencies: what each block leaves behind for its backward.
-        is_auto: whether the pipeline chooses the residencies.
+        is_auto: whether the pipeline chooses the residencies (`tworeel.engine.fitter`).
+        may_stream: whether it may then let weights be streamed, too.
         compiler: runs the blocks compiled; None runs them as they are.
         host_pool: pinned host memory for activations.
         run_ahead: bounds how many blocks are queued on a device.
@@ -128,7 +126,7 @@ class Split:
         self._open: set[Passage] = set()
         self._wrapped: list[nn.Module] = []
         self._streamed = tuple(streamed or ())
-        self._may_stream = streamed is None
+        self.may_stream = streamed is None
         self._streamers = [
             _streamer(model, placement, stage, self._streamed) for stage in range(placement.num_stages)
         ]
@@ -152,95 +150,27 @@ class Split:
     def _chooses(self, residency: Any) -> bool:
         return residency == AUTO and any(device.type != "cpu" for device in self.placement.devices)
 
-    def fit(self, forward: Callable[[], Any], in_flight: Sequence[int]) -> None:
-        """Choose the residencies so that as much is kept as the devices have room for.
-
-        Stages on a CPU recompute.
-
-        Args:
-            forward: runs the model on the largest micro-batch.
-            in_flight: micro-batches whose activations each stage holds at a time.
-        """
-        while True:
-            memories = [self._memory(stage, count) for stage, count in enumerate(in_flight)]
-            try:
-                footprints = self._measure(forward, memories)
-                break
-            except torch.OutOfMemoryError as error:
-                traceback.clear_frames(error.__traceback__)
-                if not self._stream_more():
-                    raise
-        for stage, memory in enumerate(memories):
-            if memory is not None:
-                fit = fit_stage(memory, footprints[stage])
-                if fit.missing > 0 and self._may_stream:
-                    self._stream(stage, self._blocks_for(stage, fit.missing))
-                self._keep_most(stage, fit)
-
-    def _measure(
-        self, forward: Callable[[], Any], memories: Sequence[StageMemory | None]
-    ) -> list[dict[Residency, Footprint]]:
-        """What the blocks of each stage take."""
-        self._probe = Probe([memory or NOTHING for memory in memories])
+    @contextmanager
+    def probing(self, probe: Probe) -> Iterator[None]:
+        """Let the model's forward, without gradients, also measure its blocks."""
+        self._probe = probe
         try:
             with self.passage(), torch.no_grad():
-                forward()
-            return self._probe.footprints
+                yield
         finally:
             self._probe = None
             self.rest()
 
-    def _stream_more(self) -> bool:
-        """Stream half of the blocks that are on accelerators; False if there are none left or may be none."""
-        if not self._may_stream:
-            return False
-        before = len(self._streamed)
-        for stage, device in enumerate(self.placement.devices):
-            blocks = self.placement.blocks_of(stage)
-            if device.type != "cpu":
-                streamed = sum(position in self._streamed for position in blocks)
-                self._stream(stage, streamed + -(-(len(blocks) - streamed) // 2))
-        torch.accelerator.empty_cache()
-        return len(self._streamed) > before
+    def streamed_on(self, stage: int) -> list[int]:
+        """Positions of the stage's blocks whose weights are streamed."""
+        return [position for position in self.placement.blocks_of(stage) if position in self._streamed]
 
-    def _blocks_for(self, stage: int, missing: int) -> int:
-        """How many blocks of a stage must be streamed to free so many bytes more."""
-        blocks = self.placement.blocks_of(stage)
-        streamed = sum(position in self._streamed for position in blocks)
-        sizes = [self._frozen_bytes(position) for position in blocks]
-        in_slots = 0 if streamed else SLOTS
-        return min(len(blocks), streamed + in_slots + -(-missing // max(1, min(sizes))))
-
-    def _frozen_bytes(self, position: int) -> int:
-        block = self.model.get_submodule(self.placement.block_names[position])
-        return sum(parameter.nbytes for parameter in frozen_parameters(block))
-
-    def _stream(self, stage: int, count: int) -> None:
-        """Let so many blocks of a stage wait in host memory from now on."""
+    def stream(self, stage: int, count: int) -> None:
+        """Let the weights of so many blocks of a stage wait in host memory from now on."""
         blocks = self.placement.blocks_of(stage)
         others = [position for position in self._streamed if position not in blocks]
         self._streamed = tuple(sorted([*others, *spread(blocks, count)]))
         self._streamers[stage] = _streamer(self.model, self.placement, stage, self._streamed)
-
-    def _memory(self, stage: int, in_flight: int) -> StageMemory | None:
-        blocks = self.placement.blocks_of(stage)
-        if self.placement.devices[stage].type == "cpu":
-            return None
-        return StageMemory(
-            available=available_memory(self.placement, self.model, stage),
-            num_blocks=len(blocks),
-            may_keep=sum(position not in self._streamed for position in blocks),
-            in_flight=in_flight,
-        )
-
-    def _keep_most(self, stage: int, fit: Fit) -> None:
-        blocks = self.placement.blocks_of(stage)
-        for position in blocks:
-            self.residencies[position] = fit.fallback
-        # The last blocks come first in the backward: there nothing has to be fetched.
-        can_keep = [position for position in blocks if position not in self._streamed]
-        for position in can_keep[len(can_keep) - fit.num_kept :]:
-            self.residencies[position] = Residency.KEEP
 
     def residency_in_words(self) -> str:
         """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""
@@ -250,8 +180,8 @@ class Split:
         blocks = self.placement.blocks_of(stage)
         counts = Counter(self.residencies[position] for position in blocks)
         parts = [f"{count} {residency}" for residency, count in counts.items()]
-        if num_streamed := sum(position in self._streamed for position in blocks):
-            parts.append(f"weights of {num_streamed} streamed")
+        if streamed := self.streamed_on(stage):
+            parts.append(f"weights of {len(streamed)} streamed")
         return f"stage {stage}: {', '.join(parts)}"
 
     def expect(self, stage: int, *, backward: bool) -> None:
@@ -344,10 +274,10 @@ class Split:
             self.run_ahead.block_queued(device, copies=copies)
             streamer.use(position, backward=True)
 
+        # On all: autograd is done with the block behind before it takes the first of these, whichever it is.
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(begin_backward)
-                break
         return outputs
 
     def _run_probed(self, probe: Probe, stage: int, block: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -357,8 +287,7 @@ class Split:
             return run_block(block, args, kwargs, residency=residency, compiler=self.compiler)
 
         outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
-        if (device := self.placement.devices[stage]).type != "cpu":
-            probe.measure(stage, device, block, run, args, kwargs, outputs)
+        probe.measure(stage, self.placement.devices[stage], block, run, args, kwargs, outputs)
         return outputs
 
     def _current(self) -> Passage | None:

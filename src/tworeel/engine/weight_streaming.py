@@ -6,17 +6,21 @@ one slot, the next one's weights are copied into the other. They never go back: 
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from tworeel.engine.parking import new_slab
 from tworeel.engine.streams import mark, side_stream
 
 ALIGNMENT = 256
 """Of each tensor in a slot, in bytes: what kernels for matrices ask for."""
 SLOTS = 2
+SLAB = 2**32
+"""Bytes of pinned memory that blocks share, see `new_slab`."""
 
 
 @dataclass
@@ -57,13 +61,10 @@ class WeightStreamer:
 
     def __init__(self, device: torch.device, blocks: Mapping[int, nn.Module]) -> None:
         self.device = device
-        self._blocks = {position: _to_host(block, device) for position, block in blocks.items()}
+        self._blocks = _to_host(blocks, device)
         self._order = sorted(self._blocks)
         size = max((b.host.nbytes for b in self._blocks.values()), default=0)
-        self._slots = [
-            _Slot(torch.empty(size, dtype=torch.uint8, device=device))
-            for _ in range(min(SLOTS, len(self._blocks)))
-        ]
+        self._slots = [_new_slot(size, device) for _ in range(min(SLOTS, len(self._blocks)))]
         self._current: _Slot | None = None
 
     @property
@@ -128,6 +129,12 @@ class WeightStreamer:
         return slot
 
 
+def _new_slot(size: int, device: torch.device) -> _Slot:
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    # What had this memory before may still be at work.
+    return _Slot(memory, last_use=None if device.type == "cpu" else mark(device))
+
+
 def spread(positions: Sequence[int], count: int) -> list[int]:
     """Choose `count` of the positions, evenly: a copy has the time of the blocks between two of them."""
     return [positions[(2 * i + 1) * len(positions) // (2 * count)] for i in range(count)]
@@ -138,17 +145,35 @@ def frozen_parameters(block: nn.Module) -> Iterable[nn.Parameter]:
     return (parameter for parameter in block.parameters() if not parameter.requires_grad)
 
 
-def _to_host(block: nn.Module, device: torch.device) -> _Streamed:
-    """Copy a block's frozen parameters into one stretch of host memory, pinned for a device that is none."""
+def _to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int, _Streamed]:
+    """Copy the blocks' frozen parameters to host memory, pinned for a device that is none."""
+    plans = {position: _offsets(block) for position, block in blocks.items()}
+    spare: dict[int, list[Tensor]] = defaultdict(list)
+    wanted = Counter(size for size, _ in plans.values())
+    found = {}
+    for position, (size, places) in plans.items():
+        if not spare[size]:
+            slab = min(SLAB, size * wanted[size])
+            spare[size] = new_slab(size, pinned=device.type != "cpu", slab=slab)
+        wanted[size] -= 1
+        found[position] = _fill(spare[size].pop(), places)
+    return found
+
+
+def _offsets(block: nn.Module) -> tuple[int, list[tuple[nn.Parameter, int]]]:
+    """The bytes that a block's frozen parameters take together, and where in them each begins."""
     places: list[tuple[nn.Parameter, int]] = []
     size = 0
     for parameter in frozen_parameters(block):
         places.append((parameter, size))
         size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+    return size, places
+
+
+def _fill(host: Tensor, places: list[tuple[nn.Parameter, int]]) -> _Streamed:
     for parameter, offset in places:
         flat = host[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         flat.copy_(parameter.data)
-        # Now, not when all blocks are copied: the host never holds two copies of more than one block.
+        # Now, not when all blocks are copied: no device or host holds two copies of more than one block.
         parameter.data = flat
     return _Streamed(host, places)

@@ -1,0 +1,123 @@
+"""Lets the blocks of a split model keep as much as its devices have room for."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tworeel.engine.fitting import (
+    Fit,
+    Footprints,
+    Probe,
+    StageMemory,
+    available_memory,
+    fit_stages,
+)
+from tworeel.engine.residency import Residency
+from tworeel.engine.split import Split
+from tworeel.engine.weight_streaming import SLOTS, frozen_parameters
+
+
+def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> None:
+    """Choose the residencies of all blocks, and how many have their weights streamed if that is not enough.
+
+    Stages on a CPU stay as they are.
+
+    Args:
+        split: the model.
+        forward: runs it on the largest micro-batch.
+        in_flight: micro-batches whose activations each stage holds at a time.
+
+    Raises:
+        torch.OutOfMemoryError: one block alone is too large for its device.
+    """
+    memories = [_memory(split, stage, count) for stage, count in enumerate(in_flight)]
+    footprints = _measure(split, forward, memories)
+    while footprints is None:
+        _stream_more(split)
+        memories = [_memory(split, stage, count) for stage, count in enumerate(in_flight)]
+        footprints = _measure(split, forward, memories, last=not _can_stream(split))
+    for stage, found in enumerate(fit_stages(memories, footprints, split.host_pool.limit)):
+        if found is not None:
+            if found.missing > 0 and split.may_stream:
+                split.stream(stage, _blocks_for(split, stage, found.missing))
+            _keep_most(split, stage, found)
+
+
+def _memory(split: Split, stage: int, in_flight: int) -> StageMemory | None:
+    """What a stage has; None on a CPU."""
+    if split.placement.devices[stage].type == "cpu":
+        return None
+    blocks = split.placement.blocks_of(stage)
+    return StageMemory(
+        available=available_memory(split.placement, split.model, stage),
+        num_blocks=len(blocks),
+        may_keep=len(blocks) - len(split.streamed_on(stage)),
+        in_flight=in_flight,
+    )
+
+
+def _measure(
+    split: Split,
+    forward: Callable[[], Any],
+    memories: Sequence[StageMemory | None],
+    *,
+    last: bool = False,
+) -> list[Footprints] | None:
+    """What a block of each stage takes; None if the forward alone does not fit and weights may still go."""
+    probe = Probe(memories)
+    try:
+        with split.probing(probe):
+            forward()
+    except torch.OutOfMemoryError as error:
+        if last or not _can_stream(split):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        return None
+    return list(probe.footprints)
+
+
+def _accelerated(split: Split) -> list[int]:
+    return [stage for stage, device in enumerate(split.placement.devices) if device.type != "cpu"]
+
+
+def _can_stream(split: Split) -> bool:
+    """Whether there are weights that could still go to host memory."""
+    stages = _accelerated(split)
+    return split.may_stream and any(
+        len(split.streamed_on(stage)) < len(split.placement.blocks_of(stage)) for stage in stages
+    )
+
+
+def _stream_more(split: Split) -> None:
+    """Stream half of the blocks whose weights are still on their devices."""
+    for stage in _accelerated(split):
+        streamed, blocks = len(split.streamed_on(stage)), len(split.placement.blocks_of(stage))
+        split.stream(stage, streamed + -(-(blocks - streamed) // 2))
+    torch.accelerator.empty_cache()
+
+
+def _blocks_for(split: Split, stage: int, missing: int) -> int:
+    """How many blocks of a stage must be streamed to free so many bytes more."""
+    blocks, streamed = split.placement.blocks_of(stage), len(split.streamed_on(stage))
+    smallest = min(_frozen_bytes(split, position) for position in blocks)
+    in_slots = 0 if streamed else SLOTS
+    return min(len(blocks), streamed + in_slots + -(-missing // max(1, smallest)))
+
+
+def _frozen_bytes(split: Split, position: int) -> int:
+    block = split.model.get_submodule(split.placement.block_names[position])
+    return sum(parameter.nbytes for parameter in frozen_parameters(block))
+
+
+def _keep_most(split: Split, stage: int, fit: Fit) -> None:
+    blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
+    for position in blocks:
+        split.residencies[position] = fit.fallback
+    # The last blocks come first in the backward: there nothing has to be fetched.
+    can_keep = [position for position in blocks if position not in streamed]
+    for position in can_keep[len(can_keep) - fit.num_kept :]:
+        split.residencies[position] = Residency.KEEP

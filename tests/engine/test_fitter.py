@@ -1,0 +1,104 @@
+"""What is done with a fit, with made-up measurements: real ones need an accelerator (tests/gpu)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
+
+from tworeel import Pipeline
+from tworeel.engine import fitter, parking
+from tworeel.engine.fitting import Footprint, StageMemory
+from tworeel.engine.residency import Residency
+
+SIZES = {
+    Residency.KEEP: Footprint(kept=2000, working=1000, hidden=100),
+    Residency.SELECTIVE: Footprint(kept=200, working=1500, hidden=100),
+}
+
+
+class Devices:
+    """Takes the place of what is measured: devices of so much memory, that fit a forward after some tries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, available: int, tries: int = 0) -> None:
+        self._tries = tries
+        self._available = available
+        monkeypatch.setattr(fitter, "_memory", self.memory)
+        monkeypatch.setattr(fitter, "_measure", self.measure)
+        monkeypatch.setattr(fitter, "_accelerated", lambda split: list(range(split.placement.num_stages)))
+        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+        monkeypatch.setattr(parking, "SMALLEST", 0)
+
+    def memory(self, split, stage, in_flight):
+        blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
+        some = StageMemory(available=self._available, num_blocks=len(blocks), may_keep=0, in_flight=in_flight)
+        return replace(some, may_keep=len(blocks) - len(streamed))
+
+    def measure(self, split, forward, memories, *, last=False):
+        self._tries -= 1
+        return None if self._tries >= 0 else [SIZES for _ in memories]
+
+
+def fitted(**options) -> Pipeline:
+    """A pipeline of two stages, of two blocks and three, after two steps whose gradients are right."""
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(4)]
+    _, expected = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency="auto", **options)
+    pipeline.split.is_auto = True
+    for _ in range(2):
+        model.zero_grad()
+        pipeline.step(batches, square_loss)
+        assert_close(gradients(model), expected, 1e-10)
+    return pipeline
+
+
+def test_with_room_all_blocks_keep(monkeypatch):
+    Devices(monkeypatch, available=100_000)
+    assert fitted().split.residency_in_words() == "stage 0: 2 keep; stage 1: 3 keep"
+
+
+def test_the_first_blocks_of_a_stage_recompute_first(monkeypatch):
+    Devices(monkeypatch, available=2 * (2000 + 200 + 2 * 100) + 1500)
+    pipeline = fitted()
+    assert pipeline.split.residency_in_words() == "stage 0: 1 selective, 1 keep; stage 1: 1 selective, 2 keep"
+    assert pipeline.split.residencies[0] is Residency.SELECTIVE
+
+
+def test_weights_are_streamed_where_parked_activations_do_not_fit(monkeypatch):
+    Devices(monkeypatch, available=100)
+    pipeline = fitted()
+    words = pipeline.split.residency_in_words()
+    assert words == "stage 0: 2 offload-selective, weights of 2 streamed; " + (
+        "stage 1: 3 offload-selective, weights of 3 streamed"
+    )
+    assert pipeline.split.streamed_bytes > 0 and pipeline.split.host_pool.held > 0
+
+
+def test_a_forward_that_does_not_fit_has_more_and_more_weights_streamed(monkeypatch):
+    Devices(monkeypatch, available=100_000, tries=1)
+    assert fitted().split.residency_in_words() == (
+        "stage 0: 1 keep, 1 selective, weights of 1 streamed; "
+        "stage 1: 2 selective, 1 keep, weights of 2 streamed"
+    )
+
+
+def test_nothing_more_is_streamed_than_was_asked_for(monkeypatch):
+    Devices(monkeypatch, available=100)
+    pipeline = fitted(streamed=(1, 0))
+    assert "stage 0: 2 offload-selective, weights of 1 streamed; stage 1: 3 offload-selective" in (
+        pipeline.split.residency_in_words()
+    )
+
+
+def test_a_larger_clip_is_fitted_again_and_a_smaller_one_is_not(monkeypatch):
+    fits: list[int] = []
+    pipeline = Pipeline(make_wan("t2v", torch.float32), ["cpu", "cpu"], residency="auto")
+    pipeline.split.is_auto = True
+    monkeypatch.setattr("tworeel.engine.pipeline.fit", lambda split, forward, depths: fits.append(depths[0]))
+    small, large = make_micro_batch("t2v", torch.float32, 0), make_micro_batch("t2v", torch.float32, 5)
+    for batches in ([small], [small], [large], [small], [small] * 4, [large] * 4, [small] * 4):
+        pipeline.step(batches, square_loss)
+    assert fits == [1, 1, 2, 2]
