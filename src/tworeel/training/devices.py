@@ -56,6 +56,7 @@ def out_of_memory(error: torch.OutOfMemoryError, devices: Sequence[torch.device]
     first_line = str(error).splitlines()[0]
     return UserError(
         f"out of memory: {first_line} Peaks so far: {peaks}. {kept} What needs less: "
-        "engine.residency = 'offload', fewer data.frames, a smaller data.resolution, "
+        "engine.residency = 'auto' or 'offload', engine.streamed_blocks, model.quantize = 'fp8', "
+        "fewer data.frames, a smaller data.resolution, "
         "another boundary (engine.split_at), one more device"
     )
