@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+MOST_COMPILATIONS = 64
+"""Of one function, before torch would silently run it as it is; its own limit is 8."""
+
 BlockCall = Callable[..., Any]
 """(block, *args, **kwargs) -> what the block's forward returns."""
 
@@ -28,6 +31,9 @@ class BlockCompiler:
         # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
         # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
         torch._functorch.config.enable_autograd_cache = False
+        # One for each device, for the first block (whose input needs no gradient) and for other shapes.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILATIONS)
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[BlockCall, BlockCall] = {}

@@ -39,7 +39,7 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
     while footprints is None:
         _stream_more(split)
         memories = [_memory(split, stage, count) for stage, count in enumerate(in_flight)]
-        footprints = _measure(split, forward, memories, last=not _can_stream(split))
+        footprints = _measure(split, forward, memories)
     for stage, found in enumerate(fit_stages(memories, footprints, split.host_pool.limit)):
         if found is not None:
             if found.missing > 0 and split.may_stream:
@@ -64,8 +64,6 @@ def _measure(
     split: Split,
     forward: Callable[[], Any],
     memories: Sequence[StageMemory | None],
-    *,
-    last: bool = False,
 ) -> list[Footprints] | None:
     """What a block of each stage takes; None if the forward alone does not fit and weights may still go."""
     probe = Probe(memories)
@@ -73,7 +71,7 @@ def _measure(
         with split.probing(probe):
             forward()
     except torch.OutOfMemoryError as error:
-        if last or not _can_stream(split):
+        if not _can_stream(split):
             raise
         traceback.clear_frames(error.__traceback__)
         return None

@@ -90,7 +90,7 @@ def split_model(config: RunConfig, plan: Plan, model: nn.Module) -> Split:
     """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
     devices, engine = plan.placement.devices, config.engine
     # The system may clear torch's usual place, a temporary folder, at every start.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config) / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config).absolute() / "compiled"))
     return split(
         model,
         devices,
