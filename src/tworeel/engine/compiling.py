@@ -42,9 +42,11 @@ class BlockCompiler:
         """What could not be compiled and runs as it is."""
 
     def __call__(self, call: BlockCall, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run `call(block, *args, **kwargs)` compiled; give the same `call` for all blocks of a class."""
-        if call in self.failed:
-            return call(block, *args, **kwargs)
+        """Run `call(block, *args, **kwargs)` compiled; give the same `call` for all blocks of a class.
+
+        A call that has failed for another block is tried all the same: a recomputation has to repeat what its
+        forward did. Look at `failed` before a forward.
+        """
         try:
             return self._compiled_of(call, block)(block, *args, **kwargs)
         except TorchDynamoException as error:
@@ -61,7 +63,6 @@ class BlockCompiler:
             return self._compiled[call]
 
     def _give_up(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
-        """From now on; what is compiled already stays so: a recomputation has to repeat its forward."""
         with self._lock:
             if not self.failed:
                 reason = str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]

@@ -22,9 +22,6 @@ from tworeel.engine.streams import Arrival, copy_in, copy_out
 
 SMALLEST = 2**16
 """Tensors of fewer bytes are not worth a transfer."""
-SLAB = 2**30
-"""Bytes of an allocation that several buffers share."""
-
 IsKept = Callable[[Any, Sequence[Any]], bool]
 """(operation, its arguments) -> whether what it returns is kept for the backward."""
 
@@ -50,7 +47,8 @@ class HostPool:
             if not self._free[size]:
                 room = None if self.limit is None else self.limit - self.held
                 slab = new_slab(size, room, pinned=pinned)
-                self.held += sum(buffer.nbytes for buffer in slab)
+                taken = sum(buffer.nbytes for buffer in slab)
+                self.held += pinned_size(taken) if pinned and taken else taken
                 self._free[size] += [(buffer, None) for buffer in slab]
             return self._free[size].pop() if self._free[size] else None
 
@@ -60,24 +58,27 @@ class HostPool:
             self._free[buffer.nbytes].append((buffer, read))
 
 
-def new_slab(size: int, room: int | None = None, *, pinned: bool = True, slab: int = SLAB) -> list[Tensor]:
+def new_slab(size: int, room: int | None = None, *, pinned: bool = True, most: int = 2**62) -> list[Tensor]:
     """Buffers of `size` bytes from one allocation; none if there is no room for one.
 
-    torch rounds pinned memory up to a power of two, and making it takes a second a gigabyte or so: several
-    buffers share what would be lost.
+    torch rounds pinned memory up to a power of two: four to seven buffers share what would be lost.
 
     Args:
         size: of each, in bytes.
         room: bytes that they may take together; None for no limit.
         pinned: for a device that is not the CPU.
-        slab: bytes of the allocation, where it holds more than one.
+        most: how many are wanted.
     """
-    count = max(1, slab // size) if pinned else 1
+    count = min(most, pinned_size(4 * size) // size) if pinned else 1
     if room is not None:
-        count = min(count, room // size)
-    if count == 0:
-        return []
-    return list(torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned).split(size))
+        while count and pinned_size(count * size) > room:
+            count -= 1
+    return list(torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned).split(size)) if count else []
+
+
+def pinned_size(size: int) -> int:
+    """What an allocation of so many bytes takes of pinned memory."""
+    return 1 << (size - 1).bit_length()
 
 
 class Parked:

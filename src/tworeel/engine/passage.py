@@ -144,8 +144,19 @@ class Passage:
         device = self._devices[stage]
         for tensor in tensors:
             is_there = tensor.device == device or stage in self._stand_ins.get(tensor, {})
-            if self._may_cut(tensor) and not is_there:
-                self._under_way.setdefault((id(tensor), stage), start_copy(tensor.detach(), device))
+            if self._may_cut(tensor) and not is_there and (id(tensor), stage) not in self._under_way:
+                self._under_way[id(tensor), stage] = start_copy(self._nearest(tensor, stage).detach(), device)
+
+    def _nearest(self, tensor: Tensor, stage: int) -> Tensor:
+        """What a copy for `stage` is made from: it waits for all that is queued on the device it is on.
+
+        For a constant, what stands for it on the stage's device, or on the latest stage before.
+        """
+        known = {} if tensor.requires_grad else self._stand_ins.get(tensor, {})
+        device = self._devices[stage]
+        there = (stand_in for stand_in in known.values() if stand_in.device == device)
+        latest = known[max(known)] if known else tensor
+        return next(there, latest)
 
     def _may_cut(self, tensor: Tensor) -> bool:
         """Without a gate, what needs a gradient has to stay one graph."""
@@ -173,7 +184,7 @@ class Passage:
         if not self._may_cut(tensor):
             return tensor.to(self._devices[stage])
         arrival = self._under_way.get((identity or id(tensor), stage))
-        return (arrival or start_copy(tensor, self._devices[stage])).wait()
+        return (arrival or start_copy(self._nearest(tensor, stage), self._devices[stage])).wait()
 
 
 def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:

@@ -108,6 +108,7 @@ class Pipeline:
 
         The gradients are the sum over the micro-batches, as with one `backward()` each: divide in `loss`
         for a mean. They add up in the order of the micro-batches, so the same step gives the same bits.
+        Work is queued on each device's default stream.
 
         Args:
             micro_batches: what `forward` takes, one by one; their shapes may differ.
@@ -132,6 +133,9 @@ class Pipeline:
             with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
                 futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
                 _wait_for_all(futures, run.turnstile)
+        except BaseException:
+            self._compiled_for.clear()  # who knows how far compilation came
+            raise
         finally:
             self.split.rest()
         spans = run.timeline.spans() if run.timeline else []

@@ -147,7 +147,7 @@ def run_block(
         residency = Residency.KEEP
     kind: Any = type(block)
     plain, selective = plain_call(kind), selective_call(kind)
-    call = plain if compiler is None else partial(compiler, plain)
+    call = plain if compiler is None or plain in compiler.failed else partial(compiler, plain)
     parking: AbstractContextManager[None] = nullcontext()
     if berth is not None and residency.is_parked:
         parking = berth.hooks(_shared_storages(block, args, kwargs))

@@ -8,11 +8,12 @@ So the host waits after each block for one that it queued a few blocks before.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 
 import torch
 
-from tworeel.engine.streams import mark
+from tworeel.engine.streams import mark, side_stream
 
 WITH_COPIES = 2
 """The limit where none is given, for blocks whose activations or weights are copied."""
@@ -29,18 +30,23 @@ class RunAhead:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._queued: dict[torch.device, deque[torch.Event]] = defaultdict(deque)
+        self._lock = threading.Lock()
 
-    def block_queued(self, device: torch.device, *, copies: bool = False) -> None:
+    def block_queued(self, device: torch.device, *, copies: bool = False, leaving: bool = False) -> None:
         """Tell that a block was queued; waits until no more than the limit of others are unfinished.
 
         Args:
             device: that it was queued on.
             copies: the block's activations or weights cross to or from the host.
+            leaving: it is finished only when its activations have left the device, too.
         """
         limit = WITH_COPIES if self.limit is None and copies else self.limit
         if limit is None or device.type == "cpu":
             return
-        queued = self._queued[device]
-        queued.append(mark(device))
-        while len(queued) > limit:
-            queued.popleft().synchronize()
+        done = side_stream(device, "out").record_event() if leaving else mark(device)
+        with self._lock:
+            queued = self._queued[device]
+            queued.append(done)
+            surplus = [queued.popleft() for _ in range(len(queued) - limit)]
+        for event in surplus:
+            event.synchronize()

@@ -266,7 +266,7 @@ class Split:
             return self._run_probed(self._probe, unit.stage, block, args, kwargs)
         outputs = run_block(block, args, kwargs, residency=residency, berth=berth, compiler=self.compiler)
         copies = berth is not None or position in self._streamed
-        self.run_ahead.block_queued(device, copies=copies)
+        self.run_ahead.block_queued(device, copies=copies, leaving=berth is not None)
         if berth is not None:
             passage.berths[unit.stage] = berth
 
@@ -275,8 +275,10 @@ class Split:
             streamer.use(position, backward=True)
 
         # On all: autograd is done with the block behind before it takes the first of these, whichever it is.
+        # What the block only hands through is not its own.
+        handed_through = {id(leaf) for leaf in tree_leaves((args, kwargs))}
         for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad and id(tensor) not in handed_through:
                 tensor.register_hook(begin_backward)
         return outputs
 

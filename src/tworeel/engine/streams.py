@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -37,7 +39,7 @@ def start_copy(tensor: Tensor, device: torch.device) -> Arrival:
         return Arrival(_to_or_from_host(tensor, device))
     leaving, arriving = side_stream(tensor.device, "out"), side_stream(device, "in")
     leaving.wait_event(mark(tensor.device))
-    with arriving, leaving:
+    with using(arriving, leaving):
         copy = tensor.to(device, non_blocking=True)
     tensor.record_stream(leaving)
     return Arrival(copy, arriving.record_event())
@@ -61,7 +63,7 @@ def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Ev
     leaving.wait_event(mark(tensor.device))
     if free is not None:
         leaving.wait_event(free)
-    with leaving:
+    with using(leaving):
         host.copy_(tensor, non_blocking=True)
     tensor.record_stream(leaving)
     return leaving.record_event()
@@ -74,7 +76,7 @@ def copy_in(host: Tensor, device: torch.device, ready: torch.Event | None) -> Ar
     arriving = side_stream(device, "in")
     if ready is not None:
         arriving.wait_event(ready)
-    with arriving:
+    with using(arriving):
         copy = torch.empty_like(host, device=device, pin_memory=False)
         copy.copy_(host, non_blocking=True)
     return Arrival(copy, arriving.record_event())
@@ -84,6 +86,24 @@ def copy_in(host: Tensor, device: torch.device, ready: torch.Event | None) -> Ar
 def side_stream(device: torch.device, direction: Literal["in", "out"]) -> torch.Stream:
     """The device's stream for copies in one direction, the same whenever it is asked for."""
     return torch.Stream(device)
+
+
+@contextmanager
+def using(*streams: torch.Stream) -> Iterator[None]:
+    """Queue on these streams what this thread does inside, each on its own device.
+
+    Not `with stream`: that keeps what it returns to in the stream object, which several threads share.
+    """
+    device = torch.accelerator.current_device_index()
+    before = [torch.accelerator.current_stream(stream.device) for stream in streams]
+    try:
+        for stream in streams:
+            torch.accelerator.set_stream(stream)
+        yield
+    finally:
+        for stream in before:
+            torch.accelerator.set_stream(stream)
+        torch.accelerator.set_device_index(device)
 
 
 def mark(device: torch.device) -> torch.Event:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tworeel.engine.parking import new_slab
-from tworeel.engine.streams import mark, side_stream
+from tworeel.engine.streams import mark, side_stream, using
 
 ALIGNMENT = 256
 """Of each tensor in a slot, in bytes: what kernels for matrices ask for."""
 SLOTS = 2
-SLAB = 2**32
-"""Bytes of pinned memory that blocks share, see `new_slab`."""
 
 
 @dataclass
@@ -91,8 +89,10 @@ class WeightStreamer:
             self._bring(self._order[-1 if backward else 0])
 
     def rest(self) -> None:
-        """Between two steps: the parameters are what is in host memory."""
+        """Between two steps: the parameters are what is in host memory, also where that is changed now."""
         self._release()
+        for slot in self._slots:
+            slot.block = None
         for block in self._blocks.values():
             block.point_to(block.host)
 
@@ -120,7 +120,7 @@ class WeightStreamer:
             arriving = side_stream(self.device, "in")
             if slot.last_use is not None:
                 arriving.wait_event(slot.last_use)
-            with arriving:
+            with using(arriving):
                 slot.memory[: host.nbytes].copy_(host, non_blocking=True)
             slot.arrived = arriving.record_event()
         slot.block = position
@@ -131,8 +131,12 @@ class WeightStreamer:
 
 def _new_slot(size: int, device: torch.device) -> _Slot:
     memory = torch.empty(size, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        return _Slot(memory)
+    # A copy may still be under way when the slot is given up.
+    memory.record_stream(side_stream(device, "in"))
     # What had this memory before may still be at work.
-    return _Slot(memory, last_use=None if device.type == "cpu" else mark(device))
+    return _Slot(memory, last_use=mark(device))
 
 
 def spread(positions: Sequence[int], count: int) -> list[int]:
@@ -153,8 +157,7 @@ def _to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int,
     found = {}
     for position, (size, places) in plans.items():
         if not spare[size]:
-            slab = min(SLAB, size * wanted[size])
-            spare[size] = new_slab(size, pinned=device.type != "cpu", slab=slab)
+            spare[size] = new_slab(size, pinned=device.type != "cpu", most=wanted[size])
         wanted[size] -= 1
         found[position] = _fill(spare[size].pop(), places)
     return found
