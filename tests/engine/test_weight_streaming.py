@@ -155,3 +155,37 @@ def test_blocks_of_two_hidden_states_have_their_weights_too(text_last, only_text
     pipeline.step(batches, lambda output, _: output.square().sum())
     for ours, theirs in zip(model.blocks, plain.blocks, strict=True):
         torch.testing.assert_close(ours.scale.grad, theirs.scale.grad)
+
+
+def test_a_block_that_hands_an_input_through_has_its_weights():
+    class HandsThrough(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8).requires_grad_(False)
+            self.scale = nn.Parameter(torch.randn(8))
+
+        def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            return image + self.linear(torch.tanh(image * self.scale) + text.mean()), text
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 8)
+            self.blocks = nn.ModuleList(HandsThrough() for _ in range(6))
+
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            text = self.embed(text)
+            for block in self.blocks:
+                image, text = block(image, text)
+            return torch.cat([image, text])
+
+    torch.manual_seed(0)
+    model = Model()
+    plain = copy.deepcopy(model)
+    batches = [(torch.randn(3, 8), torch.randn(3, 8)) for _ in range(3)]
+    for batch in batches:
+        plain(*batch).square().sum().backward()
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency="recompute", streamed=(3, 3))
+    pipeline.step(batches, lambda output, _: output.square().sum())
+    for ours, theirs in zip(model.blocks, plain.blocks, strict=True):
+        torch.testing.assert_close(ours.scale.grad, theirs.scale.grad)
