@@ -72,7 +72,7 @@ def test_streamed_weights_of_a_quantized_model_train_too(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"streamed_blocks": (9, 0)}, r"engine: streamed=\[9, 0\]: stage 0 has 2 blocks"),
+        ({"streamed_blocks": (9, 0)}, r"engine\.streamed_blocks = \[9, 0\]: stage 0 has 2 blocks"),
         ({"streamed_blocks": (1,)}, "2 stages need as many numbers"),
         ({"stages_per_device": 3}, "6 stages for 4 blocks"),
     ],

@@ -213,7 +213,7 @@ def run_pipelined(
     try:
         pipeline = make_pipeline(prepared, settings)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error).replace("streamed=", "--streamed ", 1)) from None
 
     def loss(output: Any, batch: Any) -> Tensor:
         observer.poll()

@@ -231,7 +231,7 @@ def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
     try:
         return tuple(streamed_positions(placement, config.engine.streamed_blocks))
     except ValueError as error:
-        raise UserError(f"engine: {error}") from None
+        raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
 
 
 def _place(transformer: nn.Module, config: RunConfig, family: Family) -> Placement:
