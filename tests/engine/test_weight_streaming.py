@@ -111,6 +111,18 @@ def test_what_cannot_be_is_refused(options, message):
         split(make_wan("t2v", torch.float32), ["cpu", "cpu"], **{"residency": "recompute", **options})
 
 
+def assert_streamed_equals_plain(model: nn.Module, residency: str) -> None:
+    """A step with all weights streamed gives each of six blocks the gradient of the plain model."""
+    plain = copy.deepcopy(model)
+    batches = [(torch.randn(3, 8), torch.randn(3, 8)) for _ in range(3)]
+    for batch in batches:
+        plain(*batch).square().sum().backward()
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency=residency, streamed=(3, 3))
+    pipeline.step(batches, lambda output, _: output.square().sum())
+    for ours, theirs in zip(model.blocks, plain.blocks, strict=True):
+        torch.testing.assert_close(ours.scale.grad, theirs.scale.grad)
+
+
 class TwoStreams(nn.Module):
     """A block of two hidden states, as FLUX.2's double blocks are; which one autograd takes first differs."""
 
@@ -146,15 +158,7 @@ def test_blocks_of_two_hidden_states_have_their_weights_too(text_last, only_text
             return text if only_text else torch.cat([image, text])
 
     torch.manual_seed(0)
-    model = Model()
-    plain = copy.deepcopy(model)
-    batches = [(torch.randn(3, 8), torch.randn(3, 8)) for _ in range(3)]
-    for batch in batches:
-        plain(*batch).square().sum().backward()
-    pipeline = Pipeline(model, ["cpu", "cpu"], residency=residency, streamed=(3, 3))
-    pipeline.step(batches, lambda output, _: output.square().sum())
-    for ours, theirs in zip(model.blocks, plain.blocks, strict=True):
-        torch.testing.assert_close(ours.scale.grad, theirs.scale.grad)
+    assert_streamed_equals_plain(Model(), residency)
 
 
 def test_a_block_that_hands_an_input_through_has_its_weights():
@@ -180,12 +184,4 @@ def test_a_block_that_hands_an_input_through_has_its_weights():
             return torch.cat([image, text])
 
     torch.manual_seed(0)
-    model = Model()
-    plain = copy.deepcopy(model)
-    batches = [(torch.randn(3, 8), torch.randn(3, 8)) for _ in range(3)]
-    for batch in batches:
-        plain(*batch).square().sum().backward()
-    pipeline = Pipeline(model, ["cpu", "cpu"], residency="recompute", streamed=(3, 3))
-    pipeline.step(batches, lambda output, _: output.square().sum())
-    for ours, theirs in zip(model.blocks, plain.blocks, strict=True):
-        torch.testing.assert_close(ours.scale.grad, theirs.scale.grad)
+    assert_streamed_equals_plain(Model(), "recompute")

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tworeel.benchmarks.shapes import HEAD_DIM, PATCH, TEXT_TOKENS, Case, ModelShape
 from tworeel.engine import Placement, place
-from tworeel.engine.weight_streaming import spread
 from tworeel.errors import UserError
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
@@ -69,7 +68,7 @@ def fill(
         dtype: of the weights.
         rank: of the LoRA.
         quantize: fp8, int8 or nf4.
-        streamed: how many blocks of each stage end in host memory, as for `tworeel.split`.
+        streamed: positions of the blocks that end in host memory.
 
     Raises:
         UserError: this machine cannot quantize so.
@@ -84,11 +83,7 @@ def fill(
             _make(model, name, noise, placement.device_of(name), torch.float32 if precise else dtype)
 
     by_block = _by_block(model, blocks)
-    waiting = {
-        blocks[i]
-        for stage, count in enumerate(streamed[: placement.num_stages])
-        for i in spread(placement.blocks_of(stage), count)
-    }
+    waiting = {blocks[position] for position in streamed}
     make(by_block.pop(""))
     for block, names in by_block.items():
         make(names)

@@ -29,6 +29,7 @@ from tworeel.benchmarks.results import (
 from tworeel.benchmarks.shapes import TINY, Case
 from tworeel.engine import Pipeline, Placement, split
 from tworeel.engine.attention import AttentionBackend, attention_backend
+from tworeel.engine.split import streamed_positions
 from tworeel.engine.timeline import Span, busy_shares
 from tworeel.errors import UserError
 from tworeel.lora.state import lora_parameters
@@ -164,13 +165,17 @@ def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
         placement = models.place_model(model, settings.stages, settings.split_at)
     except ValueError as error:
         raise UserError(f"--devices, --split-at: {error}") from None
+    try:
+        streamed = streamed_positions(placement, settings.streamed)
+    except ValueError as error:
+        raise _refusal(error) from None
     models.fill(
         model,
         placement,
         dtype=dtype,
         rank=settings.rank,
         quantize=settings.quantize,
-        streamed=settings.streamed or (),
+        streamed=streamed,
     )
     batches = models.make_batches(case, dtype, settings.devices[0])
     return Prepared(model=model, placement=placement, batches=batches)
@@ -213,7 +218,7 @@ def run_pipelined(
     try:
         pipeline = make_pipeline(prepared, settings)
     except ValueError as error:
-        raise UserError(str(error).replace("streamed=", "--streamed ", 1)) from None
+        raise _refusal(error) from None
 
     def loss(output: Any, batch: Any) -> Tensor:
         observer.poll()
@@ -248,6 +253,11 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
     )
     return Pipeline(division, slack=settings.slack)
+
+
+def _refusal(error: ValueError) -> UserError:
+    """What the engine refuses, in the command's words."""
+    return UserError(str(error).replace("streamed=", "--streamed ", 1))
 
 
 def gradients_of(model: nn.Module) -> Gradients:

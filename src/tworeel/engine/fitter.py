@@ -34,12 +34,12 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
     Raises:
         torch.OutOfMemoryError: one block alone is too large for its device.
     """
-    memories = [_memory(split, stage, count) for stage, count in enumerate(in_flight)]
-    footprints = _measure(split, forward, memories)
-    while footprints is None:
-        _stream_more(split)
+    while True:
         memories = [_memory(split, stage, count) for stage, count in enumerate(in_flight)]
         footprints = _measure(split, forward, memories)
+        if footprints is not None:
+            break
+        _stream_more(split)
     for stage, found in enumerate(fit_stages(memories, footprints, split.host_pool.limit)):
         if found is not None:
             if found.missing > 0 and split.may_stream:
