@@ -131,7 +131,7 @@ def run_case(case: Case, settings: Settings, rates: Mapping[str, float], observe
         machine.reset_peaks(devices)
     if baseline != settings:
         del prepared
-        machine.free()
+        machine.reset_peaks(devices)  # the baseline's weights are no part of this case's peaks
         prepared = _unless_out_of_memory(lambda: prepare(case, settings, blocks))
     measured = None
     machine.limit_memory(devices, settings.cap_gib)
