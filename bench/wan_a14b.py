@@ -57,7 +57,6 @@ from tworeel.training.report import SilentRun
 from tworeel.training.run import train
 from tworeel.training.space import require_space
 
-STEPS = 3
 LOAD_LIMIT = 2 * 2**30
 """Host memory that loading may take, in bytes."""
 DISK = 45 * 2**30
@@ -78,6 +77,7 @@ class Options:
     clips: int
     rank: int
     micro_batches: int
+    steps: int
     residency: str
     streamed: tuple[int, ...] | None = None
     eager: bool = False
@@ -131,12 +131,12 @@ def run(options: Options) -> dict[str, Any]:
     """Check, cache and train from nothing."""
     for name in ("run", "cache"):
         shutil.rmtree(options.folder / name, ignore_errors=True)
-    return _train(options, "run", STEPS)
+    return _train(options, "run", options.steps)
 
 
 def resume(options: Options) -> dict[str, Any]:
     """Train one more step from the checkpoint of `run`."""
-    return _train(options, "resume", STEPS + 1)
+    return _train(options, "resume", options.steps + 1)
 
 
 def compare(options: Options) -> dict[str, Any]:
@@ -258,6 +258,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         residency=arguments.residency,
         streamed=tuple(map(int, arguments.streamed.split(","))) if arguments.streamed else None,
         eager=arguments.eager,
+        steps=arguments.steps,
         **{**shape, **given},
     )
 
@@ -278,6 +279,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="frames of a clip, 4k+1 (49)")
     parser.add_argument("--rank", type=int, help="of the LoRA (32)")
     parser.add_argument("--micro-batches", type=int, help="clips of a step (8)")
+    parser.add_argument("--steps", type=int, default=3, help="of the phase run (3)")
     parser.add_argument("--json", type=Path, help="file for the figures; <folder>/wan_a14b.json by default")
     parser.add_argument("--tiny", action="store_true", help="a model of a few million parameters")
     return parser.parse_args()

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def case() -> Case:
-    (found,) = make_cases(TINY, tokens=[16], micro_batches=3)
+    (found,) = make_cases(TINY, tokens=[16], micro_batches=[3])
     return found
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tworeel.benchmarks import run
-from tworeel.benchmarks.run import Settings, run_case
+from tworeel.benchmarks.run import Bench, Settings
 from tworeel.benchmarks.shapes import Case
 from tworeel.errors import UserError
 
@@ -27,7 +27,7 @@ class Listener:
 
 
 def test_a_case_is_measured_and_agrees_with_the_naive_run(case: Case, settings: Settings) -> None:
-    result = run_case(case, replace(settings, compare_naive=True, check=True, blocks=2), RATES, Listener())
+    result = Bench(RATES, Listener()).run(case, replace(settings, compare_naive=True, check=True, blocks=2))
     measured, naive = result.measured, result.naive
     assert measured and naive and naive.seconds_per_clip and measured.agreement
     assert measured.agreement.worst_cosine > 0.9999
@@ -47,12 +47,12 @@ def test_a_case_that_does_not_fit_is_told_and_the_next_one_runs(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "make_pipeline", refuse)
-    result = run_case(case, replace(settings, compare_naive=True), RATES, Listener())
+    result = Bench(RATES, Listener()).run(case, replace(settings, compare_naive=True))
     assert result.measured is None and result.speedup is None
     assert result.naive and result.naive.seconds_per_clip
     assert result.as_json()["fits"] is False
     monkeypatch.setattr(run, "make_pipeline", make)
-    assert run_case(case, settings, RATES, Listener()).measured
+    assert Bench(RATES, Listener()).run(case, settings).measured
 
 
 def test_a_naive_run_that_does_not_fit_leaves_the_pipeline_to_measure(
@@ -62,16 +62,16 @@ def test_a_naive_run_that_does_not_fit_leaves_the_pipeline_to_measure(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "device_hooks", refuse)
-    result = run_case(case, replace(settings, compare_naive=True, check=True), RATES, Listener())
+    result = Bench(RATES, Listener()).run(case, replace(settings, compare_naive=True, check=True))
     assert result.naive and result.naive.seconds_per_clip is None
     assert result.measured and result.measured.agreement is None
 
 
 def test_what_the_engine_refuses_is_a_users_mistake(case: Case, settings: Settings) -> None:
     with pytest.raises(UserError, match="streamed"):
-        run_case(case, replace(settings, streamed=(1, 1, 1)), RATES, Listener())
+        Bench(RATES, Listener()).run(case, replace(settings, streamed=(1, 1, 1)))
 
 
 def test_blocks_can_wait_in_host_memory(case: Case, settings: Settings) -> None:
-    result = run_case(case, replace(settings, streamed=(1, 1), slack=0), RATES, Listener())
+    result = Bench(RATES, Listener()).run(case, replace(settings, streamed=(1, 1), slack=0))
     assert result.measured

@@ -20,11 +20,28 @@ def test_a_tiny_bench_prints_a_ratio_and_a_cosine_and_writes_all_figures(run: Ru
     (case,) = found["cases"]
     assert case["fits"] and case["tokens"] == 16 and case["speedup"] > 0
     assert case["measured"]["agreement"]["worst_cosine"] >= 0.9999
-    assert found["settings"]["devices"] == ["cpu", "cpu"]
+    assert case["settings"]["devices"] == ["cpu", "cpu"]
     assert "faster than naive" in done.out and "cosine 1.000" in done.out
-    trace = json.loads((tmp_path / "steps" / "tiny-16-tokens.trace.json").read_text(encoding="utf-8"))
+    trace = json.loads(
+        (tmp_path / "steps" / "tiny-16-tokens-3-a-step-bf16.trace.json").read_text(encoding="utf-8")
+    )
     assert sum(event["ph"] == "X" for event in trace["traceEvents"]) == 2 * 2 * 3
-    assert (tmp_path / "steps" / "tiny-16-tokens.png").stat().st_size > 5000
+    assert (tmp_path / "steps" / "tiny-16-tokens-3-a-step-bf16.png").stat().st_size > 5000
+
+
+def test_several_precisions_and_steps_are_cases_of_one_table(run: Run, tmp_path: Path) -> None:
+    several = ("--micro-batches", "2", "--precision", "bf16", "--precision", "fp8", "--compare", "naive")
+    done = run(*TINY, *several, "--devices", "cpu,cpu", "--eager", "--json", tmp_path / "bench.json")
+    assert done.code == 0, done.err
+    cases = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["cases"]
+    assert [(case["case"]["micro_batches"], case["precision"]) for case in cases] == [
+        (3, "bf16"),
+        (3, "fp8"),
+        (2, "bf16"),
+        (2, "fp8"),
+    ]
+    assert done.out.count("one micro-batch at a time with per-block device hooks ...") == 1
+    assert len({case["naive"]["seconds_per_clip"] for case in cases}) == 1
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")

@@ -26,6 +26,7 @@ MEASURED = Measured(
 RESULT = CaseResult(
     case=make_cases(WAN_14B)[0],
     blocks=40,
+    precision="bf16",
     floor_seconds=1.37,
     peaks=PEAKS,
     pinned_peak=0,
@@ -61,12 +62,12 @@ def test_a_case_that_does_not_fit_is_told_with_its_peaks() -> None:
     text = printed(replace(RESULT, measured=None))
     assert row(text, "seconds a clip") == ["does not fit"]
     assert row(text, "peak cuda:0 (reserved)") == ["20.0 (21.0) GiB"]
-    assert closing_lines(replace(RESULT, measured=None))[0] == "480x832x49: does not fit"
+    assert closing_lines(replace(RESULT, measured=None))[0] == "480x832x49, 8 a step, bf16: does not fit"
 
 
 def test_words_follow_the_table() -> None:
     limit, speedup, gradients = closing_lines(RESULT)
-    assert limit == "480x832x49: the devices compute 85 % of the step"
+    assert limit == "480x832x49, 8 a step, bf16: the devices compute 85 % of the step"
     assert "1.60 times as fast as one micro-batch at a time with per-block device hooks" in speedup
     assert "cosine 0.999910 at worst (blocks.0.attn1.to_q.lora_A)" in gradients
 

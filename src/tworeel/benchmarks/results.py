@@ -87,6 +87,8 @@ class CaseResult:
 
     case: Case
     blocks: int
+    precision: str
+    """Of the frozen weights."""
     floor_seconds: float
     """Operations of a clip over the sum of the devices' bf16 matmul rates: no schedule is faster in bf16."""
     peaks: Mapping[str, Peak]
@@ -96,6 +98,11 @@ class CaseResult:
     """None if it does not fit."""
     naive: Naive | None
     """None if it was not compared."""
+
+    @property
+    def label(self) -> str:
+        """What tells the case from others of the same command."""
+        return f"{self.case.name}, {self.case.micro_batches} a step, {self.precision}"
 
     @property
     def speedup(self) -> float | None:

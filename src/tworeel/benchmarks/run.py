@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -35,8 +35,6 @@ from tworeel.errors import UserError
 from tworeel.lora.state import lora_parameters
 from tworeel.training.assembly import HOST_SHARE
 
-WARM_UP = 2
-"""Steps before anything is timed: the first one compiles, with one micro-batch at a time."""
 ALONE = 2
 """Steps of one micro-batch that tell how long a stage works for it."""
 NAIVE_CLIPS = 2
@@ -82,6 +80,11 @@ class Settings:
     """Compare the gradients with the naive run's too."""
 
     @property
+    def precision(self) -> str:
+        """Of the frozen weights, in one word."""
+        return self.quantize or "bf16"
+
+    @property
     def baseline(self) -> Settings:
         """What the naive run works with: bf16 weights, all on the devices, a part of the model on each."""
         if not self.compare_naive:
@@ -103,54 +106,88 @@ class Prepared:
     batches: list[dict[str, Tensor]]
 
 
-def run_case(case: Case, settings: Settings, rates: Mapping[str, float], observer: Observer) -> CaseResult:
-    """Measure one case; nothing of it stays on the devices.
+class Bench:
+    """Runs one case after the other; nothing of it stays on the devices.
+
+    Cases that differ by nothing else than micro-batches and how the pipeline is run share a naive run, unless
+    gradients are compared with it, and what was compiled.
 
     Args:
-        case: what is run.
-        settings: how.
         rates: operations a second of each device, as `machine.matmul_rates` gives them.
         observer: told what begins.
-
-    Raises:
-        UserError: the model cannot be split or quantized so.
     """
-    devices = settings.devices
-    blocks = settings.blocks or case.model.blocks
-    torch.compiler.reset()  # else this case's shapes count against a limit that the ones before have used up
-    machine.reset_peaks(devices)
-    observer.say(f"{case.name}: {blocks} blocks, {case.tokens:,} tokens, {case.micro_batches} micro-batches")
-    # Not for the naive run: it takes what it needs.
-    machine.limit_memory(devices, None)
-    baseline = settings.baseline
-    prepared = _unless_out_of_memory(lambda: prepare(case, baseline, blocks))
-    naive, gradients = None, None
-    if prepared and settings.compare_naive:
-        observer.say("  one micro-batch at a time with per-block device hooks ...")
-        naive, gradients = run_naive(prepared, settings, observer)
+
+    def __init__(self, rates: Mapping[str, float], observer: Observer) -> None:
+        self._rates = rates
+        self._observer = observer
+        self._naive: dict[Hashable, Naive] = {}
+        self._compiled_for: Hashable = None
+
+    def run(self, case: Case, settings: Settings) -> CaseResult:
+        """Measure one case.
+
+        Raises:
+            UserError: the model cannot be split or quantized so.
+        """
+        devices = settings.devices
+        blocks = settings.blocks or case.model.blocks
+        self._forget_compiled(case, settings)
         machine.reset_peaks(devices)
-    if baseline != settings:
+        tokens, count = f"{case.tokens:,} tokens", f"{case.micro_batches} micro-batches"
+        self._observer.say(f"{case.name}: {blocks} blocks, {settings.precision}, {tokens}, {count}")
+        prepared, naive, gradients = None, None, None
+        if settings.compare_naive:
+            prepared, naive, gradients = self._baseline(case, settings, blocks)
+        machine.limit_memory(devices, settings.cap_gib)
+        if prepared is None or settings.baseline != settings:
+            del prepared
+            machine.reset_peaks(devices)  # the baseline's weights are no part of this case's peaks
+            prepared = _unless_out_of_memory(lambda: prepare(case, settings, blocks))
+        measured = None
+        if prepared:
+            self._observer.say("  pipelined ...")
+            ready = prepared
+            measured = _unless_out_of_memory(
+                lambda: run_pipelined(ready, settings, gradients, self._observer)
+            )
+        result = CaseResult(
+            case=case,
+            blocks=blocks,
+            precision=settings.precision,
+            floor_seconds=work_of(case.model, case.tokens, blocks).total / sum(self._rates.values()),
+            peaks=machine.peaks(devices),
+            pinned_peak=machine.pinned_memory(),
+            measured=measured,
+            naive=naive,
+        )
         del prepared
-        machine.reset_peaks(devices)  # the baseline's weights are no part of this case's peaks
-        prepared = _unless_out_of_memory(lambda: prepare(case, settings, blocks))
-    measured = None
-    machine.limit_memory(devices, settings.cap_gib)
-    if prepared:
-        observer.say("  pipelined ...")
-        ready = prepared
-        measured = _unless_out_of_memory(lambda: run_pipelined(ready, settings, gradients, observer))
-    result = CaseResult(
-        case=case,
-        blocks=blocks,
-        floor_seconds=work_of(case.model, case.tokens, blocks).total / sum(rates.values()),
-        peaks=machine.peaks(devices),
-        pinned_peak=machine.pinned_memory(),
-        measured=measured,
-        naive=naive,
-    )
-    del prepared
-    machine.free()
-    return result
+        machine.free()
+        return result
+
+    def _forget_compiled(self, case: Case, settings: Settings) -> None:
+        """Else new shapes count against a limit that the ones before have used up."""
+        kind = (case.model, case.grid, settings.quantize)
+        if kind != self._compiled_for:
+            torch.compiler.reset()
+        self._compiled_for = kind
+
+    def _baseline(
+        self, case: Case, settings: Settings, blocks: int
+    ) -> tuple[Prepared | None, Naive | None, Gradients | None]:
+        """The naive run's figures; with the model that it used, if it was not run before."""
+        devices = settings.devices
+        kind = (case.model, case.grid, blocks)
+        if kind in self._naive and not settings.check:
+            return None, self._naive[kind], None
+        machine.limit_memory(devices, None)  # it takes what it needs
+        prepared = _unless_out_of_memory(lambda: prepare(case, settings.baseline, blocks))
+        if prepared is None:
+            return None, None, None
+        self._observer.say("  one micro-batch at a time with per-block device hooks ...")
+        naive, gradients = run_naive(prepared, settings, self._observer)
+        machine.reset_peaks(devices)
+        self._naive[kind] = naive
+        return prepared, naive, gradients
 
 
 def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
@@ -229,10 +266,8 @@ def run_pipelined(
 
     batches = prepared.batches
     # As many as are in flight at a time: the first step compiles and chooses residencies for all that follow
-    filling = batches[: len(settings.devices) + settings.slack + 1]
     with attention_backend(settings.attention, settings.devices):
-        for _ in range(WARM_UP):
-            step(filling)
+        step(batches[: len(settings.devices) + settings.slack + 1])
         alone = [span for batch in batches[:ALONE] for span in step([batch])]
         kernels = machine.kernel_share(settings.devices, lambda: step(batches[:1]))
         rounds = [_timed(prepared, lambda: step(batches)) for _ in range(settings.rounds)]

@@ -112,7 +112,7 @@ def make_cases(
     *,
     shapes: Sequence[str] = (),
     tokens: Sequence[int] = (),
-    micro_batches: int | None = None,
+    micro_batches: Sequence[int] = (),
 ) -> list[Case]:
     """The cases that names, sizes and token counts ask for; the standard ones if nothing does.
 
@@ -120,7 +120,7 @@ def make_cases(
         model: which runs them.
         shapes: names of `SHAPES`, `standard`, or `WIDTHxHEIGHTxFRAMES` in pixels.
         tokens: of one latent frame each, as square as the number allows.
-        micro_batches: of a step; by default 8, and 16 for images.
+        micro_batches: of a step, one case each; by default 8, and 16 for images.
 
     Raises:
         UserError: an unknown name, a size that the model cannot have, tokens that fill no rectangle.
@@ -131,8 +131,9 @@ def make_cases(
     grids = {name: _grid_of(name, model) for name in names}
     grids |= {f"{count} tokens": square_grid(count, "--tokens") for count in tokens}
     return [
-        Case(name=name, model=model, grid=grid, micro_batches=micro_batches or _usual_count(model, grid))
+        Case(name=name, model=model, grid=grid, micro_batches=count)
         for name, grid in grids.items()
+        for count in micro_batches or [_usual_count(model, grid)]
     ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,11 +19,11 @@ from tworeel.errors import UserError
 from tworeel.report.console import console, say
 
 if TYPE_CHECKING:
+    from tworeel.benchmarks.models import Quantization
     from tworeel.benchmarks.results import CaseResult
     from tworeel.benchmarks.run import Settings
 
 
-Precision = Literal["bf16", "fp8", "int8", "nf4"]
 Residency = Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"]
 Attention = Literal["auto", "cudnn", "flash", "efficient", "deterministic"]
 Baseline = Literal["naive"]
@@ -29,6 +31,23 @@ Baseline = Literal["naive"]
 WHAT = "What is measured"
 HOW = "How it is run"
 RESULTS = "What is told"
+
+
+class Precision(StrEnum):
+    """Of the frozen weights; typer takes no list of literals."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+QUANTIZE: dict[Precision, Quantization | None] = {
+    Precision.BF16: None,
+    Precision.FP8: "fp8",
+    Precision.INT8: "int8",
+    Precision.NF4: "nf4",
+}
 
 
 def bench(
@@ -58,9 +77,11 @@ def bench(
         typer.Option(min=1, help="Only so many blocks of the model.", rich_help_panel=WHAT),
     ] = None,
     micro_batches: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
-            min=1, help="Clips of an optimizer step; 8 by default, 16 for images.", rich_help_panel=WHAT
+            min=1,
+            help="Clips of an optimizer step; 8 by default, 16 for images. Repeat it for more.",
+            rich_help_panel=WHAT,
         ),
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.", rich_help_panel=WHAT)] = 32,
@@ -84,8 +105,11 @@ def bench(
         ),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of the frozen weights.", rich_help_panel=HOW)
-    ] = "bf16",
+        list[Precision] | None,
+        typer.Option(
+            help="Of the frozen weights; bf16 by default. Repeat it to compare.", rich_help_panel=HOW
+        ),
+    ] = None,
     residency: Annotated[
         Residency,
         typer.Option(help="What a block leaves behind for its backward.", rich_help_panel=HOW),
@@ -161,12 +185,14 @@ def bench(
 
     tworeel bench --compare naive --check
 
+    tworeel bench --precision bf16 --precision fp8 --micro-batches 4 --micro-batches 8
+
     tworeel bench --shapes 832x480x81 --cap-gib 22.5 --timeline steps
     """
     if check and compare is None:
         raise UserError("--check: needs --compare naive")
     shape = TINY if tiny else model_shape(model or DEFAULT_MODEL)
-    cases = make_cases(shape, shapes=shapes or (), tokens=tokens or (), micro_batches=micro_batches)
+    cases = make_cases(shape, shapes=shapes or (), tokens=tokens or (), micro_batches=micro_batches or ())
     numbers = {"--split-at": _numbers("--split-at", split_at), "--streamed": _numbers("--streamed", streamed)}
     if tiny:
         # Before torch is imported: so tiny a model is slowed by more threads than one a stage.
@@ -184,14 +210,13 @@ def bench(
             say(
                 "There is no GPU: a tiny model on cpu,cpu shows that it works; its figures mean nothing else."
             )
-            cases = make_cases(TINY, micro_batches=micro_batches)
+            cases = make_cases(TINY, micro_batches=micro_batches or ())
             torch.set_num_threads(1)
         settings = Settings(
             devices=found,
             stages_per_device=stages_per_device,
             split_at=numbers["--split-at"],
             blocks=blocks,
-            quantize=None if precision == "bf16" else precision,
             residency=residency,
             compile=not on_cpu if compile is None else compile,
             attention=attention,
@@ -203,29 +228,33 @@ def bench(
             compare_naive=compare is not None,
             check=check,
         )
-        _measure(cases, settings, observer, json_file, timeline)
+        variants = [replace(settings, quantize=QUANTIZE[one]) for one in precision or [Precision.BF16]]
+        _measure(cases, variants, observer, json_file, timeline)
 
 
 def _measure(
     cases: Sequence[Case],
-    settings: Settings,
+    variants: Sequence[Settings],
     observer: ConsoleObserver,
     json_file: Path | None,
     timeline: Path | None,
 ) -> None:
     from tworeel.benchmarks import machine
-    from tworeel.benchmarks.run import run_case
+    from tworeel.benchmarks.run import Bench
     from tworeel.report.benchmark import benchmark_table, closing_lines, fact_lines
 
     for option, folder in (("--json", json_file and json_file.parent), ("--timeline", timeline)):
         _make_folder(option, folder)
+    settings = variants[0]
     facts = machine.facts(dict.fromkeys(settings.devices))
     for line in fact_lines(facts):
         say(line)
     machine.limit_memory(settings.devices, settings.cap_gib)  # refuses what cannot be limited
     machine.wake(settings.devices)
     rates = machine.matmul_rates(settings.devices)
-    results = [run_case(case, settings, rates, observer) for case in cases]
+    bench = Bench(rates, observer)
+    runs = [(case, variant) for case in cases for variant in variants]
+    results = [bench.run(case, variant) for case, variant in runs]
     where = ", ".join(map(str, settings.devices))
     title = f"{cases[0].model.name} on {where}, LoRA of rank {settings.rank}"
     console.print(benchmark_table(results, title))
@@ -235,7 +264,11 @@ def _measure(
         if timeline is not None:
             _write_timeline(timeline, result, settings)
     if json_file is not None:
-        _write_json(json_file, {"machine": facts, "matmul_rates": rates}, settings, results)
+        figures = [
+            {**result.as_json(), "settings": asdict(variant)}
+            for result, (_, variant) in zip(results, runs, strict=True)
+        ]
+        _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
 
 
 def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> None:
@@ -244,21 +277,17 @@ def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> Non
     if result.measured is None:
         return
     devices = [str(device) for device in settings.stages]
-    name = f"{result.case.model.name}-{result.case.name}".replace(" ", "-")
+    title = f"{result.case.model.name}, {result.label}"
+    name = title.replace(",", "").replace(" ", "-")
     picture, trace = folder / f"{name}.png", folder / f"{name}.trace.json"
-    draw_timeline(
-        result.measured.spans, devices, picture, title=f"{result.case.model.name}, {result.case.name}"
-    )
+    draw_timeline(result.measured.spans, devices, picture, title=title)
     write_trace(result.measured.spans, devices, trace)
     say(f"  timeline: {picture}, {trace} (for https://ui.perfetto.dev)")
 
 
-def _write_json(path: Path, head: dict[str, Any], settings: Settings, results: Sequence[CaseResult]) -> None:
-    from dataclasses import asdict
-
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     from tworeel.files import write_text_atomic
 
-    content = {**head, "settings": asdict(settings), "cases": [result.as_json() for result in results]}
     write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
     say(f"Figures: {path}")
 

@@ -44,7 +44,7 @@ def benchmark_table(results: Sequence[CaseResult], title: str) -> Table:
 
 def closing_lines(result: CaseResult) -> list[str]:
     """What is to say of a case in words."""
-    measured, naive, name = result.measured, result.naive, result.case.name
+    measured, naive, name = result.measured, result.naive, result.label
     lines = [f"{name}: does not fit" if measured is None else f"{name}: {measured.limit.words}"]
     if naive and naive.seconds_per_clip is None:
         lines.append(f"  {NAIVE} does not fit")
@@ -64,7 +64,8 @@ def percent(shares: Iterable[float]) -> str:
 
 def _cells(result: CaseResult) -> dict[str, str]:
     """Figures by the name of their row, in the order in which they are shown."""
-    cells = _measured_cells(result.measured) if result.measured else {"seconds a clip": "does not fit"}
+    cells = {"clips a step": str(result.case.micro_batches), "precision": result.precision}
+    cells |= _measured_cells(result.measured) if result.measured else {"seconds a clip": "does not fit"}
     cells["floor in bf16, seconds"] = f"{result.floor_seconds:.3g}"
     cells |= _peak_cells("peak", result.peaks)
     if result.pinned_peak:
