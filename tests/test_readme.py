@@ -44,7 +44,8 @@ NOT_RUN = {
     "tworeel demo": "run by tests/demo/test_demo_run.py",
     "python -m pytest -n 2": "is what runs this test",
     "python -m pytest -m gpu": "needs GPUs",
-    "python bench/wan_a14b.py --phase write run": "needs GPUs; tests/bench runs it with --tiny",
+    "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
+    "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
     'python -c "import torch; print(torch.__version__, torch.cuda.device_count())"': "nothing of ours",
     "tworeel check --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips": "needs a connection",
 }

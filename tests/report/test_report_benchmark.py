@@ -7,7 +7,7 @@ from rich.console import Console
 from tworeel.benchmarks.machine import Peak
 from tworeel.benchmarks.results import Agreement, CaseResult, Limit, Measured, Naive
 from tworeel.benchmarks.shapes import WAN_14B, make_cases
-from tworeel.report.benchmark import benchmark_table, closing_lines, fact_lines
+from tworeel.report.benchmark import benchmark_tables, closing_lines, fact_lines
 
 GIB = 2**30
 PEAKS = {"cuda:0": Peak(allocated=20 * GIB, reserved=21 * GIB)}
@@ -38,7 +38,8 @@ RESULT = CaseResult(
 def printed(*results: CaseResult) -> str:
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(benchmark_table(results, "a title"))
+        for table in benchmark_tables(results, "a title"):
+            console.print(table)
     return capture.get()
 
 
@@ -67,7 +68,7 @@ def test_a_case_that_does_not_fit_is_told_with_its_peaks() -> None:
 
 def test_words_follow_the_table() -> None:
     limit, speedup, gradients = closing_lines(RESULT)
-    assert limit == "480x832x49, 8 a step, bf16: the devices compute 85 % of the step"
+    assert limit == "480x832x49, 8 a step, bf16: 4 s a clip; the devices compute 85 % of the step"
     assert "1.60 times as fast as one micro-batch at a time with per-block device hooks" in speedup
     assert "cosine 0.999910 at worst (blocks.0.attn1.to_q.lora_A)" in gradients
 

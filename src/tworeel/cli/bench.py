@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -241,7 +242,7 @@ def _measure(
 ) -> None:
     from tworeel.benchmarks import machine
     from tworeel.benchmarks.run import Bench
-    from tworeel.report.benchmark import benchmark_table, closing_lines, fact_lines
+    from tworeel.report.benchmark import benchmark_tables, closing_lines, fact_lines
 
     for option, folder in (("--json", json_file and json_file.parent), ("--timeline", timeline)):
         _make_folder(option, folder)
@@ -252,23 +253,24 @@ def _measure(
     machine.limit_memory(settings.devices, settings.cap_gib)  # refuses what cannot be limited
     machine.wake(settings.devices)
     rates = machine.matmul_rates(settings.devices)
-    bench = Bench(rates, observer)
-    runs = [(case, variant) for case in cases for variant in variants]
-    results = [bench.run(case, variant) for case, variant in runs]
-    where = ", ".join(map(str, settings.devices))
-    title = f"{cases[0].model.name} on {where}, LoRA of rank {settings.rank}"
-    console.print(benchmark_table(results, title))
-    for result in results:
+    bench, results, figures = Bench(rates, observer), [], []
+    # What is compiled for one precision serves all its cases.
+    for variant, case in itertools.product(variants, cases):
+        result = bench.run(case, variant)
+        results.append(result)
+        figures.append({**result.as_json(), "settings": asdict(variant)})
+        # At once: who stops a long comparison keeps what was measured.
         for line in closing_lines(result):
             say(line)
         if timeline is not None:
-            _write_timeline(timeline, result, settings)
+            _write_timeline(timeline, result, variant)
+        if json_file is not None:
+            _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
+    where = ", ".join(map(str, settings.devices))
+    for table in benchmark_tables(results, f"{cases[0].model.name} on {where}, LoRA of rank {settings.rank}"):
+        console.print(table)
     if json_file is not None:
-        figures = [
-            {**result.as_json(), "settings": asdict(variant)}
-            for result, (_, variant) in zip(results, runs, strict=True)
-        ]
-        _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
+        say(f"Figures: {json_file}")
 
 
 def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> None:
@@ -289,7 +291,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     from tworeel.files import write_text_atomic
 
     write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
-    say(f"Figures: {path}")
 
 
 def _make_folder(option: str, folder: Path | None) -> None:

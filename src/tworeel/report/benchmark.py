@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 NOTHING = "-"
+MOST_COLUMNS = 2
 NAIVE = "one micro-batch at a time with per-block device hooks"
 
 
@@ -34,8 +35,14 @@ def plain_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     return table
 
 
-def benchmark_table(results: Sequence[CaseResult], title: str) -> Table:
-    """A column for each case, a row for each figure; figures that no case has are left out."""
+def benchmark_tables(results: Sequence[CaseResult], title: str) -> list[Table]:
+    """A column for each case, a row for each figure; as many tables as fit 80 characters."""
+    starts = range(0, len(results), MOST_COLUMNS)
+    return [_benchmark_table(results[start : start + MOST_COLUMNS], title) for start in starts]
+
+
+def _benchmark_table(results: Sequence[CaseResult], title: str) -> Table:
+    """Figures that no case has are left out."""
     columns = [_cells(result) for result in results]
     names = dict.fromkeys(name for cells in columns for name in cells)
     rows = [[name, *(cells.get(name, NOTHING) for cells in columns)] for name in names]
@@ -45,7 +52,8 @@ def benchmark_table(results: Sequence[CaseResult], title: str) -> Table:
 def closing_lines(result: CaseResult) -> list[str]:
     """What is to say of a case in words."""
     measured, naive, name = result.measured, result.naive, result.label
-    lines = [f"{name}: does not fit" if measured is None else f"{name}: {measured.limit.words}"]
+    clip = f"{measured.seconds_per_clip:.4g} s a clip; {measured.limit.words}" if measured else "does not fit"
+    lines = [f"{name}: {clip}"]
     if naive and naive.seconds_per_clip is None:
         lines.append(f"  {NAIVE} does not fit")
     if result.speedup is not None:
