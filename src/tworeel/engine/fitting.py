@@ -78,9 +78,9 @@ def fit_stage(memory: StageMemory, footprints: Footprints) -> Fit:
     """
     for fallback in FALLBACKS:
         for num_kept in range(memory.may_keep, -1, -1):
-            if _needed(memory, footprints, num_kept, fallback) <= memory.available:
+            if needed(memory, footprints, num_kept, fallback) <= memory.available:
                 return Fit(num_kept, fallback)
-    least = _needed(memory, footprints, 0, FALLBACKS[-1])
+    least = needed(memory, footprints, 0, FALLBACKS[-1])
     return Fit(0, FALLBACKS[-1], least - memory.available)
 
 
@@ -113,24 +113,28 @@ def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
     if memory.may_keep < memory.num_blocks:
         return True
     everything = {Residency.KEEP: keep}
-    return _needed(memory, everything, memory.num_blocks, FALLBACKS[0]) > memory.available
+    return needed(memory, everything, memory.num_blocks, FALLBACKS[0]) > memory.available
 
 
-def _needed(memory: StageMemory, footprints: Footprints, num_kept: int, fallback: Residency) -> int:
-    """Bytes that a stage takes at its peak."""
+def needed(memory: StageMemory, footprints: Footprints, num_kept: int, fallback: Residency) -> int:
+    """Bytes that the activations of a stage take at their peak.
+
+    Args:
+        memory: of the stage.
+        footprints: of `KEEP`, and of `SELECTIVE` if not all blocks keep everything.
+        num_kept: blocks that keep everything.
+        fallback: of the others.
+    """
     keep = footprints[Residency.KEEP]
-    per_clip, once, working = num_kept * keep.kept, 0, keep.working if num_kept else 0
-    hidden = keep.hidden
-    if num_others := memory.num_blocks - num_kept:
-        other = footprints[Residency.SELECTIVE]
-        if fallback.is_parked:
-            # On the device are what leaves, what the block that runs has fetched, and what the next one has.
-            once = 3 * other.kept
-        else:
-            per_clip += num_others * other.kept
-        working, hidden = max(working, other.working), other.hidden
+    num_others = memory.num_blocks - num_kept
+    other = footprints[Residency.SELECTIVE] if num_others else keep
+    # Parked, on the device are what leaves, what the block that runs has fetched, and what the next one has.
+    once, left = (3 * other.kept, 0) if fallback.is_parked and num_others else (0, num_others * other.kept)
+    kept = num_kept * keep.kept
+    # The blocks that keep all are the last: their backwards are through when the first of the others begins.
+    working = max(keep.working if num_kept else 0, other.working - kept if num_others else 0)
     # A stage's input or output, and its gradient, wait for the other side.
-    return memory.in_flight * (per_clip + 2 * hidden) + once + working
+    return memory.in_flight * (kept + left + 2 * other.hidden) + once + working
 
 
 def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:
@@ -139,7 +143,7 @@ def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:
     Room for gradients that are not there yet, and for two moments of an optimizer, is set aside.
     """
     device = placement.devices[stage]
-    total, free = _total_and_free(device)
+    total, free = total_and_free(device)
     coming = sum(
         p.nbytes * ((p.grad is None) + 2)
         for name, p in model.named_parameters()
@@ -148,7 +152,7 @@ def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:
     return int((free - coming - SPARE * total) / placement.devices.count(device))
 
 
-def _total_and_free(device: torch.device) -> tuple[int, int]:
+def total_and_free(device: torch.device) -> tuple[int, int]:
     """Bytes that this process may use on a device, and those of them that no tensor takes."""
     free, total = torch.accelerator.get_memory_info(device)
     allocated = torch.accelerator.memory_allocated(device)

@@ -152,6 +152,9 @@ class Family:
     open_latent_encoder: Callable[[ModelSource, torch.device, torch.dtype], LatentEncoder]
     open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
 
+    cached_shapes: Callable[[ModelSource, int, int, int], Mapping[str, tuple[int, ...]]]
+    """(source, frames, height, width in pixels) -> shapes of what the encoders return for a clip of that size
+    and the longest caption."""
     make_sample: Callable[..., TrainingSample]
     """(traits, cached, noise, sigma, *, dtype, condition_on_image) -> TrainingSample; `cached` holds what
     the encoders returned."""

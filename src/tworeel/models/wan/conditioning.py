@@ -14,12 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tworeel.models.family import TrainingSample, Traits
+from tworeel.models.family import ModelSource, TrainingSample, Traits
 
 TEXT_TOKENS = 512
 """Captions are padded to this length with zeros; there is no mask in cross-attention."""
 PATCH = 2
 """Latent pixels of a token's side."""
+IMAGE_TOKENS = 257
+"""What CLIP ViT-H makes of an image."""
+
+
+def cached_shapes(source: ModelSource, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what `make_sample` is given for a clip of this size in pixels, by name."""
+    traits, config = source.traits, source.transformer.config
+    stride = traits.spatial_multiple // PATCH
+    size = ((frames - 1) // traits.temporal_stride + 1, height // stride, width // stride)
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (config["out_channels"], *size),
+        "text": (TEXT_TOKENS, config["text_dim"]),
+    }
+    if traits.image_inputs and not traits.image_optional:
+        shapes["image_latents"] = shapes["latents"]
+        images = len(traits.image_inputs)
+        if width_of_images := config.get("image_dim"):
+            tokens = config.get("pos_embed_seq_len") or IMAGE_TOKENS * images
+            shapes["image_embeds"] = (tokens, width_of_images)
+    return shapes
 
 
 def make_sample(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tworeel.models.family import Family
-from tworeel.models.wan.conditioning import make_sample
+from tworeel.models.wan.conditioning import cached_shapes, make_sample
 from tworeel.models.wan.encoders import (
     latent_identity,
     open_latent_encoder,
@@ -29,5 +29,6 @@ WAN = Family(
     text_identity=text_identity,
     open_latent_encoder=open_latent_encoder,
     open_text_encoder=open_text_encoder,
+    cached_shapes=cached_shapes,
     make_sample=make_sample,
 )

@@ -1,0 +1,60 @@
+"""What a device has to spend: bytes that are free, and how fast it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tworeel.engine.fitting import total_and_free
+from tworeel.planning.cards import GIB, Card
+from tworeel.planning.timing import Rates, rates_of
+
+USABLE = 0.985
+"""Of a card's nominal memory; its driver keeps the rest."""
+CONTEXT = int(0.6 * GIB)
+"""What CUDA and its libraries take of a card before the first tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One device as the planner sees it."""
+
+    device: str
+    card: str
+    total: int
+    """Bytes that this process may use."""
+    free: int
+    """Bytes of them that no other has taken."""
+    rates: Rates
+    measured: bool = False
+    """Whether the rates were measured on this card."""
+
+    def another(self, number: int) -> Budget:
+        """The same card once more."""
+        kind = torch.device(self.device).type
+        return replace(self, device=f"{kind}:{number}")
+
+
+def budget_of_card(card: Card, number: int) -> Budget:
+    """A card of the table that nothing else runs on."""
+    free = int(card.memory * USABLE) - CONTEXT
+    return Budget(device=f"cuda:{number}", card=card.name, total=free, free=free, rates=rates_of(card))
+
+
+def budget_of_device(device: torch.device, card: Card | None, fallback: Card) -> Budget:
+    """A device that is there, with what is free on it now.
+
+    Args:
+        device: of this machine.
+        card: what the table says of it.
+        fallback: whose speed is assumed if the table does not have it.
+    """
+    total, free = total_and_free(device)
+    return Budget(
+        device=str(device),
+        card=card.name if card is not None else torch.get_device_module(device).get_device_name(device),
+        total=total,
+        free=free,
+        rates=rates_of(card or fallback),
+    )

@@ -1,0 +1,192 @@
+"""Cards: what they hold and how fast they are, by name; a user can add some."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+
+from tworeel.errors import UserError, did_you_mean, raise_if_any
+
+GIB = 2**30
+_TABLE = "cards.toml"
+_MOST_CARDS = 16
+
+
+class _Row(BaseModel):
+    """A card as a file has it; units in `cards.toml`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    torch_name: str = ""
+    memory_gib: PositiveFloat
+    bf16: PositiveFloat
+    fp8: PositiveFloat | None = None
+    int8: PositiveFloat | None = None
+    bandwidth: PositiveFloat
+    pcie: PositiveFloat
+    nvlink: PositiveFloat | None = None
+    source: str
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    card: list[_Row] = Field(min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One card, by its vendor's figures. Rates are dense, with fp32 sums; per second."""
+
+    name: str
+    torch_name: str
+    """What torch calls it; cards of several sizes share a name."""
+    memory: int
+    """Bytes, nominal."""
+    bf16: float
+    fp8: float | None
+    int8: float | None
+    bandwidth: float
+    """Bytes of its memory."""
+    pcie: float
+    """Bytes each way between it and the host."""
+    nvlink: float | None
+    """Bytes each way between two of them, if they are linked."""
+    source: str
+
+    @property
+    def crossing(self) -> float:
+        """Bytes a second from one of these cards to the next."""
+        return self.nvlink or self.pcie
+
+
+def known_cards(extra: Path | None = None) -> tuple[Card, ...]:
+    """All cards of the table, those of the user's file first.
+
+    Raises:
+        UserError: the file cannot be read, or is not as the table.
+    """
+    own = _read(extra) if extra is not None else ()
+    return (*own, *_built_in())
+
+
+def parse_cards(text: str, cards: Sequence[Card]) -> tuple[Card, ...]:
+    """Turn `2x RTX 4090` or `RTX 4090, RTX 3060 12GB` into cards, in this order.
+
+    Raises:
+        UserError: lists every part that names no card, with names that are near.
+    """
+    found: list[Card] = []
+    problems: list[str] = []
+    for part in re.split(r"[,+]", text):
+        counted = re.fullmatch(r"\s*(?:(\d+)\s*[x×]\s*)?(.+?)\s*", part)
+        if counted is None:
+            problems.append(f"--gpus {text!r}: a card is missing")
+            continue
+        count, name = int(counted[1] or 1), counted[2]
+        if not 1 <= count <= _MOST_CARDS:
+            problems.append(f"--gpus {text!r}: {count} cards; allowed are 1 to {_MOST_CARDS}")
+        elif (card := _named(name, cards)) is None:
+            names = [known.name for known in cards]
+            near = did_you_mean(name, names)
+            problems.append(f"--gpus {text!r}: no card {name!r} is known{near}; --cards adds one")
+        else:
+            found += [card] * count
+    raise_if_any(problems)
+    return tuple(found)
+
+
+def with_memory(cards: Sequence[Card], text: str) -> tuple[Card, ...]:
+    """The cards with other sizes, in GiB: `22.5` for all, or one for each, `22.5,15`.
+
+    Raises:
+        UserError: not numbers above 0, or as many as there are no cards.
+    """
+    try:
+        sizes = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--memory-gib {text}: must be numbers with commas between, for example 22.5,15"
+        ) from None
+    if any(not 0 < size < 10_000 for size in sizes):
+        raise UserError(f"--memory-gib {text}: must be above 0")
+    if len(sizes) == 1:
+        sizes *= len(cards)
+    if len(sizes) != len(cards):
+        raise UserError(f"--memory-gib {text}: {len(cards)} cards need one number, or {len(cards)}")
+    return tuple(replace(card, memory=int(size * GIB)) for card, size in zip(cards, sizes, strict=True))
+
+
+def card_of_device(name: str, memory: int, cards: Sequence[Card]) -> Card | None:
+    """The card that torch calls so, of the size that is nearest; None if the table has none.
+
+    Args:
+        name: torch's.
+        memory: bytes that torch says it has.
+        cards: to choose from.
+    """
+    same = [card for card in cards if _plain(name) in (_plain(card.torch_name), _plain(card.name))]
+    return min(same, key=lambda card: abs(card.memory - memory), default=None)
+
+
+def _named(name: str, cards: Sequence[Card]) -> Card | None:
+    """The card of this name, however it is spelled; a unique part of a name is enough."""
+    plain = _plain(name)
+    exact = [card for card in cards if plain in (_plain(card.name), _plain(card.torch_name))]
+    if exact:
+        return exact[0]
+    starts = [card for card in cards if _plain(card.name).startswith(plain)]
+    return starts[0] if len(starts) == 1 else None
+
+
+def _plain(name: str) -> str:
+    words = re.sub(r"nvidia|geforce|amd|radeon|rtx|generation|[^a-z0-9]", "", name.lower())
+    return words
+
+
+@cache
+def _built_in() -> tuple[Card, ...]:
+    table = resources.files("tworeel.planning").joinpath(_TABLE)
+    return _parse(table.read_text(encoding="utf-8"), _TABLE)
+
+
+def _read(path: Path) -> tuple[Card, ...]:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"--cards {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--cards {path}: is not UTF-8 text") from None
+
+
+def _parse(text: str, source: str) -> tuple[Card, ...]:
+    try:
+        rows = _File.model_validate(tomllib.loads(text)).card
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--cards {source}: {error}") from None
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(*(f"--cards {source}: {line}" for line in lines)) from None
+    return tuple(
+        Card(
+            name=row.name,
+            torch_name=row.torch_name,
+            memory=int(row.memory_gib * GIB),
+            bf16=row.bf16 * 1e12,
+            fp8=row.fp8 and row.fp8 * 1e12,
+            int8=row.int8 and row.int8 * 1e12,
+            bandwidth=row.bandwidth * 1e9,
+            pcie=row.pcie * 1e9,
+            nvlink=row.nvlink and row.nvlink * 1e9,
+            source=row.source,
+        )
+        for row in rows
+    )

@@ -1,0 +1,136 @@
+"""One stage while it is planned: what it has, and what its blocks may leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tworeel.engine.fitting import Fit, Footprint, StageMemory, needed
+from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import SLOTS
+from tworeel.planning.budgets import Budget
+from tworeel.planning.cards import GIB
+from tworeel.planning.graphs import Work
+from tworeel.planning.plan import StagePlan
+from tworeel.planning.tracing import BlockTrace
+
+WORKSPACES = int(0.3 * GIB)
+"""Of matrix products and attentions, beside what a trace sees; measured on H100s."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """The average clip, relative to the largest: of what grows with tokens, and with their square."""
+
+    linear: float
+    square: float
+
+    def of(self, work: Work) -> Work:
+        """The work for the average clip, from that for the largest."""
+        return Work(
+            {dtype: count * self.linear for dtype, count in work.products.items()},
+            work.attention * self.square,
+            work.traffic * self.linear,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageDraft:
+    """A stage before it is decided what its blocks leave behind. Sizes in bytes."""
+
+    budget: Budget
+    blocks: range
+    traces: Sequence[BlockTrace]
+    """Of each block."""
+    block: int
+    """Frozen weights of its largest block."""
+    weights: int
+    lora: int
+    """Weights, gradients and both moments."""
+    inputs: int
+    """What micro-batches in flight bring beside the hidden state."""
+    spare: int
+    """Left alone: the allocator's rounding and gaps."""
+    free: int
+    in_flight: int
+
+    def memory(self, streamed: int) -> StageMemory:
+        """What its activations may take when the weights of so many blocks are streamed."""
+        on_device = self.weights - streamed * self.block + min(streamed, SLOTS) * self.block
+        return StageMemory(
+            available=self.free - self.spare - on_device - self.lora - self.inputs - WORKSPACES,
+            num_blocks=len(self.blocks),
+            may_keep=len(self.blocks) - streamed,
+            in_flight=self.in_flight,
+        )
+
+    def to_stream(self, missing: int) -> int:
+        """How many blocks must be streamed to free so many bytes."""
+        return min(len(self.blocks), SLOTS + -(-missing // self.block)) if missing > 0 else 0
+
+    @property
+    def footprints(self) -> dict[Residency, Footprint]:
+        """Of the block that holds most."""
+        return dict(max((t.footprints for t in self.traces), key=lambda f: f[Residency.KEEP].kept))
+
+    def decide(self, fit: Fit, streamed: int, means: Means) -> StagePlan:
+        """The stage as it is run.
+
+        Args:
+            fit: what its blocks leave behind.
+            streamed: blocks whose weights are streamed.
+            means: of the data.
+        """
+        memory = self.memory(streamed)
+        kept = min(fit.num_kept, memory.may_keep)
+        footprints = self._as_run(fit.fallback)
+        resting = {key: replace(found, working=0) for key, found in footprints.items()}
+        activations = needed(memory, resting, kept, fit.fallback)
+        working = needed(memory, footprints, kept, fit.fallback) - activations
+        forward, backward = self._seconds(kept, fit.fallback, streamed, means)
+        return StagePlan(
+            device=self.budget.device,
+            card=self.budget.card,
+            first=self.blocks[0],
+            last=self.blocks[-1],
+            kept=kept,
+            residency=fit.fallback,
+            streamed=streamed,
+            in_flight=self.in_flight,
+            parts={
+                "weights": self.weights - (streamed - min(streamed, SLOTS)) * self.block,
+                "LoRA, gradients, optimizer": self.lora,
+                "activations": activations,
+                "workspace": working + WORKSPACES,
+                "inputs": self.inputs,
+            },
+            spare=self.spare,
+            free=self.free,
+            forward=forward,
+            backward=backward,
+        )
+
+    def parked(self, plan: StagePlan) -> int:
+        """Bytes that its activations take in host memory."""
+        if not plan.residency.is_parked:
+            return 0
+        footprint = self._as_run(plan.residency)[Residency.SELECTIVE]
+        return self.in_flight * (len(self.blocks) - plan.kept) * footprint.kept
+
+    def _as_run(self, fallback: Residency) -> dict[Residency, Footprint]:
+        """Footprints by the names that `needed` looks for: what does not keep all stands for `SELECTIVE`."""
+        found = self.footprints
+        kind = Residency.SELECTIVE if fallback.is_selective else Residency.RECOMPUTE
+        return {Residency.KEEP: found[Residency.KEEP], Residency.SELECTIVE: found[kind]}
+
+    def _seconds(self, kept: int, fallback: Residency, streamed: int, means: Means) -> tuple[float, float]:
+        """Forward and backward of the average clip; copies beside the work count where they take longer."""
+        rates = self.budget.rates
+        kind = Residency.SELECTIVE if fallback.is_selective else Residency.RECOMPUTE
+        forward = sum(rates.forward(means.of(trace.forward)) for trace in self.traces)
+        backward = sum(rates.backward(means.of(trace.backward)) for trace in self.traces)
+        again = self.traces[: len(self.traces) - kept]
+        backward += sum(rates.forward(means.of(trace.recomputed[kind])) for trace in again)
+        parked = sum(t.footprints[kind].kept for t in again) * means.linear if fallback.is_parked else 0.0
+        copies = (parked + streamed * self.block) / rates.host
+        return max(forward, copies), max(backward, copies)

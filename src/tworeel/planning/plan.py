@@ -1,0 +1,142 @@
+"""What a plan says. Data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tworeel.engine.residency import Residency
+
+GIB = 2**30
+MOST_BUBBLE = 0.2
+"""Where the cards wait for a larger share of a step, that is what limits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage: its blocks, what it holds and how long it works. Sizes in bytes, times in seconds."""
+
+    device: str
+    """For example `cuda:0`."""
+    card: str
+    first: int
+    """First block, counted over all lists."""
+    last: int
+    kept: int
+    """Blocks that keep all activations."""
+    residency: Residency
+    """Of the others."""
+    streamed: int
+    """Blocks whose weights wait in host memory."""
+    in_flight: int
+    """Micro-batches whose activations it holds at a time."""
+    parts: Mapping[str, int]
+    """What the peak is made of."""
+    spare: int
+    """Left alone beside them: the allocator's rounding and gaps."""
+    free: int
+    """What its device has for all of it."""
+    forward: float
+    """Of a micro-batch, on average over the data."""
+    backward: float
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the stage."""
+        return self.last - self.first + 1
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at a time."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room for it."""
+        return self.peak + self.spare <= self.free
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Something else that was weighed."""
+
+    name: str
+    fits: bool
+    seconds_per_step: float
+    peaks: tuple[int, ...]
+    """By stage."""
+    reason: str
+    """Why it is not the plan, or what it would change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which card does what, what it holds and how long it takes."""
+
+    model: str
+    precision: str
+    """Of the frozen weights of the blocks."""
+    compiled: bool
+    micro_batches: int
+    """Clips of an optimizer step."""
+    tokens: int
+    """Of the largest clip: what memory is planned for."""
+    stages: tuple[StagePlan, ...]
+    host_memory: int
+    """Bytes of pinned host memory."""
+    host_free: int
+    seconds_per_step: float
+    busy: tuple[float, ...]
+    """Share of a step in which each stage computes."""
+    steps: int
+    steps_per_epoch: float
+    calibrated: bool
+    """Whether times rest on what was measured on these cards."""
+    alternatives: tuple[Alternative, ...] = ()
+    changes: tuple[Alternative, ...] = ()
+    """The smallest changes with which it would fit, if it does not."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be trained so without running out of memory."""
+        return all(stage.fits for stage in self.stages) and self.host_memory <= self.host_free
+
+    @property
+    def limit(self) -> str:
+        """What keeps it from fitting, or from being faster."""
+        for stage in self.stages:
+            if not stage.fits:
+                most = max(stage.parts, key=lambda part: stage.parts[part])
+                wanted = f"{(stage.peak + stage.spare) / GIB:.1f} GiB"
+                return f"{stage.device} would need {wanted} and has {stage.free / GIB:.1f}; most is {most}"
+        if self.host_memory > self.host_free:
+            wanted = f"{self.host_memory / GIB:.1f} GiB of host memory"
+            return f"{wanted} would be pinned, {self.host_free / GIB:.1f} may be"
+        if self.bubble > MOST_BUBBLE:
+            return f"the cards wait {100 * self.bubble:.0f} % of a step: more micro-batches a step"
+        if any(stage.kept < stage.num_blocks for stage in self.stages):
+            return "memory: blocks compute again what there is no room to keep"
+        return "compute"
+
+    @property
+    def split_at(self) -> tuple[int, ...]:
+        """First block of each stage after the first."""
+        return tuple(stage.first for stage in self.stages[1:])
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which the cards wait, on average."""
+        devices = {stage.device for stage in self.stages}
+        return 1 - sum(self.busy) / len(devices)
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            **asdict(self),
+            "fits": self.fits,
+            "limit": self.limit,
+            "split_at": self.split_at,
+            "bubble": self.bubble,
+            "peaks": [stage.peak for stage in self.stages],
+        }

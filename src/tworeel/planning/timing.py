@@ -1,0 +1,139 @@
+"""How long work takes on a card, and a step on several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tworeel.engine.schedule import Action, Order
+from tworeel.planning.cards import Card
+from tworeel.planning.graphs import Work
+
+PRODUCT_SHARE = 0.78
+"""Of a card's peak that large matrix products reach; measured: 0.76 to 0.81 (bf16, fp8, H100)."""
+ATTENTION_SHARE = 0.61
+"""Of a card's bf16 peak that an attention's forward reaches; measured: cuDNN on an H100, 20,280 tokens."""
+ATTENTION_BACKWARD_SHARE = 0.54
+TRAFFIC_SHARE = 0.8
+"""Of a card's bandwidth that everything else reaches."""
+PCIE_SHARE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a card does in a second."""
+
+    bf16: float
+    """Operations of bf16 products, and of others that it has no rate for."""
+    products: Mapping[torch.dtype, float]
+    attention: float
+    """Operations of a forward."""
+    attention_backward: float
+    traffic: float
+    """Bytes of its memory."""
+    host: float
+    """Bytes each way between it and the host."""
+    crossing: float
+    """Bytes to the next card."""
+
+    def forward(self, work: Work) -> float:
+        """Seconds of a forward's work."""
+        return self._products(work) + work.attention / self.attention
+
+    def backward(self, work: Work) -> float:
+        """Seconds of a backward's work."""
+        return self._products(work) + work.attention / self.attention_backward
+
+    def _products(self, work: Work) -> float:
+        products = sum(count / self.products.get(dtype, self.bf16) for dtype, count in work.products.items())
+        return products + work.traffic / self.traffic
+
+    def slowed(self, factor: float) -> Rates:
+        """The same card where everything takes `factor` times as long."""
+        return replace(
+            self,
+            bf16=self.bf16 / factor,
+            products={dtype: rate / factor for dtype, rate in self.products.items()},
+            attention=self.attention / factor,
+            attention_backward=self.attention_backward / factor,
+            traffic=self.traffic / factor,
+        )
+
+
+def rates_of(card: Card) -> Rates:
+    """What a card reaches of its vendor's figures."""
+    products = {torch.float32: card.bf16 / 2, torch.float64: card.bf16 / 32}
+    if card.fp8 is not None:
+        products[torch.float8_e4m3fn] = card.fp8
+    if card.int8 is not None:
+        products[torch.int8] = card.int8
+    return Rates(
+        bf16=PRODUCT_SHARE * card.bf16,
+        products={dtype: PRODUCT_SHARE * rate for dtype, rate in products.items()},
+        attention=ATTENTION_SHARE * card.bf16,
+        attention_backward=ATTENTION_BACKWARD_SHARE * card.bf16,
+        traffic=TRAFFIC_SHARE * card.bandwidth,
+        host=PCIE_SHARE * card.pcie,
+        crossing=PCIE_SHARE * card.crossing,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step, as its stages run through it."""
+
+    seconds: float
+    busy: tuple[float, ...]
+    """Share of the step in which each stage computes."""
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which the stages wait, on average."""
+        return 1 - sum(self.busy) / len(self.busy)
+
+
+def simulate(
+    orders: Sequence[Order], forward: Sequence[float], backward: Sequence[float], crossing: float = 0.0
+) -> StepTime:
+    """Let each stage do its work in its order, each action as soon as what it needs is there.
+
+    Args:
+        orders: as `make_orders` gives them.
+        forward, backward: seconds of each stage for one micro-batch.
+        crossing: seconds from one stage to the next.
+    """
+    last = len(forward) - 1
+    done: dict[Action, float] = {}
+    clock = [0.0] * len(orders)
+    waiting = [list(reversed(order)) for order in orders]
+    while any(waiting):
+        moved = False
+        for lane, order in enumerate(waiting):
+            while order and (ready := _ready(order[-1], done, last, crossing)) is not None:
+                action = order.pop()
+                length = (forward if action.kind == "F" else backward)[action.stage]
+                clock[lane] = done[action] = max(clock[lane], ready) + length
+                moved = True
+        assert moved, "the orders wait for each other"
+    count = len({action.micro_batch for order in orders for action in order})
+    seconds = max(clock)
+    busy = tuple(count * (f + b) / seconds for f, b in zip(forward, backward, strict=True))
+    return StepTime(seconds, busy)
+
+
+def _ready(action: Action, done: Mapping[Action, float], last: int, crossing: float) -> float | None:
+    """When what an action needs is there; None if that is not known yet."""
+    stage, number = action.stage, action.micro_batch
+    if action.kind == "F":
+        if stage == 0:
+            return 0.0
+        before = Action("F", number, stage - 1)
+    elif stage == last:
+        found = done.get(Action("F", number, stage))
+        return found
+    else:
+        before = Action("B", number, stage + 1)
+    time = done.get(before)
+    return None if time is None else time + crossing

@@ -1,0 +1,344 @@
+"""Runs one block of each kind on tensors without data, and reads off what it holds and costs.
+
+Nothing of a model's code is known here: its own forward runs, on fake tensors of the size of the largest
+clip, with its lists of blocks cut short. What a compiled block costs is read from the graphs that torch would
+compile.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx, nn
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from tworeel.data.clips import Bucket
+from tworeel.engine.fitting import Footprint
+from tworeel.engine.residency import Residency, is_kept, run_block
+from tworeel.lora.inject import inject_lora
+from tworeel.models.family import Family, ModelSource
+from tworeel.planning.graphs import GraphReader, Work, is_heavy, work_of
+from tworeel.quant import quantize_blocks
+from tworeel.quant.frozen import FrozenLinear
+
+BLOCKS = 2
+"""Of each list: the first one's input may be special."""
+STORED_ONLY = ("nf4",)
+"""Weights that are dequantized for each use: the block computes as it does with bf16 weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings:
+    """What a block's cost depends on, beside the model and the clip."""
+
+    dtype: torch.dtype = torch.bfloat16
+    quantize: str | None = None
+    compile: bool = True
+    rank: int = 32
+    dora: bool = False
+    targets: tuple[str, ...] = ()
+    condition_on_image: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTrace:
+    """What one block costs for one micro-batch."""
+
+    footprints: Mapping[Residency, Footprint]
+    forward: Work
+    backward: Work
+    recomputed: Mapping[Residency, Work]
+    """What is computed once more in the backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTrace:
+    """What the blocks of each list cost, and what runs around them."""
+
+    blocks: Mapping[str, BlockTrace]
+    """By the name of the list."""
+    inputs: int
+    """Bytes of a micro-batch that all blocks of a stage share: text, rotary tables, modulation."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Any
+
+
+def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings) -> ModelTrace:
+    """Trace a block of each list on a clip of this bucket.
+
+    Args:
+        family: of the model.
+        source: the model; nothing but its configuration is used.
+        bucket: frames, height and width of the clip in pixels.
+        settings: how the blocks are run.
+    """
+    model = _shortened(family, source, settings)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _materialize(model, family, settings.dtype)
+        calls = _record(model, family, source, bucket, settings)
+        trace = _trace_compiled if settings.compile else _trace_eager
+        blocks = {name: trace(model.get_submodule(f"{name}.1"), call) for name, call in calls.items()}
+    return ModelTrace(blocks=blocks, inputs=max(map(_constant_bytes, calls.values())))
+
+
+def _shortened(family: Family, source: ModelSource, settings: TraceSettings) -> nn.Module:
+    """The model on the meta device with a few blocks of each list, quantized and with its LoRA."""
+    model = family.build_transformer(source.transformer)
+    for name in family.block_lists:
+        blocks = model.get_submodule(name)
+        assert isinstance(blocks, nn.ModuleList)
+        model.set_submodule(name, nn.ModuleList(list(blocks)[:BLOCKS]))
+    if settings.quantize is not None and settings.quantize not in STORED_ONLY:
+        lists = tuple(f"{name}." for name in family.block_lists)
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(lists)
+        ]
+        quantize_blocks(model, settings.quantize, linears)
+    inject_lora(
+        model,
+        rank=settings.rank,
+        alpha=settings.rank,
+        targets=settings.targets or family.lora_presets["all-linear"],
+        dora=settings.dora,
+        block_lists=family.block_lists,
+    )
+    return model
+
+
+def _materialize(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
+    """Give every parameter memory of the size that it will have; needs a fake mode."""
+    keep = set(family.keep_fp32)
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            precise = parameter.requires_grad or keep & {*module_name.split("."), name}
+            kind = torch.float32 if precise and dtype != torch.float64 else dtype
+            value = torch.empty(parameter.shape, dtype=kind)
+            if isinstance(module, FrozenLinear):
+                module.accept(name, value)
+            else:
+                setattr(module, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+def _record(
+    model: nn.Module, family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings
+) -> dict[str, _Call]:
+    """Run the model's forward; what the second block of each list was called with, and gave."""
+    shapes = family.cached_shapes(source, bucket.frames, bucket.height, bucket.width)
+    cached = {name: torch.empty(shape) for name, shape in shapes.items()}
+    sample = family.make_sample(
+        source.traits,
+        cached,
+        torch.empty(shapes["latents"]),
+        0.5,
+        dtype=settings.dtype,
+        condition_on_image=settings.condition_on_image,
+    )
+    calls: dict[str, _Call] = {}
+
+    def keep_call(name: str, block: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+        calls[name] = _Call(args, kwargs, outputs)
+
+    for name in family.block_lists:
+        model.get_submodule(f"{name}.1").register_forward_hook(partial(keep_call, name), with_kwargs=True)
+    with torch.no_grad():
+        model(**sample.inputs, return_dict=False)
+    return calls
+
+
+def _constant_bytes(call: _Call) -> int:
+    """Bytes of what all blocks are given alike: of the inputs, those that no output looks like."""
+    shapes = {leaf.shape for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor)}
+    tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.shape not in shapes)
+
+
+def _as_in_training(call: _Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments; what comes out of one block and goes into the next needs a gradient."""
+    shapes = {leaf.shape for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor)}
+
+    def fresh(tensor: Tensor) -> Tensor:
+        copy = tensor.detach()
+        return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
+
+    args, kwargs = tree_map_only(Tensor, fresh, (call.args, call.kwargs))
+    return args, kwargs
+
+
+def _hidden_bytes(call: _Call) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor))
+
+
+def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
+    """From the forward and backward graphs that `torch.compile` would be given for the block."""
+    graphs = _compiled_graphs(block, call)
+    forward, backward = graphs["forward"], graphs["backward"]
+    hidden = _hidden_bytes(call)
+    reader = GraphReader(forward)
+    there, back = reader.cost(), GraphReader(backward, reader.returned()).cost()
+    kept = Footprint(kept=there.end, working=max(there.peak - there.end, hidden + back.peak), hidden=hidden)
+    spared = [node for node in forward.nodes if is_kept(node.target, _values(node))]
+    attention = sum(
+        leaf.nbytes for node in spared for leaf in tree_leaves(node.meta["val"]) if leaf is not None
+    )
+    work = sum((work_of(node.target, _values(node), node.meta["val"]) for node in spared), Work())
+    return _with_fallbacks(kept, attention, there.work, back.work, work)
+
+
+def _values(node: fx.Node) -> list[Any]:
+    return [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in node.args]
+
+
+def _with_fallbacks(
+    keep: Footprint, attention: int, forward: Work, backward: Work, spared: Work
+) -> BlockTrace:
+    """A block that recomputes holds, while its backward runs, what it would have kept."""
+    most, hidden = keep.kept + keep.working, keep.hidden
+    footprints = {
+        Residency.KEEP: keep,
+        Residency.SELECTIVE: Footprint(
+            kept=hidden + attention, working=most - hidden - attention, hidden=hidden
+        ),
+        Residency.RECOMPUTE: Footprint(kept=hidden, working=most - hidden, hidden=hidden),
+    }
+    return BlockTrace(
+        footprints=footprints,
+        forward=forward,
+        backward=backward,
+        recomputed={
+            Residency.KEEP: Work(),
+            Residency.SELECTIVE: replace(forward, attention=forward.attention - spared.attention),
+            Residency.RECOMPUTE: forward,
+        },
+    )
+
+
+def _compiled_graphs(block: nn.Module, call: _Call) -> dict[str, fx.Graph]:
+    args, kwargs = _as_in_training(call)
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    found: dict[str, fx.Graph] = {}
+
+    def run(state: dict[str, Tensor], *tensors: Tensor) -> Any:
+        merged = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            merged[place] = tensor
+        inner_args, inner_kwargs = tree_unflatten(merged, spec)
+        return torch.func.functional_call(block, state, inner_args, inner_kwargs)
+
+    def keep(name: str, graph: fx.GraphModule, _inputs: Any) -> Any:
+        found[name] = graph.graph
+        return make_boxed_func(graph)
+
+    compiled = aot_function(
+        run,
+        fw_compiler=partial(keep, "forward"),
+        bw_compiler=partial(keep, "backward"),
+        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table(),
+    )
+    outputs = compiled(state, *(leaves[i] for i in places))
+    wanted = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    torch.autograd.grad(
+        wanted,
+        [leaf for leaf in (*state.values(), *leaves) if isinstance(leaf, Tensor) and leaf.requires_grad],
+        [torch.ones_like(leaf) for leaf in wanted],
+        allow_unused=True,
+    )
+    return found
+
+
+def _trace_eager(block: nn.Module, call: _Call) -> BlockTrace:
+    """From a forward and a backward in each way."""
+    args, kwargs = _as_in_training(call)
+    measured = {
+        residency: _run_watched(block, args, kwargs, residency)
+        for residency in (Residency.KEEP, Residency.SELECTIVE, Residency.RECOMPUTE)
+    }
+    _, forward, backward = measured[Residency.KEEP]
+    return BlockTrace(
+        footprints={residency: footprint for residency, (footprint, _, _) in measured.items()},
+        forward=forward,
+        backward=backward,
+        recomputed={residency: more - backward for residency, (_, _, more) in measured.items()},
+    )
+
+
+def _run_watched(
+    block: nn.Module, args: Any, kwargs: Any, residency: Residency
+) -> tuple[Footprint, Work, Work]:
+    """What the block holds, and the work of its forward and of its backward."""
+    with _Watch() as watch:
+        outputs = run_block(block, args, kwargs, residency=residency)
+        kept, forward = watch.live, watch.work
+        watch.work = Work()
+        wanted = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        hidden = sum(leaf.nbytes for leaf in wanted)
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        inputs = [
+            leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
+        ]
+        del outputs
+        gradients = [torch.ones_like(leaf) for leaf in wanted]
+        torch.autograd.grad(wanted, [*inputs, *trained], gradients, allow_unused=True)
+    footprint = Footprint(kept=kept, working=watch.peak - kept, hidden=hidden)
+    return footprint, forward, watch.work
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it is on, and what the operations cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.work = Work()
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = {_storage(tensor) for tensor in given}
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        new = [tensor for tensor in made if _storage(tensor) not in before]
+        for tensor in new:
+            self._follow(tensor)
+        if is_heavy(func):
+            self.work += work_of(func, args, result)
+        elif new:
+            self.work += Work(traffic=float(sum(tensor.nbytes for tensor in (*given, *new))))
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = _storage(tensor), storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
