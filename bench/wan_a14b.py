@@ -142,22 +142,22 @@ def resume(options: Options) -> dict[str, Any]:
 def compare(options: Options) -> dict[str, Any]:
     """Time the same micro-batches pipelined and one by one."""
     config = run_config(options, 1)
-    plan = preflight(config, SilentRun())
-    index = cache_clips(config, plan, SilentRun())
-    model = load_model(config, plan)
-    division = split_model(config, plan, model)
+    job = preflight(config, SilentRun())
+    index = cache_clips(config, job, SilentRun())
+    model = load_model(config, job)
+    division = split_model(config, job, model)
     batches = MicroBatches(
-        family=plan.family,
-        traits=plan.source.traits,
-        clips=plan.clips,
+        family=job.family,
+        traits=job.source.traits,
+        clips=job.clips,
         index=index,
-        order=Order(plan.clips, [1.0], config.train.seed),
-        levels=NoiseLevels(sigma_range=plan.source.traits.sigma_range),
+        order=Order(job.clips, [1.0], config.train.seed),
+        levels=NoiseLevels(sigma_range=job.source.traits.sigma_range),
         config=config.train,
         dtype=torch_dtype(config.model.dtype),
     ).of_step(0)
     pipeline = Pipeline(division, forward=run_transformer, slack=config.engine.slack)
-    with attention_backend(config.engine.attention, plan.placement.devices):
+    with attention_backend(config.engine.attention, job.placement.devices):
         found = schedules.compare(pipeline, batches, weighted_loss, rounds=1)
     measuring.print_table("compare", ("schedule", "seconds a clip", "busy"), schedules.comparison_rows(found))
     return {**asdict(found), "ratio": found.ratio}

@@ -15,6 +15,7 @@ ROOMS = (
     "benchmarks",
     "demo",
     "training",
+    "planning",
     "report",
     "cache",
     "data",

@@ -82,14 +82,12 @@ def test_bfloat16_trains(folder: Path, devices: list[torch.device]) -> None:
 
 def test_encoders_on_a_gpu_find_what_they_find_on_the_cpu(folder: Path, gpu: torch.device) -> None:
     config = config_of(folder, "run", [gpu, gpu])
-    plan = preflight(config, SilentRun())
+    job = preflight(config, SilentRun())
     found = []
     for device in ("cpu", gpu):
         store = CacheStore(folder / f"cache-{str(device).replace(':', '-')}")
-        index = build_cache(
-            store, plan.family, plan.source, plan.clips, devices=[device], dtype=torch.float32
-        )
-        found.append([index.load(clip) for clip in plan.clips])
+        index = build_cache(store, job.family, job.source, job.clips, devices=[device], dtype=torch.float32)
+        found.append([index.load(clip) for clip in job.clips])
     for ours, theirs in zip(*found, strict=True):
         for name in ("latents", "text"):
             # Convolutions round to TF32 by default.

@@ -77,13 +77,13 @@ def test_a_loaded_model_leaves_nothing_on_the_other_device(
     write_clips(tmp_path / "clips", count=1)
     engine = {"devices": tuple(map(str, devices))}
     config = tiny_config(model_config, tmp_path / "clips", tmp_path / "run", engine=engine)
-    plan = preflight(config, SilentRun())
+    job = preflight(config, SilentRun())
     gpus = {device for device in devices if device.type != "cpu"}
     gc.collect()
     before = {device: torch.accelerator.memory_allocated(device) for device in gpus}
-    model = load_model(config, plan)
+    model = load_model(config, job)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert [n for n, tensor in tensors.items() if tensor.device != plan.placement.device_of(n)] == []
+    assert [n for n, tensor in tensors.items() if tensor.device != job.placement.device_of(n)] == []
     gc.collect()
     for device in gpus:
         own = [tensor.nbytes for tensor in tensors.values() if tensor.device == device]

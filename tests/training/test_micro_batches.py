@@ -25,8 +25,8 @@ MakeConfig = Callable[..., RunConfig]
 def make_batches(make_config: MakeConfig) -> Callable[..., MicroBatches]:
     def make(**sections: Any) -> MicroBatches:
         config = make_config(**sections)
-        plan = preflight(config, SilentRun())
-        return make_micro_batches(config, plan, cache_clips(config, plan, SilentRun()))
+        job = preflight(config, SilentRun())
+        return make_micro_batches(config, job, cache_clips(config, job, SilentRun()))
 
     return make
 

@@ -35,12 +35,12 @@ def test_a_plan_reads_no_weight(make_config: MakeConfig, monkeypatch: pytest.Mon
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(TensorFiles, "read", refuse)
-    plan = preflight(make_config(engine={"devices": ("cpu",) * 4}), SilentRun())
-    assert all(p.is_meta for p in plan.transformer.parameters())
-    assert plan.placement.num_stages == 4
-    assert len(plan.clips) == 3
-    assert len(plan.targets) == 4 * 10
-    assert plan.init_from is None
+    job = preflight(make_config(engine={"devices": ("cpu",) * 4}), SilentRun())
+    assert all(p.is_meta for p in job.transformer.parameters())
+    assert job.placement.num_stages == 4
+    assert len(job.clips) == 3
+    assert len(job.targets) == 4 * 10
+    assert job.init_from is None
 
 
 def test_all_problems_come_at_once(make_config: MakeConfig, clips: Path, tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_refused_run_leaves_nothing_but_its_folder(make_config: MakeConfig) ->
 
 
 def test_names_of_presets_patterns_and_dtypes(make_config: MakeConfig) -> None:
-    plan = preflight(make_config(lora={"targets": "attention"}), SilentRun())
-    assert len(plan.targets) == 4 * 8
+    job = preflight(make_config(lora={"targets": "attention"}), SilentRun())
+    assert len(job.targets) == 4 * 8
     own = ("attn1.to_q",)
-    assert lora_targets(plan.family, make_config(lora={"targets": own})) == own
+    assert lora_targets(job.family, make_config(lora={"targets": own})) == own
     assert model_request(make_config()).path == make_config().model.path
     assert torch_dtype("bfloat16") is torch.bfloat16
 

@@ -30,9 +30,9 @@ MakeModel = Callable[..., ModelConfig]
 
 def trained_model(config: RunConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The model as the run had it after its last step, and inputs of a micro-batch."""
-    plan = preflight(config, SilentRun())
-    batches = make_micro_batches(config, plan, cache_clips(config, plan, SilentRun()))
-    model = load_model(config, plan)
+    job = preflight(config, SilentRun())
+    batches = make_micro_batches(config, job, cache_clips(config, job, SilentRun()))
+    model = load_model(config, job)
     checkpoint, _ = CheckpointStore(config.train.output / "checkpoints").newest_intact()
     assert checkpoint is not None and checkpoint.step == config.train.steps
     load_lora_state(model, checkpoint.tensors["lora"])

@@ -27,9 +27,9 @@ def gradients(
     config: RunConfig, *, stages: int | None
 ) -> tuple[list[Tensor], dict[str, Tensor], set[torch.Size]]:
     """Losses and gradients of one step: split, or (None) by plain PyTorch on the whole model."""
-    plan = preflight(config, SilentRun())
-    batches = make_micro_batches(config, plan, cache_clips(config, plan, SilentRun())).of_step(0)
-    model = load_model(config, plan)
+    job = preflight(config, SilentRun())
+    batches = make_micro_batches(config, job, cache_clips(config, job, SilentRun())).of_step(0)
+    model = load_model(config, job)
     for parameter in (p for name, p in lora_parameters(model).items() if name.endswith("lora_B")):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     if stages is None:

@@ -37,8 +37,8 @@ def cache(
         from tworeel.training.assembly import cache_clips
         from tworeel.training.preflight import preflight
 
-        plan = preflight(run_config, observer)
-        index = cache_clips(run_config, plan, observer)
-    for line in plan.scan.skipped:
+        job = preflight(run_config, observer)
+        index = cache_clips(run_config, job, observer)
+    for line in job.scan.skipped:
         complain("skipped", line)
-    say(f"{len(plan.clips):,} clips are in the cache: {index.store.folder}")
+    say(f"{len(job.clips):,} clips are in the cache: {index.store.folder}")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tworeel.config import RunConfig
     from tworeel.data.scan import Scan
     from tworeel.models.family import Traits
-    from tworeel.training.preflight import Plan
+    from tworeel.training.preflight import Job
 
 
 def check(
@@ -52,8 +52,8 @@ def check(
     if found.source and found.scan:
         _show_data(run_config, found.scan, found.source.traits)
     raise_if_any(found.problems)
-    assert found.plan is not None, "neither a plan nor a problem"
-    _show_stages(found.plan)
+    assert found.job is not None, "neither a job nor a problem"
+    _show_stages(found.job)
     _show_what_to_do(run_config)
 
 
@@ -76,11 +76,11 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _show_stages(plan: Plan) -> None:
-    for stage, device in enumerate(plan.placement.devices):
-        blocks = plan.placement.blocks_of(stage)
+def _show_stages(job: Job) -> None:
+    for stage, device in enumerate(job.placement.devices):
+        blocks = job.placement.blocks_of(stage)
         say(f"Stage {stage}: {device}, blocks {blocks[0]} to {blocks[-1]}")
-    say(f"The LoRA adapts {len(plan.targets):,} layers.")
+    say(f"The LoRA adapts {len(job.targets):,} layers.")
 
 
 def _show_what_to_do(config: RunConfig) -> None:

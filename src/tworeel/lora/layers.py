@@ -71,7 +71,11 @@ class Quantized(Protocol):
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """Return the frozen weight of a linear layer, shape (out, in); that of a quantized one is made anew."""
-    return layer.dequantized() if isinstance(layer, Quantized) else layer.get_parameter("weight")
+    if isinstance(layer, Quantized):
+        return layer.dequantized()
+    # Not `get_parameter`: while a block is traced, something else stands in the parameter's place.
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -28,7 +28,9 @@ class Budget:
     """Bytes of them that no other has taken."""
     rates: Rates
     measured: bool = False
-    """Whether the rates were measured on this card."""
+    """Whether the rates rest on what runs took on this card."""
+    slowdown: float = 1.0
+    """How much longer they took than by the card's figures."""
 
     def another(self, number: int) -> Budget:
         """The same card once more."""

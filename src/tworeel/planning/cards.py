@@ -87,7 +87,7 @@ def parse_cards(text: str, cards: Sequence[Card]) -> tuple[Card, ...]:
     found: list[Card] = []
     problems: list[str] = []
     for part in re.split(r"[,+]", text):
-        counted = re.fullmatch(r"\s*(?:(\d+)\s*[x×]\s*)?(.+?)\s*", part)
+        counted = re.fullmatch(r"(?:(\d+)\s*[x×]\s*)?(.+)", part.strip())
         if counted is None:
             problems.append(f"--gpus {text!r}: a card is missing")
             continue

@@ -89,6 +89,8 @@ class Plan:
     seconds_per_step: float
     busy: tuple[float, ...]
     """Share of a step in which each stage computes."""
+    host_bound: bool
+    """Whether the cards wait for the host, which launches their work."""
     steps: int
     steps_per_epoch: float
     calibrated: bool
@@ -113,6 +115,8 @@ class Plan:
         if self.host_memory > self.host_free:
             wanted = f"{self.host_memory / GIB:.1f} GiB of host memory"
             return f"{wanted} would be pinned, {self.host_free / GIB:.1f} may be"
+        if self.host_bound:
+            return "the host, which launches too slowly for so few tokens: larger clips"
         if self.bubble > MOST_BUBBLE:
             return f"the cards wait {100 * self.bubble:.0f} % of a step: more micro-batches a step"
         if any(stage.kept < stage.num_blocks for stage in self.stages):
@@ -123,6 +127,14 @@ class Plan:
     def split_at(self) -> tuple[int, ...]:
         """First block of each stage after the first."""
         return tuple(stage.first for stage in self.stages[1:])
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most that each device holds at a time, by its name."""
+        found: dict[str, int] = {}
+        for stage in self.stages:
+            found[stage.device] = found.get(stage.device, 0) + stage.peak
+        return found
 
     @property
     def bubble(self) -> float:
@@ -138,5 +150,5 @@ class Plan:
             "limit": self.limit,
             "split_at": self.split_at,
             "bubble": self.bubble,
-            "peaks": [stage.peak for stage in self.stages],
+            "peaks": self.peaks,
         }

@@ -15,12 +15,12 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import SPARE, Fit, Footprint, fit_stages
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import make_orders, most_in_flight
+from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.plan import Alternative, Plan, StagePlan
-from tworeel.planning.timing import StepTime, simulate
+from tworeel.planning.timing import HOST_SECONDS, simulate
 from tworeel.planning.tracing import BlockTrace, ModelTrace, TraceSettings, trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
@@ -39,8 +39,6 @@ class Request:
     source: ModelSource
     buckets: Mapping[Bucket, float]
     """How often a clip of each bucket is drawn."""
-    targets: tuple[str, ...]
-    """Names of the linear layers that the LoRA adapts."""
     trace: TraceSettings
     budgets: tuple[Budget, ...]
     """Of the devices, in the order of the stages, once over."""
@@ -87,7 +85,7 @@ class Planner:
         self.request = request
         self._known_trace = trace
         self._model = request.family.build_transformer(request.source.transformer)
-        self._units = unit_bytes(self._model, request.family, request.targets, request.trace)
+        self._units = unit_bytes(self._model, request.family, request.trace)
         self._largest = max(request.buckets, key=lambda bucket: tokens(bucket, request.source.traits))
 
     @cached_property
@@ -216,29 +214,31 @@ class Planner:
         devices = [torch.device("cpu")] * num_stages
         return place(self._model, devices, at=at, blocks=self.request.family.block_lists)
 
-    def _evaluate(self, stages: Sequence[Budget], at: tuple[int, ...]) -> Plan:
-        request, boundaries = self.request, (0, *at, self._num_blocks)
+    def drafts(self, stages: Sequence[Budget], at: Sequence[int]) -> list[StageDraft]:
+        """The stages with these boundaries, before it is decided what their blocks leave behind.
+
+        Raises:
+            ValueError: the boundaries are not one for each stage but the first, in rising order.
+        """
+        boundaries = (0, *at, self._num_blocks)
         if len(at) != len(stages) - 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
             self._place(len(stages), at)  # says what is wrong with it
-        orders = make_orders([b.device for b in stages], request.micro_batches, slack=request.slack)
-        depths = most_in_flight(orders, len(stages))
-        drafts = [self._draft(i, stages, boundaries, depth) for i, depth in enumerate(depths)]
-        made = self._decide(drafts)
+        depths = most_in_flight(self._orders_of(stages), len(stages))
+        return [self._draft(i, stages, boundaries, depth) for i, depth in enumerate(depths)]
+
+    def assembled(
+        self, stages: Sequence[Budget], drafts: Sequence[StageDraft], made: Sequence[StagePlan]
+    ) -> Plan:
+        """The plan of these stages, with the time of a step."""
+        request = self.request
         hidden = max(trace.footprints[Residency.KEEP].hidden for trace in self.trace.blocks.values())
         crossing = hidden / min(budget.rates.crossing for budget in stages) if len(stages) > 1 else 0.0
+        orders = self._orders_of(stages)
         time = simulate(orders, [s.forward for s in made], [s.backward for s in made], crossing)
-        return self._plan(stages, drafts, made, time)
-
-    def _plan(
-        self,
-        stages: Sequence[Budget],
-        drafts: Sequence[StageDraft],
-        made: Sequence[StagePlan],
-        time: StepTime,
-    ) -> Plan:
-        request = self.request
+        host = request.micro_batches * self._num_blocks * HOST_SECONDS[request.trace.compile]
+        step = time.at_least(host)
         pairs = zip(drafts, made, strict=True)
-        found = Plan(
+        return Plan(
             model=request.source.traits.variant,
             precision=request.trace.quantize or str(request.trace.dtype).removeprefix("torch."),
             compiled=request.trace.compile,
@@ -247,13 +247,21 @@ class Planner:
             stages=tuple(made),
             host_memory=sum(draft.parked(stage) + stage.streamed * draft.block for draft, stage in pairs),
             host_free=request.host_free,
-            seconds_per_step=time.seconds,
-            busy=time.busy,
+            seconds_per_step=step.seconds,
+            busy=step.busy,
+            host_bound=host > time.seconds,
             steps=request.steps,
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
         )
-        return found
+
+    def _evaluate(self, stages: Sequence[Budget], at: Sequence[int]) -> Plan:
+        drafts = self.drafts(stages, at)
+        return self.assembled(stages, drafts, self._decide(drafts))
+
+    def _orders_of(self, stages: Sequence[Budget]) -> list[Order]:
+        request = self.request
+        return make_orders([b.device for b in stages], request.micro_batches, slack=request.slack)
 
     def _draft(
         self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], in_flight: int
@@ -291,10 +299,11 @@ class Planner:
         else:
             fits = [Fit(0, Residency(residency)) for _ in memories]
         decided = zip(drafts, fits, counts, strict=True)
-        return [draft.decide(fit, count, self._means) for draft, fit, count in decided]
+        return [draft.decide(fit, count, self.means) for draft, fit, count in decided]
 
     @cached_property
-    def _means(self) -> Means:
+    def means(self) -> Means:
+        """The average clip of the data, relative to the largest."""
         traits = self.request.source.traits
         largest, total = tokens(self._largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]

@@ -19,6 +19,9 @@ ATTENTION_BACKWARD_SHARE = 0.54
 TRAFFIC_SHARE = 0.8
 """Of a card's bandwidth that everything else reaches."""
 PCIE_SHARE = 0.8
+HOST_SECONDS = {True: 4.5e-3, False: 5.9e-3}
+"""What the host needs to launch a block's forward and backward, compiled or not. The threads of all stages
+share Python's lock, so it adds up over them; measured at 1,024 tokens, where the cards wait for the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +91,11 @@ class StepTime:
     busy: tuple[float, ...]
     """Share of the step in which each stage computes."""
 
-    @property
-    def bubble(self) -> float:
-        """Share of the step in which the stages wait, on average."""
-        return 1 - sum(self.busy) / len(self.busy)
+    def at_least(self, seconds: float) -> StepTime:
+        """The same work in a step that takes so long for another reason."""
+        if seconds <= self.seconds:
+            return self
+        return StepTime(seconds, tuple(share * self.seconds / seconds for share in self.busy))
 
 
 def simulate(

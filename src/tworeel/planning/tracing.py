@@ -45,7 +45,8 @@ class TraceSettings:
     compile: bool = True
     rank: int = 32
     dora: bool = False
-    targets: tuple[str, ...] = ()
+    targets: tuple[str, ...]
+    """Names of the linear layers that the LoRA adapts."""
     condition_on_image: bool = True
 
 
@@ -110,11 +111,12 @@ def _shortened(family: Family, source: ModelSource, settings: TraceSettings) -> 
             if isinstance(module, nn.Linear) and name.startswith(lists)
         ]
         quantize_blocks(model, settings.quantize, linears)
+    there = {name for name, _ in model.named_modules()}
     inject_lora(
         model,
         rank=settings.rank,
         alpha=settings.rank,
-        targets=settings.targets or family.lora_presets["all-linear"],
+        targets=[name for name in settings.targets if name in there],
         dora=settings.dora,
         block_lists=family.block_lists,
     )

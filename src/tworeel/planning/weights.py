@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,24 +31,19 @@ class UnitBytes:
     """Bytes of its LoRA's weights, which are fp32."""
 
 
-def unit_bytes(
-    model: nn.Module, family: Family, targets: Sequence[str], settings: TraceSettings
-) -> list[UnitBytes]:
+def unit_bytes(model: nn.Module, family: Family, settings: TraceSettings) -> list[UnitBytes]:
     """Count the bytes of each unit of a model.
 
     Args:
         model: on the meta device, without a LoRA.
         family: of the model.
-        targets: names of the layers that the LoRA adapts.
-        settings: precision, and the LoRA's rank.
+        settings: precision, and the LoRA.
     """
-    return list(_units(model, family, set(targets), settings))
+    return list(_units(model, family, settings))
 
 
-def _units(
-    model: nn.Module, family: Family, targets: set[str], settings: TraceSettings
-) -> Iterator[UnitBytes]:
-    placement = place(model, ["cpu"], blocks=family.block_lists)
+def _units(model: nn.Module, family: Family, settings: TraceSettings) -> Iterator[UnitBytes]:
+    placement, targets = place(model, ["cpu"], blocks=family.block_lists), set(settings.targets)
     # What no unit holds lies on the first stage.
     own = [(name, p) for name, p in model.named_parameters(recurse=False)]
     yield UnitBytes("", False, 0, sum(_plain(name, p, family, settings) for name, p in own), 0)

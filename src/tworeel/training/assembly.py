@@ -1,4 +1,4 @@
-"""The parts of a run, each made from the configuration and the plan: cache, model, micro-batches."""
+"""The parts of a run, each made from the configuration and the job: cache, model, micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tworeel.quant import quantize_blocks
 from tworeel.training.devices import resolve_devices
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
-from tworeel.training.preflight import Plan, cache_folder, noise_levels, torch_dtype, transformer_names
+from tworeel.training.preflight import Job, cache_folder, noise_levels, torch_dtype, transformer_names
 from tworeel.training.report import RunObserver
 from tworeel.training.space import full_disk_as_user_error
 from tworeel.weights.loading import load_weights
@@ -29,7 +29,7 @@ HOST_SHARE = 0.8
 """Of the host memory that is available, how much activations may take."""
 
 
-def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIndex:
+def cache_clips(config: RunConfig, job: Job, observer: RunObserver) -> CacheIndex:
     """Encode what the cache does not hold yet; the encoders are gone when it returns.
 
     Raises:
@@ -39,9 +39,9 @@ def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIn
     with full_disk_as_user_error(folder, "the cache", "what it holds already is intact"):
         return build_cache(
             CacheStore(folder),
-            plan.family,
-            plan.source,
-            plan.clips,
+            job.family,
+            job.source,
+            job.clips,
             devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
             dtype=torch_dtype(config.cache.dtype),
             empty_caption=config.train.caption_dropout > 0,
@@ -49,53 +49,53 @@ def cache_clips(config: RunConfig, plan: Plan, observer: RunObserver) -> CacheIn
         )
 
 
-def load_model(config: RunConfig, plan: Plan, poll: Callable[[], None] = lambda: None) -> nn.Module:
+def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: None) -> nn.Module:
     """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it.
 
     Args:
         config: of the run.
-        plan: of the same; its transformer is filled.
+        job: of the same; its transformer is filled.
         poll: called before each tensor; may raise to stop.
     """
     base = torch_dtype(config.model.dtype)
-    keep = set(plan.family.keep_fp32)
-    waiting = tuple(f"{plan.placement.block_names[i]}." for i in plan.streamed)
+    keep = set(job.family.keep_fp32)
+    waiting = tuple(f"{job.placement.block_names[i]}." for i in job.streamed)
     if config.model.quantize is not None:
-        quantize_blocks(plan.transformer, config.model.quantize, block_linears(plan.transformer, plan.family))
+        quantize_blocks(job.transformer, config.model.quantize, block_linears(job.transformer, job.family))
 
     def device_of(name: str) -> torch.device:
         poll()
-        return torch.device("cpu") if name.startswith(waiting) else plan.placement.device_of(name)
+        return torch.device("cpu") if name.startswith(waiting) else job.placement.device_of(name)
 
     load_weights(
-        plan.transformer,
-        TensorFiles(*plan.source.transformer.files),
-        transformer_names(plan.family, plan.source),
+        job.transformer,
+        TensorFiles(*job.source.transformer.files),
+        transformer_names(job.family, job.source),
         device_of=device_of,
         dtype_of=lambda name: torch.float32 if keep & set(name.split(".")) else base,
     )
     inject_lora(
-        plan.transformer,
+        job.transformer,
         rank=config.lora.rank,
         alpha=config.lora.alpha or config.lora.rank,
-        targets=plan.targets,
+        targets=job.targets,
         rslora=config.lora.rslora,
         dora=config.lora.dora,
         seed=config.train.seed,
     )
-    return plan.transformer
+    return job.transformer
 
 
-def split_model(config: RunConfig, plan: Plan, model: nn.Module) -> Split:
+def split_model(config: RunConfig, job: Job, model: nn.Module) -> Split:
     """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
-    devices, engine = plan.placement.devices, config.engine
+    devices, engine = job.placement.devices, config.engine
     # The system may clear torch's usual place, a temporary folder, at every start.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config).absolute() / "compiled"))
     return split(
         model,
         devices,
-        at=plan.placement.boundaries[1:-1],
-        blocks=plan.family.block_lists,
+        at=job.placement.boundaries[1:-1],
+        blocks=job.family.block_lists,
         residency=engine.residency,
         compile=any(d.type != "cpu" for d in devices) if engine.compile is None else engine.compile,
         streamed=engine.streamed_blocks,
@@ -112,15 +112,15 @@ def block_linears(transformer: nn.Module, family: Family) -> list[str]:
     ]
 
 
-def make_micro_batches(config: RunConfig, plan: Plan, index: CacheIndex) -> MicroBatches:
+def make_micro_batches(config: RunConfig, job: Job, index: CacheIndex) -> MicroBatches:
     """All steps' micro-batches, as the configuration wants them drawn."""
     return MicroBatches(
-        family=plan.family,
-        traits=plan.source.traits,
-        clips=plan.clips,
+        family=job.family,
+        traits=job.source.traits,
+        clips=job.clips,
         index=index,
-        order=Order(plan.clips, [s.weight * s.repeats for s in config.data.sources], config.train.seed),
-        levels=noise_levels(config.train, plan.source.traits),
+        order=Order(job.clips, [s.weight * s.repeats for s in config.data.sources], config.train.seed),
+        levels=noise_levels(config.train, job.source.traits),
         config=config.train,
         dtype=torch_dtype(config.model.dtype),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
@@ -50,9 +50,24 @@ def peak_memory(devices: Sequence[torch.device]) -> dict[str, int]:
     }
 
 
-def out_of_memory(error: torch.OutOfMemoryError, devices: Sequence[torch.device], kept: str) -> UserError:
-    """Say which device ran out, what the peaks were and what would need less."""
-    peaks = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in peak_memory(devices).items())
+def out_of_memory(
+    error: torch.OutOfMemoryError,
+    devices: Sequence[torch.device],
+    kept: str,
+    planned: Mapping[str, int] | None = None,
+) -> UserError:
+    """Say which device ran out, what the peaks were and what would need less.
+
+    Args:
+        error: torch's.
+        devices: of the run.
+        kept: what is not lost, in a sentence.
+        planned: bytes by device, if there was a plan.
+    """
+    plans = {name: f" (planned {size / 2**30:.1f})" for name, size in (planned or {}).items()}
+    peaks = ", ".join(
+        f"{name} {size / 2**30:.1f} GiB{plans.get(name, '')}" for name, size in peak_memory(devices).items()
+    )
     first_line = str(error).splitlines()[0]
     return UserError(
         f"out of memory: {first_line} Peaks so far: {peaks}. {kept} What needs less: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from tworeel.workers import Observer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Job:
     """What a run will work on; nothing but headers, configs and the clips themselves has been read."""
 
     family: Family
@@ -103,16 +103,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What was found, and everything that is wrong with it; only without problems there is a plan."""
+    """What was found, and everything that is wrong with it; only without problems there is a job."""
 
     problems: tuple[str, ...]
     source: ModelSource | None = None
     scan: Scan | None = None
-    plan: Plan | None = None
+    job: Job | None = None
 
 
-def preflight(config: RunConfig, observer: Observer, known: Sequence[str] = ()) -> Plan:
-    """Look at everything that a run needs, make the cache's folder, and make a plan.
+def preflight(config: RunConfig, observer: Observer, known: Sequence[str] = ()) -> Job:
+    """Look at everything that a run needs, make the cache's folder, and make a job.
 
     Args:
         config: of the run.
@@ -127,12 +127,18 @@ def preflight(config: RunConfig, observer: Observer, known: Sequence[str] = ()) 
     with collected(problems):
         make_writable(cache_folder(config), "the cache")
     raise_if_any(dict.fromkeys(problems))  # a file in the cache's place was found already
-    assert found.plan is not None, "neither a plan nor a problem"
-    return found.plan
+    assert found.job is not None, "neither a job nor a problem"
+    return found.job
 
 
-def survey(config: RunConfig, observer: Observer) -> Survey:
-    """Look at everything that a run needs, and find out all that is wrong with it. Nothing is written."""
+def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device] | None = None) -> Survey:
+    """Look at everything that a run needs, and find out all that is wrong with it. Nothing is written.
+
+    Args:
+        config: of the run.
+        observer: sees the progress, and may stop it.
+        devices: stand for the configuration's, and need not be there.
+    """
     problems: list[str] = []
     with collected(problems):
         require_optimizer(config.train)
@@ -144,13 +150,19 @@ def survey(config: RunConfig, observer: Observer) -> Survey:
     with collected(problems):
         RunFolder(config.train.output).lora(config.train.name)
     with collected(problems):
-        return _survey_model(config, *locate_model(model_request(config)), problems, observer)
-    problems += _problems_without_model(config)
+        found = locate_model(model_request(config))
+        return _survey_model(config, *found, problems, observer, devices)
+    problems += _problems_without_model(config, devices)
     return Survey(problems=tuple(problems))
 
 
 def _survey_model(
-    config: RunConfig, family: Family, source: ModelSource, problems: list[str], observer: Observer
+    config: RunConfig,
+    family: Family,
+    source: ModelSource,
+    problems: list[str],
+    observer: Observer,
+    devices: Sequence[torch.device] | None,
 ) -> Survey:
     found: Scan | None = None
     init_from: LoraFile | None = None
@@ -166,7 +178,7 @@ def _survey_model(
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))
     with collected(problems):
-        placement = _place(transformer, config, family)
+        placement = _place(transformer, config, family, devices or resolve_devices(config.engine.devices))
         streamed = _streamed(placement, config)
     with collected(problems):
         found = scan(config.data, source.traits, observer=observer)
@@ -175,7 +187,7 @@ def _survey_model(
         noise_levels(config.train, source.traits).require_some()
     if problems or found is None:
         return Survey(problems=tuple(problems), source=source, scan=found)
-    plan = Plan(
+    job = Job(
         family=family,
         source=source,
         scan=found,
@@ -185,14 +197,14 @@ def _survey_model(
         targets=tuple(targets),
         init_from=init_from,
     )
-    return Survey(problems=(), source=source, scan=found, plan=plan)
+    return Survey(problems=(), source=source, scan=found, job=job)
 
 
-def _problems_without_model(config: RunConfig) -> list[str]:
+def _problems_without_model(config: RunConfig, devices: Sequence[torch.device] | None) -> list[str]:
     """What is wrong with the devices and the datasets' files: that much needs no model."""
     problems: list[str] = []
     with collected(problems):
-        resolve_devices(config.engine.devices)
+        _ = devices or resolve_devices(config.engine.devices)
     for source in config.data.sources:
         with collected(problems):
             listing = read_source(source.path)
@@ -234,8 +246,16 @@ def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
         raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
 
 
-def _place(transformer: nn.Module, config: RunConfig, family: Family) -> Placement:
-    devices = resolve_devices(config.engine.devices) * config.engine.stages_per_device
+def place_again(job: Job, config: RunConfig, devices: Sequence[torch.device], at: Sequence[int]) -> Job:
+    """The job with its blocks elsewhere: a device a stage; `at` is the first block of each but the first."""
+    placement = place(job.transformer, devices, at=at, blocks=job.family.block_lists)
+    return replace(job, placement=placement, streamed=_streamed(placement, config))
+
+
+def _place(
+    transformer: nn.Module, config: RunConfig, family: Family, devices: Sequence[torch.device]
+) -> Placement:
+    devices = tuple(devices) * config.engine.stages_per_device
     try:
         return place(transformer, devices, at=config.engine.split_at, blocks=family.block_lists)
     except ValueError as error:

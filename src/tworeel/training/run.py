@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from
+from tworeel.report.plan import plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
@@ -26,8 +28,9 @@ from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
 from tworeel.training.optimizer import make_optimizer
+from tworeel.training.planned import PlannedRun, plan_job
 from tworeel.training.preflight import (
-    Plan,
+    Job,
     preflight,
 )
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
@@ -57,29 +60,35 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
         problems: list[str] = []
         with collected(problems):
             checkpoint = find_checkpoint(store, resume, config, watched)
-        plan = preflight(config, watched, problems)
+        job = preflight(config, watched, problems)
         write_text_atomic(folder.config, dump_config(config))
-        with _memory_told(plan.placement.devices, folder):
-            index = cache_clips(config, plan, watched)
-            return _train(config, plan, index, folder, store, checkpoint, watched)
+        job, planned = plan_job(config, job)
+        if planned is not None:
+            write_text_atomic(folder.plan, json.dumps(planned.plan.as_json(), indent=1) + "\n")
+            for line in plan_lines(planned.plan):
+                watched.say(line)
+        with _memory_told(job.placement.devices, folder, planned):
+            index = cache_clips(config, job, watched)
+            return _train(config, job, planned, index, folder, store, checkpoint, watched)
 
 
 def _train(
     config: RunConfig,
-    plan: Plan,
+    job: Job,
+    planned: PlannedRun | None,
     index: CacheIndex,
     folder: RunFolder,
     store: CheckpointStore,
     checkpoint: Checkpoint | None,
     observer: RunObserver,
 ) -> Result:
-    model = load_model(config, plan, observer.poll)
-    if plan.init_from is not None:
-        for name in start_from(model, plan.init_from, str(config.lora.init_from)):
+    model = load_model(config, job, observer.poll)
+    if job.init_from is not None:
+        for name in start_from(model, job.init_from, str(config.lora.init_from)):
             observer.say(f"lora.init_from has nothing for {name}: it starts as new")
-    division = split_model(config, plan, model)
+    division = split_model(config, job, model)
     optimizer = make_optimizer(lora_parameters(model).values(), config.train)
-    batches = make_micro_batches(config, plan, index)
+    batches = make_micro_batches(config, job, index)
     if checkpoint is not None:
         restore_state(checkpoint, model, optimizer)
         leave_course(store, checkpoint, batches.fingerprint, observer)
@@ -87,7 +96,8 @@ def _train(
     trainer = Trainer(pipeline, optimizer, config.train, observer)
     run = _Run(
         config=config,
-        plan=plan,
+        job=job,
+        planned=planned,
         folder=folder,
         store=store,
         trainer=trainer,
@@ -95,13 +105,13 @@ def _train(
         batches=batches,
     )
     run.require_space()
-    with attention_backend(config.engine.attention, plan.placement.devices):
+    with attention_backend(config.engine.attention, job.placement.devices):
         run.go(checkpoint.step if checkpoint else 0)
     return Result(
         lora=folder.lora(config.train.name),
         steps=config.train.steps,
         folder=folder.path,
-        expert=plan.source.traits.expert,
+        expert=job.source.traits.expert,
     )
 
 
@@ -110,7 +120,8 @@ class _Run:
     """The loop over the steps, with what is written on the way."""
 
     config: RunConfig
-    plan: Plan
+    job: Job
+    planned: PlannedRun | None
     folder: RunFolder
     store: CheckpointStore
     trainer: Trainer
@@ -148,6 +159,8 @@ class _Run:
                     done = step + 1
                     metrics.write(done, _as_metrics(report))
                     self.observer.step(report)
+                    if self.planned and (line := self.planned.heard(report)):
+                        self.observer.say(line)
                     self._export_if_due(done)
                     if done % self.config.train.save_every == 0 or done == steps:
                         self._save(done, metrics)
@@ -177,7 +190,7 @@ class _Run:
             self._export(step, f"{self.config.train.name}-{step:06d}")
 
     def _export(self, step: int, name: str) -> None:
-        config, traits = self.config, self.plan.source.traits
+        config, traits = self.config, self.job.source.traits
         metadata = describe_run(
             version=__version__,
             model=traits.variant,
@@ -186,12 +199,12 @@ class _Run:
             alpha=config.lora.alpha or config.lora.rank,
             precision=config.model.quantize or config.model.dtype,
             steps=step,
-            dataset=_dataset_summary(self.plan),
+            dataset=_dataset_summary(self.job),
         )
         lora = export_lora(self.trainer.model)
         path = self.folder.lora(name)
         with full_disk_as_user_error(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
-            save_lora(path, lora, "comfyui", self.plan.naming, metadata=metadata)
+            save_lora(path, lora, "comfyui", self.job.naming, metadata=metadata)
 
 
 def _as_metrics(report: StepReport) -> dict[str, float]:
@@ -205,17 +218,19 @@ def _as_metrics(report: StepReport) -> dict[str, float]:
     }
 
 
-def _dataset_summary(plan: Plan) -> str:
-    buckets = sorted({clip.bucket for clip in plan.clips})
+def _dataset_summary(job: Job) -> str:
+    buckets = sorted({clip.bucket for clip in job.clips})
     shapes = ", ".join(f"{b.frames}x{b.height}x{b.width}" for b in buckets)
-    return f"{len(plan.clips)} clips ({shapes})"
+    return f"{len(job.clips)} clips ({shapes})"
 
 
 @contextmanager
-def _memory_told(devices: tuple[torch.device, ...], folder: RunFolder) -> Iterator[None]:
+def _memory_told(
+    devices: tuple[torch.device, ...], folder: RunFolder, planned: PlannedRun | None
+) -> Iterator[None]:
     """Turn an out-of-memory error into words; no batch is changed silently."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         kept = f"The checkpoints in {folder.checkpoints} are intact."
-        raise out_of_memory(error, devices, kept) from error
+        raise out_of_memory(error, devices, kept, planned.plan.peaks if planned else None) from error

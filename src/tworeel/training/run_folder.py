@@ -19,6 +19,7 @@ class RunFolder:
 
     ```
     config.toml          the resolved configuration
+    plan.json            what was planned for the devices, where they are GPUs
     run.lock, run.pid    held while a process writes here, and which process that is
     metrics.jsonl        one line a step
     tensorboard/         the same for TensorBoard
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.toml"
+        self.plan = path / "plan.json"
         self.lock = path / "run.lock"
         self.pid = path / "run.pid"
         self.metrics = path / "metrics.jsonl"

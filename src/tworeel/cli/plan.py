@@ -1,0 +1,143 @@
+"""`tworeel plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tworeel.cli import options
+from tworeel.cli.watching import watching
+from tworeel.errors import UserError, raise_if_any
+from tworeel.report.console import console, say
+
+if TYPE_CHECKING:
+    from tworeel.config import RunConfig
+    from tworeel.planning.budgets import Budget
+    from tworeel.planning.plan import Plan
+
+GIB = 2**30
+
+
+def plan(
+    config: options.ConfigFile = None,
+    model: options.Model = None,
+    data: options.Data = None,
+    expert: options.Expert = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="Cards that need not be here, for example '2x RTX 4090'. Those of this machine by default.",
+            metavar="CARDS",
+        ),
+    ] = None,
+    memory_gib: Annotated[
+        str | None,
+        typer.Option(help="Memory of each card, if it is another: 22.5, or 22.5,15.", metavar="GIB,..."),
+    ] = None,
+    host_memory_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory of the machine; what is available here by default.", min=1, metavar="GIB"),
+    ] = None,
+    cards: Annotated[
+        Path | None,
+        typer.Option(
+            help="A TOML file of cards that are not known; docs/planning.md shows one.", metavar="FILE"
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show what else was weighed, and why it is not the plan.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for all figures.", metavar="FILE")
+    ] = None,
+    devices: options.Devices = None,
+    settings: options.Settings = None,
+    skip_broken: options.SkipBroken = None,
+) -> None:
+    """Say what fits which cards, how fast, and why, before anything is loaded.
+
+    Only headers and configurations are read; no GPU is touched, unless its free memory is asked for. 'train'
+    follows the same plan.
+
+    tworeel plan --model MODEL --data FOLDER --gpus "2x RTX 4090"
+
+    tworeel plan --model MODEL --data FOLDER --gpus "RTX 4090, RTX 3060 12GB" --explain
+    """
+    run_config = options.read_config(
+        config,
+        settings,
+        model__path=model,
+        model__expert=expert,
+        data__sources=options.datasets(data),
+        data__skip_broken=skip_broken,
+        engine__devices=options.device_list(devices),
+    )
+    if memory_gib is not None and gpus is None:
+        raise UserError("--memory-gib: needs --gpus")
+    with watching() as observer:
+        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
+        import torch
+
+        from tworeel.planning.planner import plan as make_plan
+        from tworeel.training.planned import make_request
+        from tworeel.training.preflight import survey
+
+        budgets = _budgets(run_config, gpus, memory_gib, cards)
+        found = survey(run_config, observer, [torch.device(budget.device) for budget in budgets])
+        raise_if_any(found.problems)
+        assert found.job is not None, "neither a job nor a problem"
+        request = make_request(
+            run_config,
+            found.job,
+            budgets,
+            host_memory=None if host_memory_gib is None else int(host_memory_gib * GIB),
+            may_reorder=devices is None and run_config.engine.devices is None,
+        )
+        made = make_plan(request, explain=explain)
+    _show(made)
+    if json_file is not None:
+        _write(json_file, made)
+
+
+def _budgets(
+    config: RunConfig, gpus: str | None, memory_gib: str | None, cards: Path | None
+) -> tuple[Budget, ...]:
+    from tworeel.planning.cards import known_cards, parse_cards, with_memory
+    from tworeel.training.devices import resolve_devices
+    from tworeel.training.planned import budgets_of_cards, budgets_of_devices
+
+    if gpus is not None:
+        chosen = parse_cards(gpus, known_cards(cards))
+        return budgets_of_cards(chosen if memory_gib is None else with_memory(chosen, memory_gib))
+    devices = resolve_devices(config.engine.devices)
+    if any(device.type == "cpu" for device in devices):
+        raise UserError(
+            "--gpus: there is no GPU here to plan for; name some, for example --gpus '2x RTX 4090'"
+        )
+    return budgets_of_devices(devices, cards)
+
+
+def _show(plan: Plan) -> None:
+    from tworeel.report.plan import alternatives_table, plan_table, verdict_lines
+
+    console.print(plan_table(plan))
+    for line in verdict_lines(plan):
+        say(line)
+    if plan.changes:
+        console.print(alternatives_table(plan.changes, "With one of these it would"))
+    if plan.alternatives:
+        console.print(alternatives_table(plan.alternatives, "What else was weighed"))
+
+
+def _write(path: Path, plan: Plan) -> None:
+    from tworeel.files import write_text_atomic
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, json.dumps(plan.as_json(), indent=1, default=str) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from None
+    say(f"Figures: {path}")

@@ -1,0 +1,67 @@
+"""What runs have measured on a card, kept for later plans: how much longer work took than was planned."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from tworeel import __version__
+from tworeel.files import write_text_atomic
+from tworeel.planning.budgets import Budget
+from tworeel.planning.tracing import TraceSettings
+
+FOLDER_VARIABLE = "TWOREEL_HOME"
+_NAME = "speeds.json"
+_LEAST, _MOST = 0.2, 20.0
+"""Factors beyond these are another program on the card, not the card."""
+
+
+def measurements_folder() -> Path:
+    """Where measurements are kept: $TWOREEL_HOME, or `.cache/tworeel` in the user's folder."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "tworeel"
+
+
+def calibrated(budget: Budget, settings: TraceSettings) -> Budget:
+    """The device with what runs like this one took on its card, if any has been."""
+    factor = _read().get(_key(budget.card, settings))
+    if not isinstance(factor, int | float) or not _LEAST <= factor <= _MOST:
+        return budget
+    return replace(budget, rates=budget.rates.slowed(float(factor)), measured=True, slowdown=float(factor))
+
+
+def keep(budget: Budget, settings: TraceSettings, measured: float, planned: float) -> None:
+    """Keep how long a stage worked for a micro-batch, in seconds, beside what was planned for it.
+
+    Nothing is kept where the folder cannot be written: a plan is a help, and no reason to stop a run.
+    """
+    folder = measurements_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{_NAME}.lock"):
+            known = _read()
+            known[_key(budget.card, settings)] = round(budget.slowdown * measured / planned, 4)
+            write_text_atomic(folder / _NAME, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    except OSError:
+        return
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads((measurements_folder() / _NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _key(card: str, settings: TraceSettings) -> str:
+    """Card, versions, precision, and whether blocks are compiled."""
+    precision = settings.quantize or str(settings.dtype).removeprefix("torch.")
+    kind = "compiled" if settings.compile else "eager"
+    return " | ".join((card, f"torch {torch.__version__}", f"tworeel {__version__}", precision, kind))

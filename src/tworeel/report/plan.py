@@ -1,0 +1,104 @@
+"""What `tworeel plan` shows: who does what, what it holds, how long it takes, and what else was weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tworeel.planning.plan import Alternative, Plan, StagePlan
+
+GIB = 2**30
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+
+def plan_table(plan: Plan) -> Table:
+    """A column for each stage, a row for each figure."""
+    table = Table(
+        title=f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
+    )
+    table.add_column("")
+    for stage in plan.stages:
+        table.add_column(stage.device, justify="right")
+    rows = {
+        "card": [stage.card for stage in plan.stages],
+        "blocks": [f"{stage.first} to {stage.last}" for stage in plan.stages],
+        "leave behind": [_residency(stage) for stage in plan.stages],
+        "weights streamed": [_streamed(stage) for stage in plan.stages],
+        "clips in flight": [str(stage.in_flight) for stage in plan.stages],
+        **{part: [_gib(stage.parts[part]) for stage in plan.stages] for part in plan.stages[0].parts},
+        "peak": [_gib(stage.peak) for stage in plan.stages],
+        "left alone": [_gib(stage.spare) for stage in plan.stages],
+        "free": [_gib(stage.free) for stage in plan.stages],
+        "a clip, forward": [f"{stage.forward:.3g} s" for stage in plan.stages],
+        "a clip, backward": [f"{stage.backward:.3g} s" for stage in plan.stages],
+        "busy": [f"{100 * share:.0f} %" for share in plan.busy],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
+def verdict_lines(plan: Plan) -> list[str]:
+    """Whether it fits, how long it takes, and what limits."""
+    per_clip = plan.seconds_per_step / plan.micro_batches
+    source = "from what runs took on these cards" if plan.calibrated else "by the cards' figures"
+    total = plan.seconds_per_step * plan.steps
+    epoch = plan.seconds_per_step * plan.steps_per_epoch
+    return [
+        "It fits." if plan.fits else f"It does not fit: {plan.limit}",
+        f"A clip takes {per_clip:.3g} s, a step {plan.seconds_per_step:.3g} s ({source}); "
+        f"the cards wait {100 * plan.bubble:.0f} % of it",
+        f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
+        f"Pinned host memory: {_gib(plan.host_memory)} of {_gib(plan.host_free)} that may be",
+        *([f"What limits: {plan.limit}"] if plan.fits else []),
+    ]
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan in short, a line a stage."""
+    lines = [
+        f"Plan: {stage.device} ({stage.card}) runs blocks {stage.first} to {stage.last}, "
+        f"{_gib(stage.peak)} of {_gib(stage.free)}"
+        for stage in plan.stages
+    ]
+    per_clip = plan.seconds_per_step / plan.micro_batches
+    lines.append(f"Plan: {per_clip:.3g} s a clip, {duration(plan.seconds_per_step * plan.steps)} in all")
+    if not plan.fits:
+        lines.append(f"Plan: this may run out of memory: {plan.limit}")
+    return lines
+
+
+def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table:
+    """What else was weighed: seconds of a step, peaks, and why it is not the plan."""
+    table = Table(title=title)
+    for column in ("", "a step", "peaks", "verdict"):
+        table.add_column(column)
+    for one in alternatives:
+        peaks = " ".join(_gib(peak) for peak in one.peaks)
+        table.add_row(one.name, f"{one.seconds_per_step:.3g} s", peaks, one.reason)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """4000 -> `1.1 hours`."""
+    for name, length in (("days", DAY), ("hours", HOUR), ("minutes", MINUTE)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def _residency(stage: StagePlan) -> str:
+    others = stage.num_blocks - stage.kept
+    parts = [f"{others} {stage.residency}"] if others else []
+    return ", ".join([*parts, *([f"{stage.kept} keep"] if stage.kept else [])])
+
+
+def _streamed(stage: StagePlan) -> str:
+    return f"{stage.streamed} of {stage.num_blocks}" if stage.streamed else "none"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

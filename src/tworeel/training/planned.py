@@ -1,0 +1,167 @@
+"""A run's plan: made before anything is loaded, followed, and held against what is measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import psutil
+import torch
+
+from tworeel.config.schema import RunConfig
+from tworeel.data.clips import Bucket
+from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
+from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
+from tworeel.planning.measurements import calibrated, keep
+from tworeel.planning.plan import Plan
+from tworeel.planning.planner import Request, plan
+from tworeel.planning.tracing import TraceSettings
+from tworeel.training.assembly import HOST_SHARE
+from tworeel.training.preflight import Job, place_again, torch_dtype
+from tworeel.training.report import StepReport
+
+UNKNOWN_CARD = "RTX 4090"
+"""Whose speed stands for a card that the table does not have; its memory is asked of the card itself."""
+UNMEASURED = 2
+"""Steps that tell nothing of a run's speed: they compile and measure."""
+MEASURED = 3
+"""The steps after them, which do."""
+
+
+def trace_settings(config: RunConfig, job: Job, *, on_gpus: bool) -> TraceSettings:
+    """How the run's blocks are run."""
+    compiled = config.engine.compile
+    return TraceSettings(
+        dtype=torch_dtype(config.model.dtype),
+        quantize=config.model.quantize,
+        compile=on_gpus if compiled is None else compiled,
+        rank=config.lora.rank,
+        dora=config.lora.dora,
+        targets=job.targets,
+        condition_on_image=config.train.condition_on_image,
+    )
+
+
+def make_request(
+    config: RunConfig,
+    job: Job,
+    budgets: Sequence[Budget],
+    *,
+    host_memory: int | None = None,
+    may_reorder: bool | None = None,
+) -> Request:
+    """What is to be planned for a run.
+
+    Args:
+        config: of the run.
+        job: what it works on.
+        budgets: of the devices, in the order of the stages, once over.
+        host_memory: bytes of the machine's memory; what is available here by default.
+        may_reorder: whether the devices may change places; where the configuration does not name them by
+            default.
+    """
+    weights = [source.weight * source.repeats for source in config.data.sources]
+    buckets: dict[Bucket, float] = defaultdict(float)
+    for clip in job.clips:
+        buckets[clip.bucket] += weights[clip.source]
+    host = psutil.virtual_memory().available if host_memory is None else host_memory
+    settings = trace_settings(config, job, on_gpus=True)
+    return Request(
+        family=job.family,
+        source=job.source,
+        buckets=buckets,
+        trace=settings,
+        budgets=tuple(calibrated(budget, settings) for budget in budgets),
+        may_reorder=config.engine.devices is None if may_reorder is None else may_reorder,
+        micro_batches=config.train.micro_batches,
+        slack=config.engine.slack,
+        stages_per_device=config.engine.stages_per_device,
+        split_at=config.engine.split_at,
+        residency=config.engine.residency,
+        streamed=config.engine.streamed_blocks,
+        host_free=int(HOST_SHARE * host),
+        steps=config.train.steps,
+        clips_per_epoch=sum(config.data.sources[clip.source].repeats for clip in job.clips),
+    )
+
+
+def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
+    """Cards that need not be here, nothing else running on them."""
+    return tuple(budget_of_card(card, number) for number, card in enumerate(cards))
+
+
+def budgets_of_devices(devices: Sequence[torch.device], extra: Path | None = None) -> tuple[Budget, ...]:
+    """Devices of this machine, with what is free on them now.
+
+    Args:
+        devices: one a stage, once over; none of them a CPU.
+        extra: a file of cards that the table does not have.
+    """
+    cards = known_cards(extra)
+    fallback = next(card for card in cards if card.name == UNKNOWN_CARD)
+    budgets = []
+    for device in devices:
+        module = torch.get_device_module(device)
+        _, total = torch.accelerator.get_memory_info(device)
+        card = card_of_device(module.get_device_name(device), total, cards)
+        budgets.append(budget_of_device(device, card, fallback))
+    return tuple(budgets)
+
+
+@dataclass
+class PlannedRun:
+    """A plan that is followed, and what the first steps say of it."""
+
+    plan: Plan
+    budgets: Mapping[str, Budget]
+    """By device."""
+    settings: TraceSettings
+    _reports: list[StepReport] = field(default_factory=list)
+
+    def heard(self, report: StepReport) -> str | None:
+        """Take a step's report; once enough were heard, what was measured beside what was planned."""
+        self._reports.append(report)
+        if len(self._reports) != UNMEASURED + MEASURED:
+            return None
+        return self._compared(self._reports[UNMEASURED:])
+
+    def _compared(self, reports: Sequence[StepReport]) -> str:
+        found = self.plan
+        seconds = fmean(report.seconds for report in reports) / found.micro_batches
+        for number, stage in enumerate(found.stages):
+            worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
+            keep(self.budgets[stage.device], self.settings, worked, stage.forward + stage.backward)
+        measured = reports[-1].memory
+        memory = ", ".join(
+            f"{device} {measured[device] / GIB:.1f} GiB (planned {peak / GIB:.1f})"
+            for device, peak in found.peaks.items()
+            if device in measured
+        )
+        planned = found.seconds_per_step / found.micro_batches
+        return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
+
+
+def plan_job(config: RunConfig, job: Job) -> tuple[Job, PlannedRun | None]:
+    """Plan a run on the devices that it has, and place its blocks as the plan says.
+
+    Returns:
+        The job; and what was planned, None where a stage is on a CPU: there is nothing to choose.
+    """
+    stages = job.placement.devices
+    devices = stages[: len(stages) // config.engine.stages_per_device]
+    if any(device.type == "cpu" for device in devices):
+        return job, None
+    return plan_on(config, job, budgets_of_devices(devices))
+
+
+def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[Job, PlannedRun]:
+    """Plan a run on these devices, and place its blocks as the plan says."""
+    request = make_request(config, job, budgets)
+    found = plan(request)
+    devices = [torch.device(stage.device) for stage in found.stages]
+    placed = place_again(job, config, devices, found.split_at)
+    by_device = {budget.device: budget for budget in request.budgets}
+    return placed, PlannedRun(found, by_device, request.trace)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tworeel.demo.checkpoint import write_checkpoint
+from tworeel.demo.clips import write_clips
+
+Run = Callable[..., Any]
+PAIR = ("--gpus", "2x RTX 4090")
+SMALL = ("--set", "data.resolution=[64,64]", "--set", "data.frames=[1,5]", "--set", "lora.rank=2")
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[str, ...]:
+    """Options that name a tiny model and a few clips."""
+    model = write_checkpoint(tmp_path / "model", variant="wan2.1-t2v-1.3b", layout="native")
+    write_clips(tmp_path / "clips", 2)
+    return ("--model", str(model), "--data", str(tmp_path / "clips"), *SMALL)
+
+
+def test_a_plan_is_a_table_and_a_verdict_without_a_gpu(
+    run: Run, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = run("plan", *given, *PAIR, "--explain", "--json", tmp_path / "plans" / "plan.json")
+    assert done.code == 0, done.err
+    assert "RTX 4090" in done.out and "It fits." in done.out and "What else was weighed" in done.out
+    found = json.loads((tmp_path / "plans" / "plan.json").read_text(encoding="utf-8"))
+    assert found["fits"] and len(found["stages"]) == 2 and found["alternatives"]
+    assert not (tmp_path / "output").exists()
+
+
+def test_what_does_not_fit_is_told_and_is_no_error(run: Run, given: tuple[str, ...]) -> None:
+    done = run("plan", *given, "--gpus", "RTX 4090", "--memory-gib", "0.9")
+    assert done.code == 0, done.err
+    assert "It does not fit: cuda:0 would need" in done.out
+
+
+def test_a_card_of_ones_own_can_be_planned_for(run: Run, given: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "cards.toml").write_text(
+        '[[card]]\nname = "Workshop 48"\nmemory_gib = 48\nbf16 = 100\n'
+        'bandwidth = 800\npcie = 32\nsource = "own"\n',
+        encoding="utf-8",
+    )
+    done = run("plan", *given, "--gpus", "2x Workshop 48", "--cards", tmp_path / "cards.toml")
+    assert done.code == 0, done.err
+    assert "Workshop 48" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", "2x RTX 4091"), "no card 'RTX 4091' is known (did you mean 'RTX 4090'?)"),
+        ((*PAIR, "--memory-gib", "-3"), "--memory-gib -3: must be above 0"),
+        ((*PAIR, "--memory-gib", "1,2,3"), "2 cards need one number, or 2"),
+        (("--memory-gib", "3"), "--memory-gib: needs --gpus"),
+        ((*PAIR, "--cards", "nothing.toml"), "--cards nothing.toml: No such file"),
+        ((*PAIR, "--set", "engine.split_at=[99]"), "boundaries must rise"),
+        (("--gpus", "16x RTX 4090"), "16 stages for"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    run: Run, given: tuple[str, ...], arguments: tuple[str, ...], words: str
+) -> None:
+    done = run("plan", *given, *arguments)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: ") and words in done.err
+
+
+def test_a_model_and_a_dataset_that_are_not_there_are_told_together(run: Run, tmp_path: Path) -> None:
+    done = run("plan", "--model", "nowhere", "--data", tmp_path / "empty", *PAIR)
+    assert done.code == 2
+    assert "model.path" in done.err and "empty" in done.err
+
+
+def test_a_dataset_with_nothing_usable_is_told(run: Run, given: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    done = run("plan", *given[:2], "--data", tmp_path / "nothing", *PAIR)
+    assert done.code == 2
+    assert "nothing is left to train on" in done.err
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_without_a_gpu_some_must_be_named(run: Run, given: tuple[str, ...]) -> None:
+    done = run("plan", *given)
+    assert done.code == 2
+    assert "there is no GPU here to plan for; name some" in done.err

@@ -1,0 +1,120 @@
+"""Models of real size by their configuration alone: no file, no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tworeel.data.clips import Bucket
+from tworeel.models.family import Component, ModelSource, Traits
+from tworeel.models.wan.family import WAN
+from tworeel.planning.budgets import Budget, budget_of_card
+from tworeel.planning.cards import GIB, known_cards, parse_cards, with_memory
+from tworeel.planning.planner import Request
+from tworeel.planning.tracing import TraceSettings
+
+CLIP = Bucket(frames=49, height=480, width=832)
+IMAGE = Bucket(frames=1, height=512, width=512)
+
+_A14B = {
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "wan2.2-t2v-a14b": _A14B,
+    "wan2.1-i2v-14b": {**_A14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "wan2.1-flf2v-14b": {
+        **_A14B,
+        "in_channels": 36,
+        "image_dim": 1280,
+        "added_kv_proj_dim": 5120,
+        "pos_embed_seq_len": 514,
+    },
+    "wan2.2-ti2v-5b": {
+        **_A14B,
+        "num_attention_heads": 24,
+        "ffn_dim": 14336,
+        "num_layers": 30,
+        "in_channels": 48,
+        "out_channels": 48,
+    },
+    "wan2.1-t2v-1.3b": {**_A14B, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+}
+_IMAGES = {
+    "wan2.1-i2v-14b": ("first_image",),
+    "wan2.1-flf2v-14b": ("first_image", "last_image"),
+    "wan2.2-ti2v-5b": ("first_image",),
+}
+VARIANTS = tuple(_CONFIGS)
+
+
+def source_of(variant: str) -> ModelSource:
+    """The model as if it had been found on disk."""
+    five = variant == "wan2.2-ti2v-5b"
+    traits = Traits(
+        family="wan",
+        variant=variant,
+        frame_rate=24 if five else 16,
+        spatial_multiple=32 if five else 16,
+        temporal_stride=4,
+        tokens_per_pixel_area=1024 if five else 256,
+        image_inputs=_IMAGES.get(variant, ()),
+        image_optional=five,
+    )
+    transformer = Component(files=(), layout="native", config=_CONFIGS[variant])
+    return ModelSource(traits=traits, transformer=transformer)
+
+
+def settings_of(variant: str, **changes: Any) -> TraceSettings:
+    """bf16, compiled, rank 32, a LoRA on all linear layers of the blocks."""
+    model = WAN.build_transformer(source_of(variant).transformer)
+    endings = WAN.lora_presets["all-linear"]
+    targets = tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith(endings)
+    )
+    return replace(TraceSettings(targets=targets), **changes)
+
+
+def budgets_of(gpus: str, memory_gib: str | None = None) -> tuple[Budget, ...]:
+    """Cards of the table."""
+    cards = parse_cards(gpus, known_cards())
+    cards = cards if memory_gib is None else with_memory(cards, memory_gib)
+    return tuple(budget_of_card(card, number) for number, card in enumerate(cards))
+
+
+def limited(budgets: Sequence[Budget], gib: float) -> tuple[Budget, ...]:
+    """The same cards with so much memory for this process."""
+    return tuple(replace(budget, total=int(gib * GIB), free=int(gib * GIB)) for budget in budgets)
+
+
+def request_of(variant: str = "wan2.2-t2v-a14b", /, **changes: Any) -> Request:
+    """Eight clips of 480 × 832 × 49 a step on two H100s."""
+    usual = Request(
+        family=WAN,
+        source=source_of(variant),
+        buckets={CLIP: 1.0},
+        trace=settings_of(variant),
+        budgets=budgets_of("2x H100 80GB"),
+        may_reorder=False,
+        micro_batches=8,
+        slack=1,
+        stages_per_device=1,
+        split_at=None,
+        residency="auto",
+        streamed=None,
+        host_free=180 * GIB,
+        steps=1000,
+        clips_per_epoch=100,
+    )
+    return replace(usual, **changes)

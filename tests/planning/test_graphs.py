@@ -1,0 +1,80 @@
+"""What a graph holds and costs, on graphs small enough to count by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tworeel.planning.graphs import GraphReader, Work, work_of
+
+SIDE = 256
+SIZE = SIDE * SIDE * 4
+"""Bytes of a square fp32 matrix."""
+PRODUCT = 2.0 * SIDE**3
+
+
+def graph_of(function: Callable[..., object], inputs: int = 1) -> fx.Graph:
+    with FakeTensorMode():
+        return make_fx(function)(*(torch.empty(SIDE, SIDE) for _ in range(inputs))).graph
+
+
+def test_what_lies_between_two_products_is_written_once() -> None:
+    cost = GraphReader(graph_of(lambda x: ((x @ x).sin().cos() + 1) @ x)).cost()
+    # The first product and what is made of it; then that and the second product.
+    assert cost.peak == 2 * SIZE and cost.end == SIZE
+    assert cost.work.products == {torch.float32: 2 * PRODUCT}
+    assert cost.work.traffic == 2 * SIZE
+
+
+def test_a_chain_without_products_is_one_pass() -> None:
+    cost = GraphReader(graph_of(lambda x: (x.sin() * 2).cos())).cost()
+    assert cost.work == Work({}, 0.0, 2 * SIZE)
+    assert cost.peak == cost.end == SIZE
+
+
+def test_views_take_no_memory_of_their_own() -> None:
+    reader = GraphReader(graph_of(lambda x: ((x @ x).t(), (x @ x).view(-1))))
+    assert reader.cost().end == 2 * SIZE
+    assert len(reader.returned()) == 2
+
+
+def test_two_views_of_one_value_are_one_value() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ x
+        return y.t(), y.view(-1)
+
+    reader = GraphReader(graph_of(function))
+    assert reader.cost().end == SIZE
+    assert len(set(reader.returned().values())) == 1
+
+
+def test_released_inputs_are_free_after_their_last_use() -> None:
+    graph = graph_of(lambda x, y: (x @ x) @ y, inputs=2)
+    first, second = (node.name for node in graph.find_nodes(op="placeholder"))
+    assert GraphReader(graph).cost().peak == 2 * SIZE
+    # The first input's memory is free when the second product begins.
+    released = GraphReader(graph, {first: "saved"}).cost()
+    assert released.peak == SIZE and released.end == 0
+    # Both are views of one thing that was saved: it is free only after the second.
+    shared = GraphReader(graph, {first: "saved", second: "saved"}).cost()
+    assert shared.peak == 2 * SIZE and shared.end == 0
+
+
+def test_attention_is_counted_apart() -> None:
+    query = torch.empty(1, 4, 64, 32)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert work_of(attention, (query, query, query), None).attention == 4 * 4 * 64 * 64 * 32
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_work_adds_up(sign: int) -> None:
+    one = Work({torch.float32: 1.0}, 2.0, 3.0)
+    other = Work({torch.int8: 4.0}, 5.0, 6.0)
+    found = one + other if sign > 0 else one - other
+    assert found.products == {torch.float32: 1.0, torch.int8: sign * 4.0}
+    assert (found.attention, found.traffic) == (2 + sign * 5, 3 + sign * 6)

@@ -1,0 +1,160 @@
+"""The planner's choices, and its figures beside those that two H100s measured (docs/benchmarks.md)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from real_models import CLIP, IMAGE, VARIANTS, budgets_of, limited, request_of, settings_of
+
+from tworeel.data.clips import Bucket
+from tworeel.engine.fitting import Fit
+from tworeel.engine.residency import Residency
+from tworeel.planning.cards import GIB
+from tworeel.planning.plan import Plan
+from tworeel.planning.planner import Planner, Request, plan
+
+H100S = limited(budgets_of("2x H100 80GB"), 79.2)
+
+
+def gib(found: Plan) -> list[float]:
+    return [stage.peak / GIB for stage in found.stages]
+
+
+def forced(request: Request, *residencies: tuple[int, Residency]) -> Plan:
+    """The plan whose stages keep as many blocks as a measured run did."""
+    planner = Planner(replace(request, split_at=(20,)))
+    drafts = planner.drafts(request.budgets, (20,))
+    decided = [
+        draft.decide(Fit(kept, residency), 0, planner.means)
+        for draft, (kept, residency) in zip(drafts, residencies, strict=True)
+    ]
+    return planner.assembled(request.budgets, drafts, decided)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kept", "peaks", "seconds"),
+    [(None, (2, 13), (62.3, 71.1), 2.55), ("fp8", (3, 14), (65.1, 67.2), 2.10)],
+)
+def test_eight_clips_on_two_h100s_take_what_they_took(
+    quantize: str | None, kept: tuple[int, int], peaks: tuple[float, ...], seconds: float
+) -> None:
+    trace = settings_of("wan2.2-t2v-a14b", quantize=quantize)
+    found = forced(request_of(budgets=H100S, trace=trace), *((count, Residency.SELECTIVE) for count in kept))
+    assert found.seconds_per_step / 8 == pytest.approx(seconds, rel=0.15)
+    assert gib(found) == pytest.approx(peaks, rel=0.07)
+    assert all(ours > 0.98 * theirs for ours, theirs in zip(gib(found), peaks, strict=True))
+
+
+def test_two_cards_of_22_gib_park_and_stream_as_the_engine_did() -> None:
+    found = plan(request_of(budgets=limited(H100S, 22.5), split_at=(20,)))
+    assert found.fits
+    assert [stage.residency for stage in found.stages] == [Residency.OFFLOAD_SELECTIVE] * 2
+    assert 2 <= found.stages[0].streamed <= 6
+    assert gib(found) == pytest.approx([21.6, 21.0], rel=0.03)
+    assert found.host_memory / GIB == pytest.approx(37.3, rel=0.15)
+    assert found.seconds_per_step / 8 == pytest.approx(3.17, rel=0.2)
+
+
+def test_an_image_waits_for_the_host() -> None:
+    found = plan(request_of(buckets={IMAGE: 1.0}, micro_batches=16))
+    assert found.host_bound and "the host" in found.limit
+    assert found.seconds_per_step / 16 == pytest.approx(0.192, rel=0.15)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_planned(variant: str) -> None:
+    found = plan(request_of(variant))
+    assert found.fits and found.model == variant
+    assert found.stages[-1].last == (39 if "14b" in variant else 29)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory"),
+    [("2x RTX 4090", None), ("RTX 4090, RTX 3060 12GB", None), ("2x H100 80GB", "22.5,15")],
+)
+def test_no_other_boundary_that_fits_is_faster(gpus: str, memory: str | None) -> None:
+    request = request_of(budgets=budgets_of(gpus, memory))
+    planner = Planner(request)
+    best = planner.best()
+    (chosen,) = best.split_at
+    others = [
+        Planner(replace(request, split_at=(at,)), planner.trace).best()
+        for at in sorted({*range(2, 40, 4), chosen - 1, chosen + 1})
+    ]
+    assert best.fits and sum(other.fits for other in others) >= 2
+    assert all(best.seconds_per_step <= other.seconds_per_step for other in others if other.fits)
+
+
+def test_a_slower_card_gets_fewer_blocks() -> None:
+    found = plan(request_of(budgets=budgets_of("RTX 4090, RTX 3060 12GB")))
+    assert found.stages[0].num_blocks > 2 * found.stages[1].num_blocks
+
+
+def test_unlike_cards_may_change_places() -> None:
+    request = request_of(budgets=budgets_of("RTX 3060 12GB, RTX 4090"))
+    fixed, free = plan(request), plan(replace(request, may_reorder=True))
+    assert [stage.device for stage in fixed.stages] == ["cuda:0", "cuda:1"]
+    assert free.seconds_per_step <= fixed.seconds_per_step
+
+
+def test_blocks_are_all_there_once_with_four_stages() -> None:
+    found = plan(request_of(budgets=budgets_of("4x RTX 4090")))
+    positions = [range(stage.first, stage.last + 1) for stage in found.stages]
+    assert list(itertools.chain(*positions)) == list(range(40))
+    assert found.fits and max(found.busy) - min(found.busy) < 0.15
+
+
+def test_smaller_clips_between_make_a_step_shorter_and_no_smaller() -> None:
+    alone, mixed = (plan(request_of(buckets=buckets)) for buckets in ({CLIP: 1.0}, {CLIP: 1.0, IMAGE: 3.0}))
+    assert mixed.seconds_per_step < 0.5 * alone.seconds_per_step
+    assert gib(mixed) == gib(alone)
+
+
+def test_what_does_not_fit_comes_with_changes_that_would() -> None:
+    found = plan(request_of(budgets=budgets_of("RTX 3060 12GB")))
+    assert not found.fits and "cuda:0 would need" in found.limit
+    names = [change.name for change in found.changes]
+    assert any("frames" in name for name in names)
+    assert "one more RTX 3060 12GB" in names
+    assert all(change.fits for change in found.changes)
+
+
+def test_too_little_host_memory_is_told() -> None:
+    found = plan(request_of(budgets=limited(H100S, 22.5), host_free=4 * GIB))
+    assert not found.fits and "host memory would be pinned" in found.limit
+
+
+def test_explained_alternatives_are_no_better() -> None:
+    found = plan(request_of(budgets=budgets_of("2x RTX 4090"), clips_per_epoch=64), explain=True)
+    named = {one.name: one for one in found.alternatives}
+    assert "keep all activations" in named and not named["keep all activations"].fits
+    assert "does not fit" in named["keep all activations"].reason
+    assert "8-bit weights (fp8)" in named
+    same = [one for name, one in named.items() if name in ("recompute every block", "no slack")]
+    assert all(one.seconds_per_step >= found.seconds_per_step for one in same if one.fits)
+
+
+def test_what_is_set_is_kept() -> None:
+    found = plan(request_of(split_at=(13,), residency="recompute", streamed=(2, 0)))
+    assert found.split_at == (13,)
+    assert [stage.residency for stage in found.stages] == [Residency.RECOMPUTE] * 2
+    assert [stage.streamed for stage in found.stages] == [2, 0]
+
+
+def test_boundaries_that_cannot_be_are_told() -> None:
+    with pytest.raises(ValueError, match="boundaries must rise"):
+        plan(request_of(split_at=(40,)))
+
+
+def test_longer_clips_take_more() -> None:
+    lengths = [Bucket(frames=frames, height=480, width=832) for frames in (17, 49, 81)]
+    found = [plan(request_of(buckets={bucket: 1.0}, residency="recompute")) for bucket in lengths]
+    assert gib(found[0]) < gib(found[1]) < gib(found[2])
+    assert found[0].seconds_per_step < found[1].seconds_per_step < found[2].seconds_per_step
+
+
+def test_a_plan_is_plain_values_as_json() -> None:
+    found = plan(request_of()).as_json()
+    assert found["fits"] is True and found["split_at"] and set(found["peaks"]) == {"cuda:0", "cuda:1"}

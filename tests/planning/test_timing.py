@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tworeel.engine.schedule import ideal_efficiency, make_orders
+from tworeel.planning.cards import known_cards, parse_cards
+from tworeel.planning.graphs import Work
+from tworeel.planning.timing import StepTime, rates_of, simulate
+
+(H100,) = parse_cards("H100 80GB", known_cards())
+(RTX_3090,) = parse_cards("RTX 3090", known_cards())
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_equal_stages_take_what_1f1b_ideally_takes(stages: int, count: int) -> None:
+    orders = make_orders(range(stages), count)
+    found = simulate(orders, [1.0] * stages, [2.0] * stages)
+    assert found.seconds == pytest.approx(3 * (count + stages - 1))
+    assert found.busy == pytest.approx([ideal_efficiency(stages, count)] * stages)
+
+
+def test_the_slowest_stage_decides() -> None:
+    found = simulate(make_orders([0, 1], 8, slack=1), [1.0, 2.0], [2.0, 4.0])
+    assert found.seconds == pytest.approx(8 * 6 + 3)
+    assert found.busy[0] < 0.55 and found.busy[1] > 0.9
+
+
+def test_interleaved_stages_wait_less() -> None:
+    plain = simulate(make_orders([0, 1], 8), [2.0] * 2, [4.0] * 2)
+    interleaved = simulate(make_orders([0, 1, 0, 1], 8), [1.0] * 4, [2.0] * 4)
+    assert interleaved.seconds < plain.seconds
+
+
+def test_crossings_cost_time() -> None:
+    orders = make_orders([0, 1], 4)
+    assert (
+        simulate(orders, [1.0] * 2, [2.0] * 2, 0.5).seconds > simulate(orders, [1.0] * 2, [2.0] * 2).seconds
+    )
+
+
+def test_a_step_that_waits_for_something_else_is_less_busy() -> None:
+    step = StepTime(2.0, (0.8, 0.4))
+    assert step.at_least(1.0) == step
+    assert step.at_least(4.0) == StepTime(4.0, (0.4, 0.2))
+
+
+def test_8_bit_products_are_faster_where_the_card_has_them() -> None:
+    bf16, fp8 = Work({torch.bfloat16: 1e15}), Work({torch.float8_e4m3fn: 1e15})
+    assert rates_of(H100).forward(fp8) == pytest.approx(rates_of(H100).forward(bf16) / 2, rel=0.02)
+    assert rates_of(RTX_3090).forward(fp8) == rates_of(RTX_3090).forward(bf16)
+
+
+def test_an_h100_takes_what_one_measured() -> None:
+    rates = rates_of(H100)
+    assert rates.forward(Work({torch.bfloat16: 2 * 20_280 * 5120**2})) == pytest.approx(1.32e-3, rel=0.1)
+    attention = Work({}, 4.0 * 20_280**2 * 5120)
+    assert rates.forward(attention) == pytest.approx(14.0e-3, rel=0.05)
+    assert rates.backward(Work({}, 2.5 * attention.attention)) == pytest.approx(39.4e-3, rel=0.05)
+
+
+def test_a_slowed_card_takes_so_much_longer() -> None:
+    work = Work({torch.bfloat16: 1e15, torch.float8_e4m3fn: 1e15}, 1e15, 1e12)
+    rates = rates_of(H100)
+    assert rates.slowed(1.5).forward(work) == pytest.approx(1.5 * rates.forward(work))
+    assert rates.slowed(1.5).backward(work) == pytest.approx(1.5 * rates.backward(work))

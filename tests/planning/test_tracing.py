@@ -1,0 +1,83 @@
+"""A block's cost, read from graphs on tensors without data, against formulas and what GPUs measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from real_models import CLIP, VARIANTS, settings_of, source_of
+
+from tworeel.benchmarks.flops import work_of
+from tworeel.benchmarks.shapes import WAN_14B
+from tworeel.engine.residency import Residency
+from tworeel.models.wan.family import WAN
+from tworeel.planning.tracing import BlockTrace, trace_model
+
+A14B = "wan2.2-t2v-a14b"
+TOKENS = 20_280
+UNIT = TOKENS * 5120 * 2
+"""Bytes of one hidden state."""
+
+
+def traced(variant: str = A14B, **changes: object) -> BlockTrace:
+    settings = settings_of(variant, **changes)
+    return trace_model(WAN, source_of(variant), CLIP, settings).blocks["blocks"]
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_operations_are_those_of_the_formula(compile: bool) -> None:
+    found, wanted = traced(compile=compile), work_of(WAN_14B, TOKENS, 1)
+    # The formula leaves out the LoRA, which is about 1 %.
+    assert sum(found.forward.products.values()) == pytest.approx(wanted.linear, rel=0.02)
+    assert found.forward.attention == pytest.approx(wanted.attention, rel=1e-6)
+    backward = sum(found.backward.products.values()) + found.backward.attention
+    assert backward == pytest.approx(wanted.backward, rel=0.02)
+
+
+def test_a_compiled_block_holds_what_an_h100_measured() -> None:
+    footprints = traced().footprints
+    units = {name: footprint.kept / UNIT for name, footprint in footprints.items()}
+    assert units[Residency.KEEP] == pytest.approx(21, rel=0.05)
+    # The output and what the self-attention returned.
+    assert units[Residency.SELECTIVE] == pytest.approx(2.02, rel=0.01)
+    assert units[Residency.RECOMPUTE] == pytest.approx(1, rel=0.01)
+    # Two blocks: 49 units with everything kept, 31 with both attentions kept (two units more here).
+    keep = footprints[Residency.KEEP]
+    assert (2 * keep.kept + keep.working) / UNIT == pytest.approx(49, rel=0.05)
+
+
+def test_a_block_that_is_not_compiled_holds_more() -> None:
+    compiled, eager = traced(), traced(compile=False)
+    assert eager.footprints[Residency.KEEP].kept > 1.1 * compiled.footprints[Residency.KEEP].kept
+    assert eager.forward.traffic > 2 * compiled.forward.traffic
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_what_is_kept_need_not_be_computed_again(compile: bool) -> None:
+    found = traced(compile=compile)
+    again = {name: work.attention for name, work in found.recomputed.items()}
+    assert again[Residency.KEEP] == 0
+    assert again[Residency.RECOMPUTE] == pytest.approx(found.forward.attention)
+    # Only the attention over the short text.
+    assert 0 < again[Residency.SELECTIVE] < 0.05 * found.forward.attention
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("fp8", torch.float8_e4m3fn), ("int8", torch.int8)])
+def test_quantized_layers_multiply_in_8_bits(kind: str, dtype: torch.dtype) -> None:
+    products = traced(quantize=kind).forward.products
+    assert products[dtype] == pytest.approx(work_of(WAN_14B, TOKENS, 1).linear, rel=0.01)
+    assert products[torch.bfloat16] < 0.02 * products[dtype]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_traced(variant: str) -> None:
+    found = trace_model(WAN, source_of(variant), CLIP, settings_of(variant))
+    (block,) = found.blocks.values()
+    assert block.forward.attention > 0 and found.inputs > 0
+    keep = block.footprints[Residency.KEEP]
+    assert 15 * keep.hidden < keep.kept < 30 * keep.hidden
+
+
+def test_dora_and_rank_change_what_is_computed() -> None:
+    plain, wide, dora = (traced(**changes) for changes in ({}, {"rank": 128}, {"dora": True}))
+    assert sum(wide.forward.products.values()) > sum(plain.forward.products.values())
+    assert dora.footprints[Residency.KEEP].kept > plain.footprints[Residency.KEEP].kept

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from tworeel.engine.residency import Residency
+from tworeel.planning.plan import Alternative, Plan, StagePlan
+from tworeel.report.plan import alternatives_table, duration, plan_lines, plan_table, verdict_lines
+
+GIB = 2**30
+FIRST = StagePlan(
+    device="cuda:0",
+    card="RTX 4090",
+    first=0,
+    last=20,
+    kept=0,
+    residency=Residency.OFFLOAD_SELECTIVE,
+    streamed=4,
+    in_flight=3,
+    parts={"weights": 13 * GIB, "activations": 8 * GIB},
+    spare=GIB,
+    free=23 * GIB,
+    forward=4.1,
+    backward=10.0,
+)
+SECOND = replace(FIRST, device="cuda:1", first=21, last=39, kept=2, residency=Residency.SELECTIVE, streamed=0)
+PLAN = Plan(
+    model="wan2.2-t2v-a14b",
+    precision="bfloat16",
+    compiled=True,
+    micro_batches=8,
+    tokens=20_280,
+    stages=(FIRST, SECOND),
+    host_memory=34 * GIB,
+    host_free=60 * GIB,
+    seconds_per_step=118.0,
+    busy=(0.96, 0.86),
+    host_bound=False,
+    steps=1000,
+    steps_per_epoch=12.5,
+    calibrated=False,
+)
+
+
+def printed(thing: object) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(thing)
+    return capture.get()
+
+
+def row(text: str, name: str) -> list[str]:
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines()]
+    (found,) = [cells[1:] for cells in lines if cells[0] == name]
+    return found
+
+
+def test_the_table_has_a_column_a_stage() -> None:
+    text = printed(plan_table(PLAN))
+    assert "wan2.2-t2v-a14b, bfloat16, 20,280 tokens, 8 clips a step" in text and "…" not in text
+    assert row(text, "card") == ["RTX 4090"] * 2
+    assert row(text, "blocks") == ["0 to 20", "21 to 39"]
+    assert row(text, "leave behind") == ["21 offload-selective", "17 selective, 2 keep"]
+    assert row(text, "weights streamed") == ["4 of 21", "none"]
+    assert row(text, "peak") == ["21.0 GiB"] * 2
+    assert row(text, "busy") == ["96 %", "86 %"]
+
+
+def test_the_verdict_says_whether_it_fits_how_long_it_takes_and_what_limits() -> None:
+    lines = verdict_lines(PLAN)
+    assert lines[0] == "It fits."
+    assert "A clip takes 14.8 s, a step 118 s (by the cards' figures)" in lines[1]
+    assert "An epoch takes 24.6 minutes, 1,000 steps take 32.8 hours" in lines[2]
+    assert "34.0 GiB of 60.0 GiB" in lines[3]
+    assert "memory" in lines[4]
+
+
+def test_what_does_not_fit_is_told_with_what_is_missing() -> None:
+    plan = replace(PLAN, stages=(replace(FIRST, free=20 * GIB), SECOND))
+    assert verdict_lines(plan)[0].startswith("It does not fit: cuda:0 would need 22.0 GiB and has 20.0")
+    assert "may run out of memory" in plan_lines(plan)[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"host_memory": 61 * GIB}, "61.0 GiB of host memory would be pinned, 60.0 may be"),
+        ({"host_bound": True}, "the host"),
+        ({"busy": (0.5, 0.5)}, "the cards wait 50 % of a step"),
+        ({"stages": (replace(FIRST, kept=21), replace(SECOND, kept=19))}, "compute"),
+    ],
+)
+def test_each_limit_has_words(changes: dict[str, object], words: str) -> None:
+    assert words in replace(PLAN, **changes).limit
+
+
+def test_in_short_it_is_a_line_a_stage() -> None:
+    first, second, time = plan_lines(PLAN)
+    assert first == "Plan: cuda:0 (RTX 4090) runs blocks 0 to 20, 21.0 GiB of 23.0 GiB"
+    assert "blocks 21 to 39" in second and "14.8 s a clip, 32.8 hours in all" in time
+
+
+def test_alternatives_have_their_figures_and_a_reason() -> None:
+    one = Alternative(
+        name="keep all activations",
+        fits=False,
+        seconds_per_step=90.0,
+        peaks=(60 * GIB, 50 * GIB),
+        reason="no room",
+    )
+    text = printed(alternatives_table([one], "What else was weighed"))
+    assert "90 s" in text and "60.0 GiB" in text and "no room" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(50, "50 seconds"), (300, "5.0 minutes"), (7200, "2.0 hours"), (260_000, "3.0 days")],
+)
+def test_durations_have_a_unit_that_fits(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -1,0 +1,92 @@
+"""A run follows its plan, and says what came of it. The cards are those of the table: no GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import tiny_config, tiny_model
+
+from tworeel.demo.clips import write_clips
+from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.measurements import FOLDER_VARIABLE
+from tworeel.training.devices import out_of_memory
+from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
+from tworeel.training.preflight import Job, preflight
+from tworeel.training.report import SilentRun, StepReport
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, Job]:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "home"))
+    write_clips(tmp_path / "clips", 3)
+    config = tiny_config(tiny_model(tmp_path / "model"), tmp_path / "clips", tmp_path / "run")
+    return config, preflight(config, SilentRun())
+
+
+def report(step: int, seconds: float) -> StepReport:
+    return StepReport(
+        step=step,
+        loss=1.0,
+        grad_norm=1.0,
+        learning_rate=1e-4,
+        seconds=seconds,
+        memory={"cuda:0": 3 * GIB, "cuda:1": 2 * GIB},
+        busy=(0.5, 0.5),
+    )
+
+
+def pair(first: str = "RTX 4090", second: str = "RTX 3060 12GB"):
+    return budgets_of_cards(parse_cards(f"{first}, {second}", known_cards()))
+
+
+def test_a_request_has_what_the_configuration_says(job) -> None:
+    config, found = job
+    request = make_request(config, found, pair())
+    assert request.trace.rank == 2 and request.trace.targets == found.targets
+    assert request.micro_batches == 2 and request.steps == 4
+    assert sum(request.buckets.values()) == len(found.clips) == request.clips_per_epoch
+    assert not request.may_reorder  # the configuration names the devices
+
+
+def test_blocks_go_where_the_plan_says(job) -> None:
+    config, found = job
+    placed, planned = plan_on(config, found, pair())
+    assert placed.placement.boundaries[1:-1] == planned.plan.split_at
+    assert [str(device) for device in placed.placement.devices] == ["cuda:0", "cuda:1"]
+
+
+def test_on_a_cpu_there_is_nothing_to_plan(job) -> None:
+    config, found = job
+    assert plan_job(config, found) == (found, None)
+
+
+def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -> None:
+    config, found = job
+    _, planned = plan_on(config, found, pair())
+    told = [planned.heard(report(step, 2.0 if step > 2 else 60.0)) for step in range(1, 8)]
+    assert [line is not None for line in told] == [False] * 4 + [True] + [False] * 2
+    assert told[4] is not None and told[4].startswith("A clip takes 1.00 s (planned ")
+    assert "cuda:0 3.0 GiB (planned 0.3)" in told[4]
+
+
+def test_the_next_plan_rests_on_what_was_measured(job) -> None:
+    config, found = job
+    _, planned = plan_on(config, found, pair())
+    once = planned.plan.stages[0].forward + planned.plan.stages[0].backward
+    # Each stage works for half of a step of two clips: three times what was planned for the first one.
+    for step in range(1, 6):
+        planned.heard(report(step, 2 * 2 * 3 * once))
+    _, again = plan_on(config, found, pair())
+    assert again.plan.calibrated and not planned.plan.calibrated
+    first = again.plan.stages[0]
+    assert (first.forward + first.backward) / first.num_blocks == pytest.approx(
+        3 * once / planned.plan.stages[0].num_blocks, rel=0.01
+    )
+
+
+def test_running_out_of_memory_names_the_plans_figure() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    told = str(out_of_memory(error, [torch.device("cpu")], "The checkpoints are intact.", {"cpu": 3 * GIB}))
+    assert "(planned 3.0)" in told and "The checkpoints are intact." in told and "fewer data.frames" in told
