@@ -111,3 +111,17 @@ def test_a_file_of_cards_that_is_wrong_is_told(tmp_path: Path, content: str, wor
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--cards .*nothing\.toml: No such file"):
         known_cards(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "fp8", "int8"),
+    [
+        ("H100 80GB", "rowwise", "fused"),
+        ("RTX 4090", "tensorwise", "fused"),
+        ("RTX 3090", "weight-only", "fused"),
+        ("RX 7900 XTX", "weight-only", "weight-only"),
+    ],
+)
+def test_a_card_multiplies_8_bit_weights_as_it_can(name: str, fp8: str, int8: str) -> None:
+    (card,) = parse_cards(name, CARDS)
+    assert (card.fp8_mode, card.int8_mode) == (fp8, int8)

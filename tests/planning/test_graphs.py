@@ -78,3 +78,14 @@ def test_work_adds_up(sign: int) -> None:
     found = one + other if sign > 0 else one - other
     assert found.products == {torch.float32: 1.0, torch.int8: sign * 4.0}
     assert (found.attention, found.traffic) == (2 + sign * 5, 3 + sign * 6)
+
+
+def test_what_is_made_of_weights_alone_is_not_kept() -> None:
+    def function(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        turned = weight.t().contiguous()
+        return x @ weight, turned
+
+    graph = graph_of(function, inputs=2)
+    assert GraphReader(graph).cost().end == 2 * SIZE
+    reader = GraphReader(graph, num_weights=1)
+    assert reader.cost().end == SIZE and len(reader.returned()) == 1

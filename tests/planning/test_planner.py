@@ -35,7 +35,7 @@ def forced(request: Request, *residencies: tuple[int, Residency]) -> Plan:
 
 @pytest.mark.parametrize(
     ("quantize", "kept", "peaks", "seconds"),
-    [(None, (2, 13), (62.3, 71.1), 2.55), ("fp8", (3, 14), (65.1, 67.2), 2.10)],
+    [(None, (2, 13), (62.3, 71.1), 2.55), ("fp8", (3, 14), (65.7, 67.8), 2.10)],
 )
 def test_eight_clips_on_two_h100s_take_what_they_took(
     quantize: str | None, kept: tuple[int, int], peaks: tuple[float, ...], seconds: float
@@ -43,7 +43,7 @@ def test_eight_clips_on_two_h100s_take_what_they_took(
     trace = settings_of("wan2.2-t2v-a14b", quantize=quantize)
     found = forced(request_of(budgets=H100S, trace=trace), *((count, Residency.SELECTIVE) for count in kept))
     assert found.seconds_per_step / 8 == pytest.approx(seconds, rel=0.15)
-    assert gib(found) == pytest.approx(peaks, rel=0.07)
+    assert gib(found) == pytest.approx(peaks, rel=0.05)
     assert all(ours > 0.98 * theirs for ours, theirs in zip(gib(found), peaks, strict=True))
 
 

@@ -61,11 +61,25 @@ def test_what_is_kept_need_not_be_computed_again(compile: bool) -> None:
     assert 0 < again[Residency.SELECTIVE] < 0.05 * found.forward.attention
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("fp8", torch.float8_e4m3fn), ("int8", torch.int8)])
-def test_quantized_layers_multiply_in_8_bits(kind: str, dtype: torch.dtype) -> None:
-    products = traced(quantize=kind).forward.products
+@pytest.mark.parametrize(
+    ("kind", "mode", "dtype"),
+    [
+        ("fp8", "rowwise", torch.float8_e4m3fn),
+        ("fp8", "tensorwise", torch.float8_e4m3fn),
+        ("int8", "fused", torch.int8),
+        ("int8", "tensorwise", torch.int8),
+    ],
+)
+def test_quantized_layers_multiply_in_8_bits(kind: str, mode: str, dtype: torch.dtype) -> None:
+    products = traced(quantize=kind, mode=mode).forward.products
     assert products[dtype] == pytest.approx(work_of(WAN_14B, TOKENS, 1).linear, rel=0.01)
     assert products[torch.bfloat16] < 0.02 * products[dtype]
+
+
+def test_weights_that_only_are_kept_in_8_bits_are_multiplied_in_bf16() -> None:
+    found = traced(quantize="fp8", mode="weight-only")
+    assert set(found.forward.products) == {torch.bfloat16}
+    assert found.footprints[Residency.KEEP].kept < 1.01 * traced().footprints[Residency.KEEP].kept
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tworeel.quant.matmul import _triton_starts, matmul_mode, scaled_matmul, triton_works
+from tworeel.quant.matmul import _triton_starts, assumed_mode, matmul_mode, scaled_matmul, triton_works
 from tworeel.quant.rows import quantize_rows, quantize_weight
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -114,3 +114,9 @@ def test_rocm_and_other_accelerators_only_keep_their_weights_in_8_bits(monkeypat
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert matmul_mode(torch.device("cuda", 0), FP8) == "weight-only"
     assert matmul_mode(torch.device("xpu", 0), INT8) == "weight-only"
+
+
+def test_a_mode_can_be_assumed_for_what_is_traced() -> None:
+    with assumed_mode("rowwise"):
+        assert matmul_mode(torch.device("cpu"), FP8) == "rowwise"
+    assert matmul_mode(torch.device("cpu"), FP8) == "tensorwise"

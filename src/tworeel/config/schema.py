@@ -167,7 +167,7 @@ class EngineConfig(Section):
     stages_per_device: PositiveInt = 1
     """Parts of the model on each device; 2 shortens the idle time at both ends of a step and costs memory."""
     split_at: tuple[PositiveInt, ...] | None = None
-    """First block of each stage after the first; even shares by default."""
+    """First block of each stage after the first; on GPUs the plan's choice by default, else even shares."""
     residency: Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"] = "auto"
     """What each block leaves behind for its backward; `auto` keeps as much as the devices have room for."""
     compile: bool | None = None

@@ -63,6 +63,9 @@ class Fit:
     """Bytes that are still too few."""
 
 
+PARKED_ON_DEVICE = 5
+"""Blocks whose parked activations are on the device all the same: three that leave (two may be queued behind
+the one that runs), what the block that runs has fetched, and what the next one has."""
 FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
 """For blocks whose activations cannot all stay, best first."""
 
@@ -128,8 +131,11 @@ def needed(memory: StageMemory, footprints: Footprints, num_kept: int, fallback:
     keep = footprints[Residency.KEEP]
     num_others = memory.num_blocks - num_kept
     other = footprints[Residency.SELECTIVE] if num_others else keep
-    # Parked, on the device are what leaves, what the block that runs has fetched, and what the next one has.
-    once, left = (3 * other.kept, 0) if fallback.is_parked and num_others else (0, num_others * other.kept)
+    once, left = (
+        (PARKED_ON_DEVICE * other.kept, 0)
+        if fallback.is_parked and num_others
+        else (0, num_others * other.kept)
+    )
     kept = num_kept * keep.kept
     # The blocks that keep all are the last: their backwards are through when the first of the others begins.
     working = max(keep.working if num_kept else 0, other.working - kept if num_others else 0)

@@ -9,6 +9,7 @@ import torch
 from tworeel.engine.fitting import total_and_free
 from tworeel.planning.cards import GIB, Card
 from tworeel.planning.timing import Rates, rates_of
+from tworeel.quant.matmul import Mode, matmul_mode
 
 USABLE = 0.985
 """Of a card's nominal memory; its driver keeps the rest."""
@@ -27,10 +28,17 @@ class Budget:
     free: int
     """Bytes of them that no other has taken."""
     rates: Rates
+    fp8_mode: Mode
+    """How it multiplies fp8 weights."""
+    int8_mode: Mode
     measured: bool = False
     """Whether the rates rest on what runs took on this card."""
     slowdown: float = 1.0
     """How much longer they took than by the card's figures."""
+
+    def mode(self, quantize: str | None) -> Mode | None:
+        """How it multiplies weights that are quantized so; None for those that only are kept so."""
+        return {"fp8": self.fp8_mode, "int8": self.int8_mode}.get(quantize or "")
 
     def another(self, number: int) -> Budget:
         """The same card once more."""
@@ -41,7 +49,15 @@ class Budget:
 def budget_of_card(card: Card, number: int) -> Budget:
     """A card of the table that nothing else runs on."""
     free = int(card.memory * USABLE) - CONTEXT
-    return Budget(device=f"cuda:{number}", card=card.name, total=free, free=free, rates=rates_of(card))
+    return Budget(
+        device=f"cuda:{number}",
+        card=card.name,
+        total=free,
+        free=free,
+        rates=rates_of(card),
+        fp8_mode=card.fp8_mode,
+        int8_mode=card.int8_mode,
+    )
 
 
 def budget_of_device(device: torch.device, card: Card | None, fallback: Card) -> Budget:
@@ -59,4 +75,6 @@ def budget_of_device(device: torch.device, card: Card | None, fallback: Card) ->
         total=total,
         free=free,
         rates=rates_of(card or fallback),
+        fp8_mode=matmul_mode(device, torch.float8_e4m3fn),
+        int8_mode=matmul_mode(device, torch.int8),
     )

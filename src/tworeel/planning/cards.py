@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from tworeel.errors import UserError, did_you_mean, raise_if_any
+from tworeel.quant.matmul import Mode
 
 GIB = 2**30
 _TABLE = "cards.toml"
@@ -27,6 +28,7 @@ class _Row(BaseModel):
     name: str
     torch_name: str = ""
     memory_gib: PositiveFloat
+    capability: PositiveFloat | None = None
     bf16: PositiveFloat
     fp8: PositiveFloat | None = None
     int8: PositiveFloat | None = None
@@ -51,6 +53,8 @@ class Card:
     """What torch calls it; cards of several sizes share a name."""
     memory: int
     """Bytes, nominal."""
+    capability: float | None
+    """NVIDIA's compute capability, where it is known."""
     bf16: float
     fp8: float | None
     int8: float | None
@@ -63,9 +67,25 @@ class Card:
     source: str
 
     @property
+    def fp8_mode(self) -> Mode:
+        """How it multiplies fp8 weights; as `tworeel.quant.matmul.matmul_mode` finds it out on a card."""
+        if self.fp8 is None or _is_amd(self):
+            return "weight-only"
+        return "rowwise" if self.capability in (9.0, 10.0) else "tensorwise"
+
+    @property
+    def int8_mode(self) -> Mode:
+        """How it multiplies int8 weights."""
+        return "weight-only" if self.int8 is None or _is_amd(self) else "fused"
+
+    @property
     def crossing(self) -> float:
         """Bytes a second from one of these cards to the next."""
         return self.nvlink or self.pcie
+
+
+def _is_amd(card: Card) -> bool:
+    return any(word in f"{card.name} {card.torch_name}" for word in ("AMD", "Radeon", "RX ", "MI3"))
 
 
 def known_cards(extra: Path | None = None) -> tuple[Card, ...]:
@@ -180,6 +200,7 @@ def _parse(text: str, source: str) -> tuple[Card, ...]:
             name=row.name,
             torch_name=row.torch_name,
             memory=int(row.memory_gib * GIB),
+            capability=row.capability,
             bf16=row.bf16 * 1e12,
             fp8=row.fp8 and row.fp8 * 1e12,
             int8=row.int8 and row.int8 * 1e12,

@@ -100,8 +100,11 @@ class GraphReader:
             with an equal value show the same memory.
     """
 
-    def __init__(self, graph: fx.Graph, released: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, graph: fx.Graph, released: Mapping[str, str] | None = None, num_weights: int = 0
+    ) -> None:
         self._nodes = list(graph.nodes)
+        self._of_weights = self._find_of_weights(num_weights)
         self._released = released or {}
         self._owners: dict[str, fx.Node] = {}
         for node in self._nodes:
@@ -114,7 +117,7 @@ class GraphReader:
 
     def cost(self) -> GraphCost:
         """Walk through the graph once."""
-        order = [node for node in self._nodes if node in self._written]
+        order = [node for node in self._nodes if node in self._written and node not in self._of_weights]
         last_use = {read: i for i, node in enumerate(order) for read in self._reads[node]}
         kept = {self._origin(node) for node in self._output.all_input_nodes}
         live = peak = 0
@@ -124,7 +127,8 @@ class GraphReader:
             peak = max(peak, live)
             work += self._work_of(node)
             for read in {*self._reads[node], node}:
-                free = read not in self._inputs or read.name in self._released
+                made = read not in self._inputs and read not in self._of_weights
+                free = made or read.name in self._released
                 if last_use.get(read, -1) <= i and read not in kept and free:
                     live -= _size(read)
                     last_use[read] = len(order)
@@ -135,8 +139,19 @@ class GraphReader:
         return {
             node.name: origin.name
             for node in self._output.all_input_nodes
-            if (origin := self._origin(node)) not in self._inputs
+            if (origin := self._origin(node)) not in self._inputs and origin not in self._of_weights
         }
+
+    def _find_of_weights(self, num_weights: int) -> set[fx.Node]:
+        """Values that depend on nothing but weights."""
+        inputs = [node for node in self._nodes if node.op == "placeholder"]
+        weights = set(inputs[:num_weights])
+        found: set[fx.Node] = set()
+        for node in self._nodes:
+            known = node.all_input_nodes
+            if node.op == "call_function" and known and all(n in weights or n in found for n in known):
+                found.add(node)
+        return found
 
     def _origin(self, node: fx.Node) -> fx.Node:
         """The value whose memory a view shows."""
@@ -210,8 +225,9 @@ def work_of(target: Any, args: Sequence[Any], out: Any) -> Work:
     count = operations(target, args, out)
     if is_attention(target):
         return Work(attention=count)
+    # A bias comes before what is multiplied, scales come after it.
     matrices = [argument for argument in args if isinstance(argument, Tensor) and argument.dim() > 1]
-    return Work({matrices[-1].dtype: count})
+    return Work({matrices[0].dtype: count})
 
 
 def _packet(node: fx.Node) -> Any:

@@ -29,6 +29,7 @@ from tworeel.models.family import Family, ModelSource
 from tworeel.planning.graphs import GraphReader, Work, is_heavy, work_of
 from tworeel.quant import quantize_blocks
 from tworeel.quant.frozen import FrozenLinear
+from tworeel.quant.matmul import Mode, assumed_mode
 
 BLOCKS = 2
 """Of each list: the first one's input may be special."""
@@ -42,6 +43,8 @@ class TraceSettings:
 
     dtype: torch.dtype = torch.bfloat16
     quantize: str | None = None
+    mode: Mode = "rowwise"
+    """How the cards multiply 8-bit weights."""
     compile: bool = True
     rank: int = 32
     dora: bool = False
@@ -70,6 +73,23 @@ class ModelTrace:
     inputs: int
     """Bytes of a micro-batch that all blocks of a stage share: text, rotary tables, modulation."""
 
+    def with_products(self, dtype: torch.dtype, other: torch.dtype) -> ModelTrace:
+        """The same with products in another dtype."""
+
+        def changed(work: Work) -> Work:
+            return replace(work, products={other if k is dtype else k: v for k, v in work.products.items()})
+
+        blocks = {
+            name: replace(
+                block,
+                forward=changed(block.forward),
+                backward=changed(block.backward),
+                recomputed={key: changed(work) for key, work in block.recomputed.items()},
+            )
+            for name, block in self.blocks.items()
+        }
+        return replace(self, blocks=blocks)
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -87,8 +107,12 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         bucket: frames, height and width of the clip in pixels.
         settings: how the blocks are run.
     """
+    if settings.quantize == "int8" and settings.mode == "fused":
+        # The kernel is there only with Triton; scales in the product are as in fp8's.
+        alike = trace_model(family, source, bucket, replace(settings, quantize="fp8", mode="rowwise"))
+        return alike.with_products(torch.float8_e4m3fn, torch.int8)
     model = _shortened(family, source, settings)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), assumed_mode(settings.mode):
         _materialize(model, family, settings.dtype)
         calls = _record(model, family, source, bucket, settings)
         trace = _trace_compiled if settings.compile else _trace_eager
@@ -191,7 +215,8 @@ def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
     graphs = _compiled_graphs(block, call)
     forward, backward = graphs["forward"], graphs["backward"]
     hidden = _hidden_bytes(call)
-    reader = GraphReader(forward)
+    num_weights = len(list(block.parameters())) + len(list(block.buffers()))
+    reader = GraphReader(forward, num_weights=num_weights)
     there, back = reader.cost(), GraphReader(backward, reader.returned()).cost()
     kept = Footprint(kept=there.end, working=max(there.peak - there.end, hidden + back.peak), hidden=hidden)
     spared = [node for node in forward.nodes if is_kept(node.target, _values(node))]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -25,6 +27,20 @@ ALIGNMENT = 16
 _FEWEST_INT8_ROWS = 32
 
 
+_assumed: Mode | None = None
+
+
+@contextmanager
+def assumed_mode(mode: Mode) -> Iterator[None]:
+    """Let every device multiply so, inside: what a card would do is traced without the card."""
+    global _assumed
+    before, _assumed = _assumed, mode
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
 def matmul_mode(device: torch.device, dtype: torch.dtype) -> Mode:
     """Say how `device` multiplies by a weight of this 8-bit dtype.
 
@@ -33,6 +49,8 @@ def matmul_mode(device: torch.device, dtype: torch.dtype) -> Mode:
     other accelerators only keep their weights in 8 bits. The int8 kernel of ours is for Triton's devices, 8.0
     and above, where Triton is installed.
     """
+    if _assumed is not None:
+        return _assumed
     if device.type == "cpu":
         return "tensorwise"
     if device.type != "cuda" or torch.version.hip is not None:
