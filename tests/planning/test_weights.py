@@ -39,16 +39,17 @@ def test_bytes_are_those_of_a_model_that_is_there(quantize: str | None, dora: bo
     for name, parameter in model.named_parameters():
         precise = set(WAN.keep_fp32) & set(name.split("."))
         parameter.data = parameter.data.to(torch.float32 if precise else torch.bfloat16)
-    targets = tuple(name for name in linears(model) if name.endswith(WAN.lora_presets["all-linear"]))
+    layers = linears(model)
+    targets = tuple(name for name in layers if name.endswith(WAN.lora_presets["all-linear"]))
     settings = TraceSettings(targets=targets, quantize=quantize, rank=4, dora=dora)
     units = unit_bytes(model, WAN, settings)
     if quantize is not None:
-        quantize_blocks(model, quantize, linears(model))
+        quantize_blocks(model, quantize, layers)
     inject_lora(model, rank=4, alpha=4, targets=targets, dora=dora)
     assert sum(unit.trained for unit in units) == sum(p.nbytes for p in lora_parameters(model).values())
     blocks = sum(unit.frozen for unit in units if unit.is_block)
     # nf4's table of 1 KB a layer is nothing at real size.
-    tables = 1024 * len(linears(model)) if quantize == "nf4" else 0
+    tables = 1024 * len(layers) if quantize == "nf4" else 0
     wanted = sum(map(real_bytes, model.blocks)) - tables
     assert blocks == pytest.approx(wanted, rel=0.01)  # nf4's scales come in whole blocks
 
