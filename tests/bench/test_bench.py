@@ -47,6 +47,17 @@ def test_the_whole_run_is_measured_from_the_written_model_to_the_lora(tmp_path: 
     assert (tmp_path / "model" / "high_noise_model" / "config.json").is_file()
 
 
+def test_the_plan_is_held_against_what_is_measured(tmp_path: Path) -> None:
+    phases = ("--phase", "cases", "edges", "splits")
+    printed = run("planning.py", "--devices", "cpu,cpu", *phases, "--json", tmp_path / "planning.json")
+    results = read(tmp_path / "planning.json")
+    kinds = [name.split()[0] for name in results if name != "machine"]
+    assert kinds == ["case", "edge", "edge", "splits"]
+    (case,) = [value for name, value in results.items() if name.startswith("case")]
+    assert case["plan"]["fits"] and case["measured"]["seconds"] > 0
+    assert "planned in" in printed and "fastest at" in printed
+
+
 def test_the_cost_of_safety_is_measured(tmp_path: Path) -> None:
     printed = run("safety.py", "--rounds", "1", "--json", tmp_path / "safety.json")
     found = read(tmp_path / "safety.json")["safety"]

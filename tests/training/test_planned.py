@@ -11,9 +11,10 @@ from tiny_runs import tiny_config, tiny_model
 from tworeel.demo.clips import write_clips
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
+from tworeel.training import planned
 from tworeel.training.devices import out_of_memory
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
-from tworeel.training.preflight import Job, preflight
+from tworeel.training.preflight import Job, place_again, preflight
 from tworeel.training.report import SilentRun, StepReport
 
 
@@ -52,20 +53,33 @@ def test_a_request_has_what_the_configuration_says(job) -> None:
 
 def test_blocks_go_where_the_plan_says(job) -> None:
     config, found = job
-    placed, planned = plan_on(config, found, pair())
-    assert placed.placement.boundaries[1:-1] == planned.plan.split_at
+    placed, run = plan_on(config, found, pair())
+    assert placed.placement.boundaries[1:-1] == run.plan.split_at
     assert [str(device) for device in placed.placement.devices] == ["cuda:0", "cuda:1"]
 
 
 def test_on_a_cpu_there_is_nothing_to_plan(job) -> None:
     config, found = job
-    assert plan_job(config, found) == (found, None)
+    assert plan_job(config, found, print) == (found, None)
+
+
+def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = job
+    on_gpus = place_again(found, config, [torch.device("cuda:0"), torch.device("cuda:1")], [2])
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("tracing has changed")
+
+    monkeypatch.setattr(planned, "budgets_of_devices", refuse)
+    said: list[str] = []
+    assert plan_job(config, on_gpus, said.append) == (on_gpus, None)
+    assert said == ["no plan could be made (RuntimeError: tracing has changed); the blocks are shared evenly"]
 
 
 def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -> None:
     config, found = job
-    _, planned = plan_on(config, found, pair())
-    told = [planned.heard(report(step, 2.0 if step > 2 else 60.0)) for step in range(1, 8)]
+    _, run = plan_on(config, found, pair())
+    told = [run.heard(report(step, 2.0 if step > 2 else 60.0)) for step in range(1, 8)]
     assert [line is not None for line in told] == [False] * 4 + [True] + [False] * 2
     assert told[4] is not None and told[4].startswith("A clip takes 1.00 s (planned ")
     assert "cuda:0 3.0 GiB (planned 0.3)" in told[4]
@@ -73,16 +87,16 @@ def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -
 
 def test_the_next_plan_rests_on_what_was_measured(job) -> None:
     config, found = job
-    _, planned = plan_on(config, found, pair())
-    once = planned.plan.stages[0].forward + planned.plan.stages[0].backward
+    _, run = plan_on(config, found, pair())
+    once = run.plan.stages[0].forward + run.plan.stages[0].backward
     # Each stage works for half of a step of two clips: three times what was planned for the first one.
     for step in range(1, 6):
-        planned.heard(report(step, 2 * 2 * 3 * once))
+        run.heard(report(step, 2 * 2 * 3 * once))
     _, again = plan_on(config, found, pair())
-    assert again.plan.calibrated and not planned.plan.calibrated
+    assert again.plan.calibrated and not run.plan.calibrated
     first = again.plan.stages[0]
     assert (first.forward + first.backward) / first.num_blocks == pytest.approx(
-        3 * once / planned.plan.stages[0].num_blocks, rel=0.01
+        3 * once / run.plan.stages[0].num_blocks, rel=0.01
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -144,8 +144,13 @@ class PlannedRun:
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
 
 
-def plan_job(config: RunConfig, job: Job) -> tuple[Job, PlannedRun | None]:
+def plan_job(config: RunConfig, job: Job, say: Callable[[str], None]) -> tuple[Job, PlannedRun | None]:
     """Plan a run on the devices that it has, and place its blocks as the plan says.
+
+    Args:
+        config: of the run.
+        job: what it works on.
+        say: told if no plan could be made.
 
     Returns:
         The job; and what was planned, None where a stage is on a CPU: there is nothing to choose.
@@ -154,7 +159,11 @@ def plan_job(config: RunConfig, job: Job) -> tuple[Job, PlannedRun | None]:
     devices = stages[: len(stages) // config.engine.stages_per_device]
     if any(device.type == "cpu" for device in devices):
         return job, None
-    return plan_on(config, job, budgets_of_devices(devices))
+    try:
+        return plan_on(config, job, budgets_of_devices(devices))
+    except Exception as error:  # noqa: BLE001  # torch's tracing is its own affair: a run needs no plan
+        say(f"no plan could be made ({type(error).__name__}: {error}); the blocks are shared evenly")
+        return job, None
 
 
 def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[Job, PlannedRun]:

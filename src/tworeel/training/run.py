@@ -62,7 +62,7 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
             checkpoint = find_checkpoint(store, resume, config, watched)
         job = preflight(config, watched, problems)
         write_text_atomic(folder.config, dump_config(config))
-        job, planned = plan_job(config, job)
+        job, planned = plan_job(config, job, watched.say)
         if planned is not None:
             write_text_atomic(folder.plan, json.dumps(planned.plan.as_json(), indent=1) + "\n")
             for line in plan_lines(planned.plan):
