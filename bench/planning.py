@@ -27,6 +27,8 @@ from measuring import console, gib
 from torch import nn
 
 from tworeel.benchmarks import machine, models
+from tworeel.benchmarks.shapes import TINY as TINY_SHAPE
+from tworeel.benchmarks.shapes import model_shape
 from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
@@ -46,28 +48,12 @@ RANK = 32
 WITHIN = 0.05
 """Of a measured peak, or half a GiB: what a plan may be off."""
 
-A14B = {
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 13824,
-    "num_layers": 40,
-}
+WAN_14B = models.config_of(model_shape("wan-14b"))
 CONFIGS: dict[str, dict[str, Any]] = {
-    "t2v-a14b": A14B,
-    "i2v-14b": {**A14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-    "ti2v-5b": {
-        **A14B,
-        "num_attention_heads": 24,
-        "ffn_dim": 14336,
-        "num_layers": 30,
-        "in_channels": 48,
-        "out_channels": 48,
-    },
-    "tiny": {**A14B, "num_attention_heads": 1, "ffn_dim": 128, "num_layers": 4, "text_dim": 64},
+    "t2v-a14b": WAN_14B,
+    "i2v-14b": {**WAN_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "ti2v-5b": models.config_of(model_shape("wan-5b")),
+    "tiny": models.config_of(TINY_SHAPE),
 }
 SIZES = {"480p": (480, 832), "720p": (704, 1280), "tiny": (64, 64)}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tworeel.benchmarks.models import config_of
+from tworeel.benchmarks.shapes import model_shape
 from tworeel.data.clips import Bucket
 from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
@@ -19,35 +21,14 @@ from tworeel.planning.tracing import TraceSettings
 CLIP = Bucket(frames=49, height=480, width=832)
 IMAGE = Bucket(frames=1, height=512, width=512)
 
-_A14B = {
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 13824,
-    "num_layers": 40,
-}
+_WAN_14B = config_of(model_shape("wan-14b"))
+_WITH_IMAGE = {**_WAN_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 _CONFIGS: dict[str, dict[str, Any]] = {
-    "wan2.2-t2v-a14b": _A14B,
-    "wan2.1-i2v-14b": {**_A14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-    "wan2.1-flf2v-14b": {
-        **_A14B,
-        "in_channels": 36,
-        "image_dim": 1280,
-        "added_kv_proj_dim": 5120,
-        "pos_embed_seq_len": 514,
-    },
-    "wan2.2-ti2v-5b": {
-        **_A14B,
-        "num_attention_heads": 24,
-        "ffn_dim": 14336,
-        "num_layers": 30,
-        "in_channels": 48,
-        "out_channels": 48,
-    },
-    "wan2.1-t2v-1.3b": {**_A14B, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan2.2-t2v-a14b": _WAN_14B,
+    "wan2.1-i2v-14b": _WITH_IMAGE,
+    "wan2.1-flf2v-14b": {**_WITH_IMAGE, "pos_embed_seq_len": 514},
+    "wan2.2-ti2v-5b": config_of(model_shape("wan-5b")),
+    "wan2.1-t2v-1.3b": config_of(model_shape("wan-1.3b")),
 }
 _IMAGES = {
     "wan2.1-i2v-14b": ("first_image",),

@@ -23,9 +23,9 @@ SCALE = 0.02
 TIMESTEP = 900.0
 
 
-def build(shape: ModelShape, blocks: int) -> nn.Module:
-    """The transformer on the meta device."""
-    config = {
+def config_of(shape: ModelShape) -> dict[str, Any]:
+    """The arguments of the transformer's class."""
+    return {
         "num_attention_heads": shape.heads,
         "attention_head_dim": HEAD_DIM,
         "in_channels": shape.channels,
@@ -33,8 +33,13 @@ def build(shape: ModelShape, blocks: int) -> nn.Module:
         "text_dim": shape.text_dim,
         "freq_dim": 256,
         "ffn_dim": shape.ffn_dim,
-        "num_layers": blocks,
+        "num_layers": shape.blocks,
     }
+
+
+def build(shape: ModelShape, blocks: int) -> nn.Module:
+    """The transformer on the meta device."""
+    config = config_of(shape) | {"num_layers": blocks}
     return WAN.build_transformer(Component(files=(), layout="native", config=config))
 
 

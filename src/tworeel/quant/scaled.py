@@ -91,8 +91,8 @@ class _ScaledLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         weight, scale = ctx.saved_tensors
-        # All kernels but ours want it column-major: a copy of one weight for the length of this call.
-        columns = weight if ctx.mode == "fused" else weight.t().contiguous().t()
+        # 8-bit matrix units want it column-major: a copy of one weight for the length of this call.
+        columns = weight.t().contiguous().t()
         folded = grad * scale.to(grad.dtype)
         return (
             scaled_matmul(folded, columns, scale.new_ones(columns.shape[1]), ctx.mode),
