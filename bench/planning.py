@@ -37,8 +37,8 @@ from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import known_cards, parse_cards
-from tworeel.planning.plan import Plan
 from tworeel.planning.planner import Planner, Request
+from tworeel.planning.plans import Plan
 from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.planned import budgets_of_cards, budgets_of_devices

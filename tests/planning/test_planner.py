@@ -11,9 +11,9 @@ from real_models import CLIP, IMAGE, VARIANTS, budgets_of, limited, request_of, 
 from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import Fit
 from tworeel.engine.residency import Residency
+from tworeel.planning import Planner, Request, plan
 from tworeel.planning.cards import GIB
-from tworeel.planning.plan import Plan
-from tworeel.planning.planner import Planner, Request, plan
+from tworeel.planning.plans import Plan
 
 H100S = limited(budgets_of("2x H100 80GB"), 79.2)
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from tworeel.engine.residency import Residency
-from tworeel.planning.plan import Alternative, Plan, StagePlan
+from tworeel.planning.plans import Alternative, Plan, StagePlan
 from tworeel.report.plan import alternatives_table, duration, plan_lines, plan_table, verdict_lines
 
 GIB = 2**30

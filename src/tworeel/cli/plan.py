@@ -16,7 +16,7 @@ from tworeel.report.console import console, say
 if TYPE_CHECKING:
     from tworeel.config import RunConfig
     from tworeel.planning.budgets import Budget
-    from tworeel.planning.plan import Plan
+    from tworeel.planning.plans import Plan
 
 GIB = 2**30
 
@@ -81,7 +81,7 @@ def plan(
         # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
         import torch
 
-        from tworeel.planning.planner import plan as make_plan
+        from tworeel.planning.explaining import plan as make_plan
         from tworeel.training.planned import make_request
         from tworeel.training.preflight import survey
 

@@ -32,7 +32,7 @@ class Budget:
     """How it multiplies fp8 weights."""
     int8_mode: Mode
     measured: bool = False
-    """Whether the rates rest on what runs took on this card."""
+    """Whether the rates rest on what was measured on this card."""
     slowdown: float = 1.0
     """How much longer they took than by the card's figures."""
 

@@ -11,7 +11,7 @@ from tworeel.engine.weight_streaming import SLOTS
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB
 from tworeel.planning.graphs import Work
-from tworeel.planning.plan import StagePlan
+from tworeel.planning.plans import StagePlan
 from tworeel.planning.tracing import BlockTrace
 
 WORKSPACES = int(0.3 * GIB)

@@ -12,16 +12,16 @@ import torch
 
 from tworeel.data.buckets import tokens
 from tworeel.data.clips import Bucket
-from tworeel.engine.fitting import SPARE, Fit, Footprint, fit_stages
+from tworeel.engine.fitting import SPARE, Fit, fit_stages
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
-from tworeel.planning.plan import Alternative, Plan, StagePlan
+from tworeel.planning.plans import Plan, StagePlan
 from tworeel.planning.timing import HOST_SECONDS, simulate
-from tworeel.planning.tracing import BlockTrace, ModelTrace, TraceSettings, trace_model
+from tworeel.planning.tracing import ModelTrace, TraceSettings, trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
@@ -56,29 +56,15 @@ class Request:
     clips_per_epoch: float
 
 
-def plan(request: Request, *, explain: bool = False) -> Plan:
-    """Decide which card runs which blocks, and say what that takes.
-
-    Args:
-        request: the model, the data, the cards and what is set already.
-        explain: weigh alternatives, too.
-
-    Raises:
-        ValueError: the request's own settings contradict each other, as `tworeel.engine.place` says.
-    """
-    planner = Planner(request)
-    best = planner.best()
-    changes: tuple[Alternative, ...] = () if best.fits else tuple(planner.changes())
-    alternatives = tuple(planner.alternatives(best)) if explain else ()
-    return replace(best, alternatives=alternatives, changes=changes)
-
-
 class Planner:
     """Weighs the ways to run one request.
 
     Args:
         request: what is to be planned.
         trace: what its blocks cost, if that is known.
+
+    Attributes:
+        largest: the bucket of most tokens, for which memory is planned.
     """
 
     def __init__(self, request: Request, trace: ModelTrace | None = None) -> None:
@@ -86,73 +72,23 @@ class Planner:
         self._known_trace = trace
         self._model = request.family.build_transformer(request.source.transformer)
         self._units = unit_bytes(self._model, request.family, request.trace)
-        self._largest = max(request.buckets, key=lambda bucket: tokens(bucket, request.source.traits))
+        self.largest = max(request.buckets, key=lambda bucket: tokens(bucket, request.source.traits))
 
     @cached_property
     def trace(self) -> ModelTrace:
         """What the blocks cost for the largest clip."""
+        if self._known_trace is not None:
+            return self._known_trace
         request = self.request
-        return self._known_trace or trace_model(request.family, request.source, self._largest, request.trace)
+        modes = {budget.mode(request.trace.quantize) for budget in request.budgets}
+        # Unlike cards: the mode that needs most memory.
+        mode = modes.pop() if len(modes) == 1 else "tensorwise"
+        settings = request.trace if mode is None else replace(request.trace, mode=mode)
+        return trace_model(request.family, request.source, self.largest, settings)
 
     def best(self) -> Plan:
         """The fastest plan that fits; the one that is nearest to it if none does."""
         return min(self._candidates(), key=_rank)
-
-    def alternatives(self, best: Plan) -> Iterator[Alternative]:
-        """Other ways, and why they are not the plan."""
-        request = self.request
-        others = {
-            "even shares of the blocks": {"split_at": self._even(self._num_stages), "may_reorder": False},
-            "recompute every block": {"residency": "recompute"},
-            "keep all activations": {"residency": "keep"},
-            "park activations in host memory": {"residency": "offload-selective"},
-            "two stages a device": {"stages_per_device": 2, "split_at": None},
-            "no slack": {"slack": 0},
-            "twice the micro-batches": {"micro_batches": 2 * request.micro_batches},
-        }
-        for name, change in others.items():
-            try:
-                found = Planner(replace(request, **change), self.trace).best()  # type: ignore[arg-type]
-            except ValueError:
-                continue
-            if _decisions(found) != _decisions(best):
-                yield _alternative(name, found, best)
-        yield from self._other_precisions(best)
-
-    def changes(self) -> Iterator[Alternative]:
-        """The smallest changes with which it would fit."""
-        request = self.request
-        if shorter := self._most_frames():
-            yield shorter
-        for kind in ("fp8", "nf4"):
-            if request.trace.quantize is None:
-                found = Planner(replace(request, trace=replace(request.trace, quantize=kind))).best()
-                if found.fits:
-                    yield _alternative(f"model.quantize = '{kind}'", found, None)
-                    break
-        one_more = (*request.budgets, request.budgets[-1].another(len(request.budgets)))
-        found = Planner(replace(request, budgets=one_more, split_at=None, streamed=None), self.trace).best()
-        if found.fits:
-            yield _alternative(f"one more {request.budgets[-1].card}", found, None)
-
-    def _other_precisions(self, best: Plan) -> Iterator[Alternative]:
-        """What 8-bit weights would change; below what is asked for, so never chosen."""
-        if self.request.trace.quantize is None:
-            trace = replace(self.request.trace, quantize="fp8")
-            yield _alternative(
-                "8-bit weights (fp8)", Planner(replace(self.request, trace=trace)).best(), best
-            )
-
-    def _most_frames(self) -> Alternative | None:
-        """The longest clip of the same size that fits."""
-        request, stride = self.request, self.request.source.traits.temporal_stride
-        for frames in range(self._largest.frames - stride, 0, -stride):
-            bucket = replace(self._largest, frames=frames)
-            share = tokens(bucket, request.source.traits) / tokens(self._largest, request.source.traits)
-            smaller = Planner(replace(request, buckets={bucket: 1.0}), _scaled(self.trace, share)).best()
-            if smaller.fits:
-                return _alternative(f"clips of at most {frames} frames", smaller, None)
-        return None
 
     def _candidates(self) -> Iterator[Plan]:
         request = self.request
@@ -187,7 +123,7 @@ class Planner:
             yield self._descend(stages)
 
     def _descend(self, stages: Sequence[Budget]) -> Plan:
-        best = self._evaluate(stages, self._even(len(stages)))
+        best = self._evaluate(stages, self.even(len(stages)))
         while True:
             near = [self._evaluate(stages, at) for at in _neighbours(best.split_at, self._num_blocks)]
             better = min(near, key=_rank, default=best)
@@ -200,14 +136,11 @@ class Planner:
         return [unit for unit in self._units if unit.is_block]
 
     @property
-    def _num_stages(self) -> int:
-        return len(self.request.budgets) * self.request.stages_per_device
-
-    @property
     def _num_blocks(self) -> int:
         return len(self._blocks)
 
-    def _even(self, num_stages: int) -> tuple[int, ...]:
+    def even(self, num_stages: int) -> tuple[int, ...]:
+        """The boundaries of even shares of the blocks' bytes."""
         return self._place(num_stages, None).boundaries[1:-1]
 
     def _place(self, num_stages: int, at: Sequence[int] | None) -> Placement:
@@ -243,7 +176,7 @@ class Planner:
             precision=request.trace.quantize or str(request.trace.dtype).removeprefix("torch."),
             compiled=request.trace.compile,
             micro_batches=request.micro_batches,
-            tokens=tokens(self._largest, request.source.traits),
+            tokens=tokens(self.largest, request.source.traits),
             stages=tuple(made),
             host_memory=sum(draft.parked(stage) + stage.streamed * draft.block for draft, stage in pairs),
             host_free=request.host_free,
@@ -305,7 +238,7 @@ class Planner:
     def means(self) -> Means:
         """The average clip of the data, relative to the largest."""
         traits = self.request.source.traits
-        largest, total = tokens(self._largest, traits), sum(self.request.buckets.values())
+        largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
 
@@ -324,47 +257,3 @@ def _neighbours(at: tuple[int, ...], num_blocks: int) -> Iterator[tuple[int, ...
         moved = tuple(a + move for a, move in zip(at, moves, strict=True))
         if any(moves) and all(a < b for a, b in itertools.pairwise((0, *moved, num_blocks))):
             yield moved
-
-
-def _decisions(plan: Plan) -> tuple[Any, ...]:
-    stages = [(s.device, s.first, s.kept, s.residency, s.streamed) for s in plan.stages]
-    return tuple(stages), plan.micro_batches, plan.precision
-
-
-def _alternative(name: str, found: Plan, best: Plan | None) -> Alternative:
-    if not found.fits:
-        reason = f"does not fit: {found.limit}"
-    elif best is None:
-        reason = "fits"
-    else:
-        per_clip = found.seconds_per_step / found.micro_batches
-        share = per_clip / (best.seconds_per_step / best.micro_batches)
-        reason = f"{share:.2f} times the time of a clip"
-    return Alternative(
-        name=name,
-        fits=found.fits,
-        seconds_per_step=found.seconds_per_step,
-        peaks=tuple(stage.peak for stage in found.stages),
-        reason=reason,
-    )
-
-
-def _scaled(trace: ModelTrace, share: float) -> ModelTrace:
-    """The trace of a clip of `share` times the tokens: all but attention's work grows with them."""
-    means = Means(share, share**2)
-
-    def footprint(found: Footprint) -> Footprint:
-        return Footprint(int(found.kept * share), int(found.working * share), int(found.hidden * share))
-
-    return ModelTrace(
-        blocks={
-            name: BlockTrace(
-                footprints={key: footprint(value) for key, value in block.footprints.items()},
-                forward=means.of(block.forward),
-                backward=means.of(block.backward),
-                recomputed={key: means.of(work) for key, work in block.recomputed.items()},
-            )
-            for name, block in trace.blocks.items()
-        },
-        inputs=trace.inputs,
-    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tworeel.planning.plan import Alternative, Plan, StagePlan
+    from tworeel.planning.plans import Alternative, Plan, StagePlan
 
 GIB = 2**30
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -44,7 +44,7 @@ def plan_table(plan: Plan) -> Table:
 def verdict_lines(plan: Plan) -> list[str]:
     """Whether it fits, how long it takes, and what limits."""
     per_clip = plan.seconds_per_step / plan.micro_batches
-    source = "from what runs took on these cards" if plan.calibrated else "by the cards' figures"
+    source = "as measured on these cards" if plan.calibrated else "by the cards' figures"
     total = plan.seconds_per_step * plan.steps
     epoch = plan.seconds_per_step * plan.steps_per_epoch
     return [

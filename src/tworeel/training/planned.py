@@ -15,9 +15,11 @@ from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
+from tworeel.planning.explaining import plan
 from tworeel.planning.measurements import calibrated, keep
-from tworeel.planning.plan import Plan
-from tworeel.planning.planner import Request, plan
+from tworeel.planning.measuring import measured
+from tworeel.planning.planner import Request
+from tworeel.planning.plans import Plan
 from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.preflight import Job, place_again, torch_dtype
@@ -74,7 +76,7 @@ def make_request(
         source=job.source,
         buckets=buckets,
         trace=settings,
-        budgets=tuple(calibrated(budget, settings) for budget in budgets),
+        budgets=tuple(b if b.measured else calibrated(b, settings) for b in budgets),
         may_reorder=config.engine.devices is None if may_reorder is None else may_reorder,
         micro_batches=config.train.micro_batches,
         slack=config.engine.slack,
@@ -134,11 +136,11 @@ class PlannedRun:
         for number, stage in enumerate(found.stages):
             worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
             keep(self.budgets[stage.device], self.settings, worked, stage.forward + stage.backward)
-        measured = reports[-1].memory
+        held = reports[-1].memory
         memory = ", ".join(
-            f"{device} {measured[device] / GIB:.1f} GiB (planned {peak / GIB:.1f})"
+            f"{device} {held[device] / GIB:.1f} GiB (planned {peak / GIB:.1f})"
             for device, peak in found.peaks.items()
-            if device in measured
+            if device in held
         )
         planned = found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
@@ -160,7 +162,10 @@ def plan_job(config: RunConfig, job: Job, say: Callable[[str], None]) -> tuple[J
     if any(device.type == "cpu" for device in devices):
         return job, None
     try:
-        return plan_on(config, job, budgets_of_devices(devices))
+        # Where no run was measured yet, a second tells how fast the cards are.
+        settings = trace_settings(config, job, on_gpus=True)
+        budgets = [calibrated(budget, settings) for budget in budgets_of_devices(devices)]
+        return plan_on(config, job, [b if b.measured else measured(b) for b in budgets])
     except Exception as error:  # noqa: BLE001  # torch's tracing is its own affair: a run needs no plan
         say(f"no plan could be made ({type(error).__name__}: {error}); the blocks are shared evenly")
         return job, None

@@ -1,0 +1,101 @@
+"""A short measurement of a card that is there: how it compares with its vendor's figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tworeel.planning.budgets import Budget
+from tworeel.planning.graphs import Work
+from tworeel.planning.timing import Rates
+
+FORWARD = Work({torch.bfloat16: 1.23e13}, 8.6e12, 1.3e10)
+BACKWARD = Work({torch.bfloat16: 1.24e13}, 2.16e13, 2.1e10)
+"""What is compared: a compiled block of a 14B model with 20,280 tokens."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; a second or so on a consumer card, and less than a GiB of it."""
+
+    matrix: int = 8192
+    tokens: int = 8192
+    heads: int = 16
+    head_dim: int = 128
+    numbers: int = 2**27
+    rounds: int = 5
+
+
+def measured(budget: Budget, sizes: Sizes = Sizes()) -> Budget:
+    """The device with the speed that it has.
+
+    Args:
+        budget: of a device of this machine, with the rates of its card.
+        sizes: of what is measured.
+    """
+    found = _rates(torch.device(budget.device), budget.rates, sizes)
+    slowdown = _seconds(found) / _seconds(budget.rates)
+    return replace(
+        budget, rates=budget.rates.slowed(slowdown), measured=True, slowdown=budget.slowdown * slowdown
+    )
+
+
+def _seconds(rates: Rates) -> float:
+    return rates.forward(FORWARD) + rates.backward(BACKWARD)
+
+
+def _rates(device: torch.device, rates: Rates, sizes: Sizes) -> Rates:
+    """The card's rates as they are measured, one kind of work after the other."""
+    forward, backward = _attention_rates(device, sizes)
+    return replace(
+        rates,
+        bf16=_product_rate(device, sizes),
+        products={},
+        attention=forward,
+        attention_backward=backward,
+        traffic=_traffic_rate(device, sizes),
+    )
+
+
+def _product_rate(device: torch.device, sizes: Sizes) -> float:
+    matrix = torch.randn(sizes.matrix, sizes.matrix, device=device, dtype=torch.bfloat16)
+    return 2.0 * sizes.matrix**3 / _time(device, sizes.rounds, lambda: matrix @ matrix)
+
+
+def _attention_rates(device: torch.device, sizes: Sizes) -> tuple[float, float]:
+    shape = (1, sizes.heads, sizes.tokens, sizes.head_dim)
+    query = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    output = scaled_dot_product_attention(query, query, query)
+    upstream = torch.ones_like(output)
+
+    def backward() -> object:
+        return torch.autograd.grad(output, query, upstream, retain_graph=True)
+
+    count = 4.0 * sizes.heads * sizes.tokens**2 * sizes.head_dim
+    forward = _time(device, sizes.rounds, lambda: scaled_dot_product_attention(query, query, query))
+    return count / forward, 2.5 * count / _time(device, sizes.rounds, backward)
+
+
+def _traffic_rate(device: torch.device, sizes: Sizes) -> float:
+    numbers = torch.zeros(sizes.numbers, device=device, dtype=torch.bfloat16)
+    return 2.0 * numbers.nbytes / _time(device, sizes.rounds, lambda: numbers.add_(1))
+
+
+def _time(device: torch.device, rounds: int, work: Callable[[], object]) -> float:
+    """Seconds of one round, behind one to warm up."""
+    work()
+    _synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(rounds):
+        work()
+    _synchronize(device)
+    return (time.perf_counter() - begin) / rounds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
