@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,6 +47,14 @@ def test_the_whole_run_is_measured_from_the_written_model_to_the_lora(tmp_path: 
     assert results["compare"]["ratio"] > 0
     assert "ratio" in printed
     assert (tmp_path / "model" / "high_noise_model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("residency", ["keep", "recompute"])
+def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: str) -> None:
+    options = ("--device", "cpu", "--eager", "--rounds", "2", "--residency", residency)
+    printed = run("one_stage.py", *options, "--json", tmp_path / "one_stage.json")
+    assert read(tmp_path / "one_stage.json")["one_stage"]["ratio"] > 0
+    assert "ratio" in printed
 
 
 def test_the_plan_is_held_against_what_is_measured(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What the engine costs where there is nothing to split: one stage on one device against the plain model.
+
+    python bench/one_stage.py                      12 blocks of a 14B model, 20,280 tokens, on the first GPU
+    python bench/one_stage.py --residency recompute --eager
+    python bench/one_stage.py --tiny               seconds, on the CPU
+
+The plain model runs its own forward and one backward for each micro-batch; its blocks keep their activations
+or are checkpointed, compiled or not, as the stage's are. Both take turns on the same weights, each behind a
+step to warm up. Prints the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import measuring
+import torch
+from measuring import console
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tworeel.benchmarks import machine, models
+from tworeel.benchmarks.run import Prepared, Settings, prepare
+from tworeel.benchmarks.shapes import TINY, WAN_14B, make_cases
+from tworeel.engine import Pipeline, split
+
+BLOCKS = 12
+TARGET = 1.01
+
+
+@contextmanager
+def plain_blocks(prepared: Prepared, *, compile: bool, recompute: bool) -> Iterator[None]:
+    """Let the blocks be compiled and checkpointed as any training script does it."""
+    blocks = [prepared.model.get_submodule(name) for name in prepared.placement.block_names]
+    for block in blocks:
+        forward = torch.compile(block.forward) if compile else block.forward
+        block.forward = _recomputed(forward) if recompute else forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _recomputed(forward: Callable[..., object]) -> Callable[..., object]:
+    def recomputed(*args: object, **kwargs: object) -> object:
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return recomputed
+
+
+def time_of(model: nn.Module, device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds from an idle device to an idle device."""
+    model.zero_grad(set_to_none=True)
+    machine.synchronize([device])
+    begin = time.perf_counter()
+    work()
+    machine.synchronize([device])
+    return time.perf_counter() - begin
+
+
+def compare(prepared: Prepared, device: torch.device, options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of a step: the plain model's, and the stage's; medians of rounds in turns."""
+    model, batches = prepared.model, prepared.batches
+    compile, recompute = not options.eager, options.residency == "recompute"
+
+    def plain() -> None:
+        for batch in batches:
+            models.mean_square(model(**batch)).backward()
+
+    def staged() -> None:
+        pipeline.step(batches, lambda output, _: models.mean_square(output))
+
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(options.rounds + 1):
+        with plain_blocks(prepared, compile=compile, recompute=recompute):
+            plain()
+            first = time_of(model, device, plain)
+        division = split(model, [device], residency=options.residency, compile=compile)
+        pipeline = Pipeline(division)
+        staged()
+        second = time_of(model, device, staged)
+        division.remove()
+        if turn:  # the first one compiles
+            times[0].append(first)
+            times[1].append(second)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", help="for example cuda:1; the first GPU by default")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"of the model ({BLOCKS})")
+    parser.add_argument("--residency", choices=("keep", "recompute"), default="keep")
+    parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of a step (4)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each, in turns (5)")
+    parser.add_argument("--json", type=Path, default=Path("one_stage.json"), help="file for the figures")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Time both."""
+    options = parse_arguments()
+    device = measuring.devices_from(options.device)[0]
+    facts = machine.facts([device])
+    measuring.print_machine(facts)
+    machine.wake([device])
+    shape, shapes = (TINY, ()) if options.tiny else (WAN_14B, ("480x832x49",))
+    (case,) = make_cases(shape, shapes=shapes, micro_batches=[options.micro_batches])
+    prepared = prepare(case, Settings(devices=(device,)), 2 if options.tiny else options.blocks)
+    plain, staged = compare(prepared, device, options)
+    ratio = staged / plain
+    console.print(
+        f"plain {plain:.4f} s a step, one stage {staged:.4f} s, ratio {ratio:.4f}; at most {TARGET}"
+    )
+    figures = {"plain": plain, "staged": staged, "ratio": ratio, "machine": facts}
+    settings = {key: str(value) for key, value in vars(options).items()}
+    measuring.add_results(options.json, {"one_stage": {**figures, "options": settings}})
+
+
+if __name__ == "__main__":
+    main()
