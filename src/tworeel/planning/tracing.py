@@ -7,7 +7,6 @@ compile.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,6 @@ from functorch.compile import aot_function, make_boxed_func, min_cut_remateriali
 from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from tworeel.data.clips import Bucket
@@ -26,7 +24,8 @@ from tworeel.engine.fitting import Footprint
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
-from tworeel.planning.graphs import GraphReader, Work, is_heavy, work_of
+from tworeel.planning.graphs import GraphReader, Work, work_of
+from tworeel.planning.watching import Watch
 from tworeel.quant import quantize_blocks
 from tworeel.quant.frozen import FrozenLinear
 from tworeel.quant.matmul import Mode, assumed_mode
@@ -311,7 +310,7 @@ def _run_watched(
     block: nn.Module, args: Any, kwargs: Any, residency: Residency
 ) -> tuple[Footprint, Work, Work]:
     """What the block holds, and the work of its forward and of its backward."""
-    with _Watch() as watch:
+    with Watch() as watch:
         outputs = run_block(block, args, kwargs, residency=residency)
         kept, forward = watch.live, watch.work
         watch.work = Work()
@@ -326,46 +325,3 @@ def _run_watched(
         torch.autograd.grad(wanted, [*inputs, *trained], gradients, allow_unused=True)
     footprint = Footprint(kept=kept, working=watch.peak - kept, hidden=hidden)
     return footprint, forward, watch.work
-
-
-class _Watch(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is on, and what the operations cost."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self.work = Work()
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        before = {_storage(tensor) for tensor in given}
-        result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        new = [tensor for tensor in made if _storage(tensor) not in before]
-        for tensor in new:
-            self._follow(tensor)
-        if is_heavy(func):
-            self.work += work_of(func, args, result)
-        elif new:
-            self.work += Work(traffic=float(sum(tensor.nbytes for tensor in (*given, *new))))
-        return result
-
-    def _follow(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = _storage(tensor), storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
