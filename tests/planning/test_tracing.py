@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from real_models import CLIP, VARIANTS, settings_of, source_of
@@ -18,6 +20,7 @@ UNIT = TOKENS * 5120 * 2
 """Bytes of one hidden state."""
 
 
+@cache
 def traced(variant: str = A14B, **changes: object) -> BlockTrace:
     settings = settings_of(variant, **changes)
     return trace_model(WAN, source_of(variant), CLIP, settings).blocks["blocks"]
