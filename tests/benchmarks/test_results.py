@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tworeel.benchmarks.machine import Peak
-from tworeel.benchmarks.results import agreement_of, find_limit, ideal_seconds, mean_stage_seconds
+from tworeel.benchmarks.results import (
+    StageSeconds,
+    agreement_of,
+    find_limit,
+    ideal_seconds,
+    mean_stage_seconds,
+)
 from tworeel.engine.schedule import Action
 from tworeel.engine.timeline import Span
 
@@ -44,21 +50,31 @@ def test_the_worst_cosine_is_told_with_its_tensor() -> None:
     assert found.worst_cosine == pytest.approx(0.5**0.5)
 
 
-def test_a_stage_takes_the_mean_of_its_forwards_plus_that_of_its_backwards() -> None:
+def test_a_stage_takes_the_mean_of_its_forwards_and_of_its_backwards() -> None:
     spans = [
         Span(Action("F", 0, 0), 0.0, 1.0),
         Span(Action("B", 0, 0), 2.0, 5.0),
         Span(Action("F", 0, 0), 0.0, 2.0),
         Span(Action("B", 0, 0), 2.0, 4.0),
     ]
-    assert mean_stage_seconds(spans, 1, steps=2) == [4.0]
+    assert mean_stage_seconds(spans, 1, steps=2) == [StageSeconds(1.5, 2.5)]
 
 
 @pytest.mark.parametrize(
-    ("stages", "stages_per_device", "expected"),
-    [([1.0, 1.0], 1, 9.0), ([1.0, 2.0], 1, 18.0), ([0.5, 0.5, 0.5, 0.5], 2, 8.5), ([3.0], 1, 24.0)],
+    ("devices", "stages", "expected"),
+    [
+        # (M + P - 1) times what a stage works
+        ("ab", [(1.0, 2.0), (1.0, 2.0)], 27.0),
+        # The last stage decides, behind the first one's forward and before its backward
+        ("ab", [(1.0, 2.0), (2.0, 4.0)], 51.0),
+        # The first stage decides: with a micro-batch more in flight it never waits
+        ("ab", [(2.0, 4.0), (1.0, 2.0)], 48.0),
+        ("abab", [(0.5, 1.0)] * 4, 25.5),
+        ("a", [(1.0, 2.0)], 24.0),
+    ],
 )
 def test_the_ideal_step_waits_only_at_its_ends(
-    stages: list[float], stages_per_device: int, expected: float
+    devices: str, stages: list[tuple[float, float]], expected: float
 ) -> None:
-    assert ideal_seconds(stages, stages_per_device, 8) == expected
+    works = [StageSeconds(*seconds) for seconds in stages]
+    assert ideal_seconds(devices, 8, 1, works) == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tworeel.benchmarks.machine import Peak
 from tworeel.benchmarks.shapes import Case
+from tworeel.engine.schedule import make_orders
 from tworeel.engine.timeline import Span
+from tworeel.planning.timing import simulate
 
 LEAST_KERNEL_SHARE = 0.6
 """Below it the host limits."""
@@ -48,6 +50,14 @@ class Naive:
     seconds_per_clip: float | None
     """Median over the rounds; None if it does not fit."""
     peaks: Mapping[str, Peak]
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """What a stage works for one micro-batch."""
+
+    forward: float
+    backward: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,25 +188,29 @@ def find_limit(
     return Limit(by="compute", words=f"the devices compute {100 * (1 - bubble):.0f} % of the step")
 
 
-def ideal_seconds(stages: Sequence[float], stages_per_device: int, num_micro_batches: int) -> float:
-    """The time of a step in which nothing waits for anything but its input.
+def ideal_seconds(
+    devices: Sequence[Hashable], num_micro_batches: int, slack: int, stages: Sequence[StageSeconds]
+) -> float:
+    """The time of a step in which nothing waits for anything but its input, and crossings take no time.
 
-    M + (P - 1) / v times what the slowest device works for a micro-batch, on P devices of v stages each:
-    https://arxiv.org/abs/2006.09503, section 2.2; interleaved: https://arxiv.org/abs/2104.04473, section 2.2.
+    The schedule is played through. With equal stages that is M + P - 1 times what a stage works for a
+    micro-batch (https://arxiv.org/abs/2006.09503, section 2.2).
 
     Args:
-        stages: seconds of each stage's forward and backward of a micro-batch; the devices repeat in order.
-        stages_per_device: v.
+        devices: of each stage.
         num_micro_batches: M.
+        slack: as the pipeline had it.
+        stages: what each works for a micro-batch.
     """
-    num_devices = len(stages) // stages_per_device
-    slowest = max(sum(stages[device::num_devices]) for device in range(num_devices))
-    return (num_micro_batches + (num_devices - 1) / stages_per_device) * slowest
+    orders = make_orders(devices, num_micro_batches, slack=slack)
+    return simulate(orders, [s.forward for s in stages], [s.backward for s in stages]).seconds
 
 
-def mean_stage_seconds(spans: Sequence[Span], num_stages: int, steps: int) -> list[float]:
-    """F_s + B_s: what each stage works for one micro-batch, from the spans of `steps` steps of one each."""
-    return [
-        sum(span.end - span.start for span in spans if span.action.stage == stage) / steps
-        for stage in range(num_stages)
-    ]
+def mean_stage_seconds(spans: Sequence[Span], num_stages: int, steps: int) -> list[StageSeconds]:
+    """What each stage works for one micro-batch, from the spans of `steps` steps of one each."""
+
+    def mean(kind: str, stage: int) -> float:
+        chosen = [span for span in spans if span.action.stage == stage and span.action.kind == kind]
+        return sum(span.end - span.start for span in chosen) / steps
+
+    return [StageSeconds(mean("F", stage), mean("B", stage)) for stage in range(num_stages)]

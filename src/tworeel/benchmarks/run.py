@@ -318,9 +318,8 @@ def _summarize(
     spans = min(rounds, key=lambda item: abs(item[0] - seconds))[1]
     busy = tuple(busy_shares(spans, stages))
     bubble = 1 - sum(busy) / len(settings.devices)
-    ideal = ideal_seconds(
-        mean_stage_seconds(alone, stages, min(ALONE, count)), settings.stages_per_device, count
-    )
+    works = mean_stage_seconds(alone, stages, min(ALONE, count))
+    ideal = ideal_seconds(settings.stages, count, settings.slack, works)
     residency = pipeline.split.residency_in_words()
     forced = pipeline.split.is_auto and any(one.recomputes for one in pipeline.split.residencies)
     limit = find_limit(
