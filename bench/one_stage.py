@@ -22,9 +22,9 @@ import measuring
 import torch
 from measuring import console
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from tworeel.benchmarks import machine, models
+from tworeel.benchmarks.naive import recomputed
 from tworeel.benchmarks.run import Prepared, Settings, prepare
 from tworeel.benchmarks.shapes import TINY, WAN_14B, make_cases
 from tworeel.engine import Pipeline, split
@@ -39,19 +39,12 @@ def plain_blocks(prepared: Prepared, *, compile: bool, recompute: bool) -> Itera
     blocks = [prepared.model.get_submodule(name) for name in prepared.placement.block_names]
     for block in blocks:
         forward = torch.compile(block.forward) if compile else block.forward
-        block.forward = _recomputed(forward) if recompute else forward
+        block.forward = recomputed(forward, preserve_rng_state=False) if recompute else forward
     try:
         yield
     finally:
         for block in blocks:
             del block.forward
-
-
-def _recomputed(forward: Callable[..., object]) -> Callable[..., object]:
-    def recomputed(*args: object, **kwargs: object) -> object:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return recomputed
 
 
 def time_of(model: nn.Module, device: torch.device, work: Callable[[], object]) -> float:

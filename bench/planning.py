@@ -24,7 +24,6 @@ import measuring
 import psutil
 import torch
 from measuring import console, gib
-from torch import nn
 
 from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.shapes import TINY as TINY_SHAPE
@@ -33,6 +32,7 @@ from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
 from tworeel.lora.state import lora_parameters
+from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
 from tworeel.planning.budgets import Budget
@@ -168,12 +168,7 @@ def request_of(case: Case, devices: Sequence[torch.device]) -> Request:
     """What is to be planned."""
     source = source_of(case)
     model = WAN.build_transformer(source.transformer)
-    endings = WAN.lora_presets["all-linear"]
-    targets = tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith(endings)
-    )
+    targets = tuple(find_targets(model, WAN.lora_presets["all-linear"], WAN.block_lists))
     return Request(
         family=WAN,
         source=source,

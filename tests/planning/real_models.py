@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from tworeel.benchmarks.models import config_of
 from tworeel.benchmarks.shapes import model_shape
 from tworeel.data.clips import Bucket
+from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
 from tworeel.planning.budgets import Budget, budget_of_card
@@ -58,12 +57,7 @@ def source_of(variant: str) -> ModelSource:
 def settings_of(variant: str, **changes: Any) -> TraceSettings:
     """bf16, compiled, rank 32, a LoRA on all linear layers of the blocks."""
     model = WAN.build_transformer(source_of(variant).transformer)
-    endings = WAN.lora_presets["all-linear"]
-    targets = tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith(endings)
-    )
+    targets = tuple(find_targets(model, WAN.lora_presets["all-linear"], WAN.block_lists))
     return replace(TraceSettings(targets=targets), **changes)
 
 

@@ -30,7 +30,7 @@ def device_hooks(model: nn.Module, placement: Placement) -> Iterator[None]:
     hooked = [(model.get_submodule(unit.name), unit) for unit in placement.units]
     for module, unit in hooked:
         moving = _moving(module.forward, placement.devices[unit.stage])
-        module.forward = _recomputed(moving) if unit.is_block else moving
+        module.forward = recomputed(moving) if unit.is_block else moving
     try:
         yield
     finally:
@@ -48,8 +48,11 @@ def _moving(forward: Forward, device: torch.device) -> Forward:
     return moving
 
 
-def _recomputed(forward: Forward) -> Forward:
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def recomputed(forward: Forward, *, preserve_rng_state: bool = True) -> Forward:
+    """The forward under a checkpoint: it is computed again in the backward."""
 
-    return recomputed
+    def again(*args: Any, **kwargs: Any) -> Any:
+        how: Any = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+        return checkpoint(forward, *args, **how, **kwargs)
+
+    return again

@@ -14,11 +14,12 @@ from tworeel.engine.fitting import (
     Probe,
     StageMemory,
     available_memory,
+    blocks_to_stream,
     fit_stages,
 )
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split
-from tworeel.engine.weight_streaming import SLOTS, frozen_parameters
+from tworeel.engine.weight_streaming import frozen_parameters
 
 
 def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> None:
@@ -100,10 +101,9 @@ def _stream_more(split: Split) -> None:
 
 def _blocks_for(split: Split, stage: int, missing: int) -> int:
     """How many blocks of a stage must be streamed to free so many bytes more."""
-    blocks, streamed = split.placement.blocks_of(stage), len(split.streamed_on(stage))
+    blocks = split.placement.blocks_of(stage)
     smallest = min(_frozen_bytes(split, position) for position in blocks)
-    in_slots = 0 if streamed else SLOTS
-    return min(len(blocks), streamed + in_slots + -(-missing // max(1, smallest)))
+    return blocks_to_stream(missing, smallest, len(blocks), len(split.streamed_on(stage)))
 
 
 def _frozen_bytes(split: Split, position: int) -> int:

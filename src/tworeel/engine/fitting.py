@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import SLOTS
 
 SPARE = 0.04
 """Share of a device's memory that is left alone: the allocator's rounding and gaps."""
@@ -141,6 +142,19 @@ def needed(memory: StageMemory, footprints: Footprints, num_kept: int, fallback:
     working = max(keep.working if num_kept else 0, other.working - kept if num_others else 0)
     # A stage's input or output, and its gradient, wait for the other side.
     return memory.in_flight * (kept + left + 2 * other.hidden) + once + working
+
+
+def blocks_to_stream(missing: int, block: int, num_blocks: int, streamed: int = 0) -> int:
+    """How many of a stage's blocks must be streamed to free so many bytes more.
+
+    Args:
+        missing: bytes that are too few.
+        block: frozen weights of one block, in bytes.
+        num_blocks: of the stage.
+        streamed: blocks that are streamed already; the first ones also pay for the slots.
+    """
+    in_slots = 0 if streamed else SLOTS
+    return min(num_blocks, streamed + in_slots + -(-missing // max(1, block)))
 
 
 def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:

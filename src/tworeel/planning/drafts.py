@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tworeel.engine.fitting import Fit, Footprint, StageMemory, needed
+from tworeel.engine.fitting import Fit, Footprint, StageMemory, blocks_to_stream, needed
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
 from tworeel.planning.budgets import Budget
@@ -66,7 +66,7 @@ class StageDraft:
 
     def to_stream(self, missing: int) -> int:
         """How many blocks must be streamed to free so many bytes."""
-        return min(len(self.blocks), SLOTS + -(-missing // self.block)) if missing > 0 else 0
+        return blocks_to_stream(missing, self.block, len(self.blocks)) if missing > 0 else 0
 
     @property
     def footprints(self) -> dict[Residency, Footprint]:

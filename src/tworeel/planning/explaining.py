@@ -11,7 +11,7 @@ from tworeel.engine.fitting import Footprint
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Alternative, Plan
-from tworeel.planning.tracing import BlockTrace, ModelTrace
+from tworeel.planning.tracing import ModelTrace
 
 
 def plan(request: Request, *, explain: bool = False) -> Plan:
@@ -48,7 +48,7 @@ def _alternatives(planner: Planner, best: Plan) -> Iterator[Alternative]:
     }
     for name, change in others.items():
         try:
-            found = Planner(replace(request, **change), planner.trace).best()
+            found = Planner(replace(request, **change), planner.trace, planner).best()
         except ValueError:
             continue  # two stages a device may be more than there are blocks
         if _decisions(found) != _decisions(best):
@@ -56,7 +56,7 @@ def _alternatives(planner: Planner, best: Plan) -> Iterator[Alternative]:
     if request.trace.quantize is None:
         # Below what is asked for, so never chosen.
         eight_bit = replace(request, trace=replace(request.trace, quantize="fp8"))
-        yield _alternative("8-bit weights (fp8)", Planner(eight_bit).best(), best)
+        yield _alternative("8-bit weights (fp8)", Planner(eight_bit, like=planner).best(), best)
 
 
 def _changes(planner: Planner) -> Iterator[Alternative]:
@@ -66,13 +66,16 @@ def _changes(planner: Planner) -> Iterator[Alternative]:
         yield shorter
     if request.trace.quantize is None:
         for kind in ("fp8", "nf4"):
-            found = Planner(replace(request, trace=replace(request.trace, quantize=kind))).best()
+            found = Planner(
+                replace(request, trace=replace(request.trace, quantize=kind)), like=planner
+            ).best()
             if found.fits:
                 yield _alternative(f"model.quantize = '{kind}'", found)
                 break
     last = request.budgets[-1]
     budgets = (*request.budgets, last.another(len(request.budgets)))
-    found = Planner(replace(request, budgets=budgets, split_at=None, streamed=None), planner.trace).best()
+    larger = replace(request, budgets=budgets, split_at=None, streamed=None)
+    found = Planner(larger, planner.trace, planner).best()
     if found.fits:
         yield _alternative(f"one more {last.card}", found)
 
@@ -83,7 +86,8 @@ def _most_frames(planner: Planner) -> Alternative | None:
     for frames in range(largest.frames - traits.temporal_stride, 0, -traits.temporal_stride):
         bucket = replace(largest, frames=frames)
         share = tokens(bucket, traits) / tokens(largest, traits)
-        found = Planner(replace(request, buckets={bucket: 1.0}), _scaled(planner.trace, share)).best()
+        shorter = replace(request, buckets={bucket: 1.0})
+        found = Planner(shorter, _scaled(planner.trace, share), planner).best()
         if found.fits:
             return _alternative(f"clips of at most {frames} frames", found)
     return None
@@ -118,12 +122,4 @@ def _scaled(trace: ModelTrace, share: float) -> ModelTrace:
     def footprint(found: Footprint) -> Footprint:
         return Footprint(int(found.kept * share), int(found.working * share), int(found.hidden * share))
 
-    def block(found: BlockTrace) -> BlockTrace:
-        return BlockTrace(
-            footprints={key: footprint(value) for key, value in found.footprints.items()},
-            forward=means.of(found.forward),
-            backward=means.of(found.backward),
-            recomputed={key: means.of(work) for key, work in found.recomputed.items()},
-        )
-
-    return replace(trace, blocks={name: block(found) for name, found in trace.blocks.items()})
+    return trace.mapped(means.of, footprint)

@@ -16,6 +16,7 @@ from tworeel.engine.fitting import SPARE, Fit, fit_stages
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
+from tworeel.engine.split import AUTO
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
@@ -26,7 +27,6 @@ from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
 """Of unlike cards: more are not tried."""
-AUTO = "auto"
 _TRAINING_COPIES = 4
 """Of the LoRA: weight, gradient and two moments."""
 
@@ -62,16 +62,25 @@ class Planner:
     Args:
         request: what is to be planned.
         trace: what its blocks cost, if that is known.
+        like: a planner for the same model: what it has found out of the model is not found out again.
 
     Attributes:
         largest: the bucket of most tokens, for which memory is planned.
     """
 
-    def __init__(self, request: Request, trace: ModelTrace | None = None) -> None:
+    def __init__(
+        self, request: Request, trace: ModelTrace | None = None, like: Planner | None = None
+    ) -> None:
         self.request = request
         self._known_trace = trace
-        self._model = request.family.build_transformer(request.source.transformer)
-        self._units = unit_bytes(self._model, request.family, request.trace)
+        if like is None:
+            self._model = request.family.build_transformer(request.source.transformer)
+        else:
+            self._model = like._model
+        if like is None or like.request.trace != request.trace:
+            self._units = unit_bytes(self._model, request.family, request.trace)
+        else:
+            self._units = like._units
         self.largest = max(request.buckets, key=lambda bucket: tokens(bucket, request.source.traits))
 
     @cached_property

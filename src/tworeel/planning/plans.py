@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tworeel.engine.residency import Residency
+from tworeel.planning.cards import GIB
 
-GIB = 2**30
 MOST_BUBBLE = 0.2
 """Where the cards wait for a larger share of a step, that is what limits."""
 

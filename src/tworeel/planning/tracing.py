@@ -7,7 +7,7 @@ compile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.graphs import GraphReader, Work, work_of
 from tworeel.planning.watching import Watch
-from tworeel.quant import quantize_blocks
+from tworeel.quant import block_linears, quantize_blocks
 from tworeel.quant.frozen import FrozenLinear
 from tworeel.quant.matmul import Mode, assumed_mode
 
@@ -72,18 +72,16 @@ class ModelTrace:
     inputs: int
     """Bytes of a micro-batch that all blocks of a stage share: text, rotary tables, modulation."""
 
-    def with_products(self, dtype: torch.dtype, other: torch.dtype) -> ModelTrace:
-        """The same with products in another dtype."""
-
-        def changed(work: Work) -> Work:
-            return replace(work, products={other if k is dtype else k: v for k, v in work.products.items()})
-
+    def mapped(
+        self, work: Callable[[Work], Work], footprint: Callable[[Footprint], Footprint] = lambda same: same
+    ) -> ModelTrace:
+        """The same blocks with other work and other footprints."""
         blocks = {
-            name: replace(
-                block,
-                forward=changed(block.forward),
-                backward=changed(block.backward),
-                recomputed={key: changed(work) for key, work in block.recomputed.items()},
+            name: BlockTrace(
+                footprints={key: footprint(value) for key, value in block.footprints.items()},
+                forward=work(block.forward),
+                backward=work(block.backward),
+                recomputed={key: work(value) for key, value in block.recomputed.items()},
             )
             for name, block in self.blocks.items()
         }
@@ -109,7 +107,7 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
     if settings.quantize == "int8" and settings.mode == "fused":
         # The kernel is there only with Triton; scales in the product are as in fp8's.
         alike = trace_model(family, source, bucket, replace(settings, quantize="fp8", mode="rowwise"))
-        return alike.with_products(torch.float8_e4m3fn, torch.int8)
+        return alike.mapped(partial(_with_products, torch.float8_e4m3fn, torch.int8))
     model = _shortened(family, source, settings)
     with FakeTensorMode(allow_non_fake_inputs=True), assumed_mode(settings.mode):
         _materialize(model, family, settings.dtype)
@@ -117,6 +115,11 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         trace = _trace_compiled if settings.compile else _trace_eager
         blocks = {name: trace(model.get_submodule(f"{name}.1"), call) for name, call in calls.items()}
     return ModelTrace(blocks=blocks, inputs=max(map(_constant_bytes, calls.values())))
+
+
+def _with_products(dtype: torch.dtype, other: torch.dtype, work: Work) -> Work:
+    """The same work with products in another dtype."""
+    return replace(work, products={other if k is dtype else k: v for k, v in work.products.items()})
 
 
 def _shortened(family: Family, source: ModelSource, settings: TraceSettings) -> nn.Module:
@@ -127,12 +130,7 @@ def _shortened(family: Family, source: ModelSource, settings: TraceSettings) -> 
         assert isinstance(blocks, nn.ModuleList)
         model.set_submodule(name, nn.ModuleList(list(blocks)[:BLOCKS]))
     if settings.quantize is not None and settings.quantize not in STORED_ONLY:
-        lists = tuple(f"{name}." for name in family.block_lists)
-        linears = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(lists)
-        ]
+        linears = block_linears(model, family.block_lists)
         quantize_blocks(model, settings.quantize, linears)
     there = {name for name, _ in model.named_modules()}
     inject_lora(

@@ -47,6 +47,13 @@ def quantize_blocks(model: nn.Module, kind: str, names: Iterable[str]) -> list[s
     return own
 
 
+def block_linears(model: nn.Module, block_lists: Iterable[str]) -> list[str]:
+    """Return the names of the linear layers inside the model's lists of blocks: those that may be swapped."""
+    lists = tuple(f"{name}." for name in block_lists)
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear) and name.startswith(lists)]
+
+
 def _can_be_quantized(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) and not isinstance(module, FrozenLinear)
 

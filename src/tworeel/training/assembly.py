@@ -14,8 +14,7 @@ from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Split, split
 from tworeel.lora.inject import inject_lora
-from tworeel.models.family import Family
-from tworeel.quant import quantize_blocks
+from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
@@ -61,7 +60,9 @@ def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: N
     keep = set(job.family.keep_fp32)
     waiting = tuple(f"{job.placement.block_names[i]}." for i in job.streamed)
     if config.model.quantize is not None:
-        quantize_blocks(job.transformer, config.model.quantize, block_linears(job.transformer, job.family))
+        quantize_blocks(
+            job.transformer, config.model.quantize, block_linears(job.transformer, job.family.block_lists)
+        )
 
     def device_of(name: str) -> torch.device:
         poll()
@@ -101,15 +102,6 @@ def split_model(config: RunConfig, job: Job, model: nn.Module) -> Split:
         streamed=engine.streamed_blocks,
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
     )
-
-
-def block_linears(transformer: nn.Module, family: Family) -> list[str]:
-    """Names of the linear layers inside the blocks: those that may be quantized."""
-    return [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(tuple(f"{b}." for b in family.block_lists))
-    ]
 
 
 def make_micro_batches(config: RunConfig, job: Job, index: CacheIndex) -> MicroBatches:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -33,13 +33,12 @@ MEASURED = 3
 """The steps after them, which do."""
 
 
-def trace_settings(config: RunConfig, job: Job, *, on_gpus: bool) -> TraceSettings:
-    """How the run's blocks are run."""
-    compiled = config.engine.compile
+def trace_settings(config: RunConfig, job: Job) -> TraceSettings:
+    """How the run's blocks are run on GPUs."""
     return TraceSettings(
         dtype=torch_dtype(config.model.dtype),
         quantize=config.model.quantize,
-        compile=on_gpus if compiled is None else compiled,
+        compile=config.engine.compile is not False,
         rank=config.lora.rank,
         dora=config.lora.dora,
         targets=job.targets,
@@ -70,13 +69,13 @@ def make_request(
     for clip in job.clips:
         buckets[clip.bucket] += weights[clip.source]
     host = psutil.virtual_memory().available if host_memory is None else host_memory
-    settings = trace_settings(config, job, on_gpus=True)
+    settings = trace_settings(config, job)
     return Request(
         family=job.family,
         source=job.source,
         buckets=buckets,
         trace=settings,
-        budgets=tuple(b if b.measured else calibrated(b, settings) for b in budgets),
+        budgets=tuple(calibrated(budget, settings) for budget in budgets),
         may_reorder=config.engine.devices is None if may_reorder is None else may_reorder,
         micro_batches=config.train.micro_batches,
         slack=config.engine.slack,
@@ -125,8 +124,10 @@ class PlannedRun:
 
     def heard(self, report: StepReport) -> str | None:
         """Take a step's report; once enough were heard, what was measured beside what was planned."""
+        if len(self._reports) == UNMEASURED + MEASURED:
+            return None
         self._reports.append(report)
-        if len(self._reports) != UNMEASURED + MEASURED:
+        if len(self._reports) < UNMEASURED + MEASURED:
             return None
         return self._compared(self._reports[UNMEASURED:])
 
@@ -162,10 +163,10 @@ def plan_job(config: RunConfig, job: Job, say: Callable[[str], None]) -> tuple[J
     if any(device.type == "cpu" for device in devices):
         return job, None
     try:
+        request = make_request(config, job, budgets_of_devices(devices))
         # Where no run was measured yet, a second tells how fast the cards are.
-        settings = trace_settings(config, job, on_gpus=True)
-        budgets = [calibrated(budget, settings) for budget in budgets_of_devices(devices)]
-        return plan_on(config, job, [b if b.measured else measured(b) for b in budgets])
+        budgets = tuple(b if b.measured else measured(b) for b in request.budgets)
+        return _followed(config, job, replace(request, budgets=budgets))
     except Exception as error:  # noqa: BLE001  # torch's tracing is its own affair: a run needs no plan
         say(f"no plan could be made ({type(error).__name__}: {error}); the blocks are shared evenly")
         return job, None
@@ -173,7 +174,10 @@ def plan_job(config: RunConfig, job: Job, say: Callable[[str], None]) -> tuple[J
 
 def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[Job, PlannedRun]:
     """Plan a run on these devices, and place its blocks as the plan says."""
-    request = make_request(config, job, budgets)
+    return _followed(config, job, make_request(config, job, budgets))
+
+
+def _followed(config: RunConfig, job: Job, request: Request) -> tuple[Job, PlannedRun]:
     found = plan(request)
     devices = [torch.device(stage.device) for stage in found.stages]
     placed = place_again(job, config, devices, found.split_at)

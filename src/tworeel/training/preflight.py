@@ -204,7 +204,8 @@ def _problems_without_model(config: RunConfig, devices: Sequence[torch.device] |
     """What is wrong with the devices and the datasets' files: that much needs no model."""
     problems: list[str] = []
     with collected(problems):
-        _ = devices or resolve_devices(config.engine.devices)
+        if devices is None:
+            resolve_devices(config.engine.devices)
     for source in config.data.sources:
         with collected(problems):
             listing = read_source(source.path)
