@@ -11,7 +11,7 @@ from tworeel.engine.fitting import Footprint
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Alternative, Plan
-from tworeel.planning.tracing import ModelTrace
+from tworeel.planning.tracing import STORED_ONLY, ModelTrace
 
 
 def plan(request: Request, *, explain: bool = False) -> Plan:
@@ -66,9 +66,9 @@ def _changes(planner: Planner) -> Iterator[Alternative]:
         yield shorter
     if request.trace.quantize is None:
         for kind in ("fp8", "nf4"):
-            found = Planner(
-                replace(request, trace=replace(request.trace, quantize=kind)), like=planner
-            ).best()
+            smaller = replace(request, trace=replace(request.trace, quantize=kind))
+            trace = planner.trace if kind in STORED_ONLY else None
+            found = Planner(smaller, trace, planner).best()
             if found.fits:
                 yield _alternative(f"model.quantize = '{kind}'", found)
                 break
