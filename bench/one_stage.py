@@ -59,7 +59,7 @@ def time_of(model: nn.Module, device: torch.device, work: Callable[[], object]) 
 
 def compare(prepared: Prepared, device: torch.device, options: argparse.Namespace) -> tuple[float, float]:
     """Seconds of a step: the plain model's, and the stage's; medians of rounds in turns."""
-    model, batches = prepared.model, prepared.batches
+    model, batches = prepared.model.to(device), prepared.batches  # weights are there, buffers are not
     compile, recompute = not options.eager, options.residency == "recompute"
 
     def plain() -> None:

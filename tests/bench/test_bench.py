@@ -57,6 +57,15 @@ def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: s
     assert "ratio" in printed
 
 
+def test_gradients_are_held_against_one_micro_batch_at_a_time_and_fp32(tmp_path: Path) -> None:
+    options = ("--blocks", "2", "--micro-batches", "2", "--devices", "cpu,cpu")
+    run("gradients.py", *options, "--json", tmp_path / "gradients.json")
+    found = read(tmp_path / "gradients.json")["gradients"]
+    assert found["pipelined, eager"]["naive"]["worst_cosine"] == pytest.approx(1)
+    assert found["pipelined, compiled"]["fp32"]["cosine"] > 0.99
+    assert found["repeats"]
+
+
 def test_the_plan_is_held_against_what_is_measured(tmp_path: Path) -> None:
     phases = ("--phase", "cases", "edges", "splits")
     printed = run("planning.py", "--devices", "cpu,cpu", *phases, "--json", tmp_path / "planning.json")

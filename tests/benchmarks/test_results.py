@@ -42,12 +42,14 @@ def test_what_limits_is_the_first_that_holds(found: dict[str, Any], limit: str, 
     assert word in answer.words
 
 
-def test_the_worst_cosine_is_told_with_its_tensor() -> None:
+def test_gradients_are_compared_each_and_all_together() -> None:
     ours = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[1.0, 1.0]])}
     theirs = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([[1.0, 0.0]])}
     found = agreement_of(ours, theirs)
     assert found.worst_tensor == "b"
     assert found.worst_cosine == pytest.approx(0.5**0.5)
+    assert found.close == 0.5
+    assert found.cosine == pytest.approx(3 / (3 * 5) ** 0.5)
 
 
 def test_a_stage_takes_the_mean_of_its_forwards_and_of_its_backwards() -> None:

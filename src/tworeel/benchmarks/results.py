@@ -21,6 +21,8 @@ LEAST_KERNEL_SHARE = 0.6
 FULL = 0.95
 """Share of a device's memory above which memory limits."""
 MOST_BUBBLE = 0.2
+CLOSE = 0.9999
+"""A cosine from which two gradients count as the same direction."""
 LESS_MEMORY = "a lower --precision, --residency offload, more devices"
 
 LimitedBy = Literal["compute", "bubble", "memory", "host"]
@@ -38,9 +40,20 @@ class Limit:
 class Agreement:
     """How alike the gradients of two ways to run the same step are."""
 
+    cosine: float
+    """Of all of the LoRA's tensors as one vector; 1 is the same direction."""
+    close: float
+    """Share of the tensors with a cosine of at least `CLOSE`."""
     worst_cosine: float
-    """Over the LoRA's tensors; 1 is the same direction."""
+    """Over the LoRA's tensors."""
     worst_tensor: str
+
+    @property
+    def in_words(self) -> str:
+        """In one line."""
+        close = f"{100 * self.close:.0f} % of the tensors at least {CLOSE:g}"
+        worst = f"{self.worst_cosine:.6f} at worst ({self.worst_tensor})"
+        return f"cosine {self.cosine:.6f} in all, {close}, {worst}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +148,7 @@ class CaseResult:
 
 
 def agreement_of(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Agreement:
-    """Cosine of each pair of gradients; the least.
+    """Compare gradients by the cosine of each pair and of all as one vector.
 
     Args:
         ours: gradients by name, any shape, on the CPU.
@@ -144,7 +157,13 @@ def agreement_of(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Ag
     assert set(ours) == set(theirs)
     cosines = {name: _cosine(ours[name], theirs[name]) for name in ours}
     worst = min(cosines, key=lambda name: cosines[name])
-    return Agreement(worst_cosine=cosines[worst], worst_tensor=worst)
+    together = (torch.cat([gradients[name].flatten() for name in ours]) for gradients in (ours, theirs))
+    return Agreement(
+        cosine=_cosine(*together),
+        close=sum(cosine >= CLOSE for cosine in cosines.values()) / len(cosines),
+        worst_cosine=cosines[worst],
+        worst_tensor=worst,
+    )
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

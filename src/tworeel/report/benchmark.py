@@ -59,9 +59,7 @@ def closing_lines(result: CaseResult) -> list[str]:
     if result.speedup is not None:
         lines.append(f"  {result.speedup:.2f} times as fast as {NAIVE}")
     if measured and measured.agreement:
-        worst = measured.agreement
-        cosine = f"cosine {worst.worst_cosine:.6f} at worst ({worst.worst_tensor})"
-        lines.append(f"  gradients against it: {cosine}")
+        lines.append(f"  gradients against it: {measured.agreement.in_words}")
     return lines
 
 
