@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from tworeel.planning.watching import Watch
+from tworeel.planning.watching import Watch, fused_norms
 
 SIDE = 64
 SIZE = SIDE * SIDE * 4
@@ -28,3 +29,17 @@ def test_what_was_there_before_does_not_count() -> None:
         x.add_(1)
         x.t()
     assert watch.peak == 0 and watch.work.traffic == 0
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_of_one_dtype_holds_its_input_and_a_number_a_row(weight_dtype: torch.dtype) -> None:
+    norm = torch.nn.RMSNorm(SIDE, eps=1e-6, dtype=weight_dtype)
+    norm.weight.requires_grad_(False)
+    x = torch.randn(SIDE, SIDE, dtype=torch.bfloat16, requires_grad=True)
+    with fused_norms(norm), Watch() as watch:
+        y = norm(x)
+        held = watch.live - y.untyped_storage().nbytes()
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert gradient.shape == x.shape
+    assert (held == SIDE * 4) == (weight_dtype == torch.bfloat16)
+    assert held >= SIDE * 4

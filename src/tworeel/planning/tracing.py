@@ -25,7 +25,7 @@ from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.graphs import GraphReader, Work, work_of
-from tworeel.planning.watching import Watch
+from tworeel.planning.watching import Watch, fused_norms
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.quant.frozen import FrozenLinear
 from tworeel.quant.matmul import Mode, assumed_mode
@@ -308,7 +308,7 @@ def _run_watched(
     block: nn.Module, args: Any, kwargs: Any, residency: Residency
 ) -> tuple[Footprint, Work, Work]:
     """What the block holds, and the work of its forward and of its backward."""
-    with Watch() as watch:
+    with fused_norms(block), Watch() as watch:
         outputs = run_block(block, args, kwargs, residency=residency)
         kept, forward = watch.live, watch.work
         watch.work = Work()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +59,44 @@ class Watch(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+@contextmanager
+def fused_norms(model: nn.Module) -> Iterator[None]:
+    """Let RMS norms hold what accelerators' fused kernels hold.
+
+    On the CPU, whose operations fake tensors go through, the norm is composed of parts that each hold an fp32
+    tensor. The kernel needs one dtype (torch's aten/src/ATen/native/layer_norm.cpp).
+    """
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
+    for norm in norms:
+        norm.forward = partial(_rms_norm, norm, norm.forward)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _rms_norm(norm: nn.RMSNorm, composed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if norm.weight is not None and norm.weight.dtype != x.dtype:
+        return composed(x)
+    fused: Tensor = _FusedRmsNorm.apply(x, norm.weight, len(norm.normalized_shape))
+    return fused
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """No numbers, only what is held: the input, the weight and one fp32 number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, dims: int) -> Tensor:
+        rstd = x.new_empty(x.shape[:-dims], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.empty_like(grad), None, None
 
 
 def _storage(tensor: Tensor) -> int:
