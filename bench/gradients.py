@@ -28,7 +28,7 @@ from tworeel.benchmarks.results import Agreement, agreement_of
 from tworeel.benchmarks.run import Gradients, gradients_of
 from tworeel.benchmarks.shapes import TINY, TINY_TOKENS, WAN_14B, Case, square_grid
 from tworeel.engine import Pipeline, Placement, split
-from tworeel.engine.attention import AttentionBackend, attention_backend
+from tworeel.engine.attention import AttentionBackend, attention_backend, before_first_product
 
 TOKENS = 7800
 RANK = 32
@@ -110,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Compare, and repeat."""
     options = parse_arguments()
+    before_first_product("deterministic")
     devices = measuring.devices_from(options.devices)
     facts = machine.facts(dict.fromkeys(devices))
     measuring.print_machine(facts)

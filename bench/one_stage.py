@@ -1,12 +1,12 @@
 """What the engine costs where there is nothing to split: one stage on one device against the plain model.
 
-    python bench/one_stage.py                      12 blocks of a 14B model, 20,280 tokens, on the first GPU
+    python bench/one_stage.py                      4 blocks of a 14B model, 20,280 tokens, on the first GPU
     python bench/one_stage.py --residency recompute --eager
     python bench/one_stage.py --tiny               seconds, on the CPU
 
 The plain model runs its own forward and one backward for each micro-batch; its blocks keep their activations
-or are checkpointed, compiled or not, as the stage's are. Both take turns on the same weights, each behind a
-step to warm up. Prints the ratio.
+or are checkpointed, compiled or not, as the stage's are. Both take turns on the same weights; the first turn
+warms up. Prints the ratio.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tworeel.benchmarks.run import Prepared, Settings, prepare
 from tworeel.benchmarks.shapes import TINY, WAN_14B, make_cases
 from tworeel.engine import Pipeline, split
 
-BLOCKS = 12
+BLOCKS = 4
 TARGET = 1.01
 
 
@@ -72,11 +72,9 @@ def compare(prepared: Prepared, device: torch.device, options: argparse.Namespac
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(options.rounds + 1):
         with plain_blocks(prepared, compile=compile, recompute=recompute):
-            plain()
             first = time_of(model, device, plain)
         division = split(model, [device], residency=options.residency, compile=compile)
         pipeline = Pipeline(division)
-        staged()
         second = time_of(model, device, staged)
         division.remove()
         if turn:  # the first one compiles

@@ -43,7 +43,9 @@ from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.planned import budgets_of_cards, budgets_of_devices
 
-STEPS = 3
+STEPS = 2
+"""The first one compiles and decides what blocks leave behind; the last one is timed."""
+EDGE_STEPS = 3
 RANK = 32
 WITHIN = 0.05
 """Of a measured peak, or half a GiB: what a plan may be off."""
@@ -117,6 +119,17 @@ CASES = (
     Case(model="ti2v-5b", size="720p", frames=49, compile=False),
     Case(model="ti2v-5b", size="720p", frames=81, stages=1, compile=False),
     Case(model="ti2v-5b", size="720p", frames=17, stages=1, caps=(22.5,)),
+    Case(model="t2v-a14b", size="480p", frames=81, caps=(22.5,), compile=False, micro_batches=2),
+    Case(model="t2v-a14b", size="480p", frames=49, caps=(15,), compile=False, micro_batches=2),
+    Case(
+        model="t2v-a14b",
+        size="720p",
+        frames=81,
+        quantize="fp8",
+        caps=(30,),
+        compile=False,
+        micro_batches=2,
+    ),
     Case(model="t2v-a14b", size="480p", frames=49, stages=4),
 )
 EDGES = (
@@ -144,7 +157,7 @@ EVERY = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What three steps took; None if they ran out of memory."""
+    """What the steps took."""
 
     seconds: float
     peaks: dict[str, int]
@@ -192,18 +205,20 @@ def request_of(case: Case, devices: Sequence[torch.device]) -> Request:
 
 
 def measure(
-    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int]
+    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int], steps: int = STEPS
 ) -> Measured | None:
-    """Train three steps; the last one's time, and the peaks."""
+    """Train some steps; the last one's time, and the peaks."""
     try:
-        return _measure(case, request, devices, at)
+        return _measure(case, request, devices, at, steps)
     except torch.OutOfMemoryError:
         return None
     finally:
         machine.free()
 
 
-def _measure(case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int]) -> Measured:
+def _measure(
+    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int], steps: int
+) -> Measured:
     _forget_compiled(case)
     model = WAN.build_transformer(request.source.transformer)
     placement = place(model, devices, at=at, blocks=WAN.block_lists)
@@ -224,7 +239,7 @@ def _measure(case: Case, request: Request, devices: Sequence[torch.device], at: 
     batches = list(_batches(case, request))
     seconds = 0.0
     with attention_backend("auto", devices):
-        for _ in range(STEPS):
+        for _ in range(steps):
             machine.synchronize(devices)
             begin = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
@@ -322,7 +337,7 @@ def run_edges(options: argparse.Namespace) -> None:
         for some in (accepted, replace(accepted, frames=accepted.frames + 4)):
             request = request_of(some, devices)
             plan = Planner(request).best()
-            found = measure(some, request, devices, plan.split_at)
+            found = measure(some, request, devices, plan.split_at, EDGE_STEPS)
             measuring.add_results(options.json, {f"edge {some.name}": compared(some, plan, found)})
 
 

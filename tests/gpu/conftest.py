@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tworeel.engine.attention import before_first_product
+
 for room in ("engine", "training"):
     sys.path.append(str(Path(__file__).parents[1] / room))  # for toy_wan and tiny_runs
 
+before_first_product("deterministic")
 PLACES = ("one twice", "one and the CPU", "two")
 
 

@@ -204,7 +204,9 @@ def bench(
 
         from tworeel.benchmarks.machine import devices_of
         from tworeel.benchmarks.run import Settings
+        from tworeel.engine.attention import before_first_product
 
+        before_first_product(attention)
         found = devices_of(options.device_list(devices))
         on_cpu = all(device.type == "cpu" for device in found)
         if devices is None and on_cpu and not tiny:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,15 @@ _PROBE = (1, 8, 4096, 128)
 _PROBE_ROUNDS = 3
 
 
+def before_first_product(name: AttentionBackend) -> None:
+    """Set what the deterministic kernels need before the process's first matrix product on a GPU.
+
+    cuBLAS reads it once (https://docs.nvidia.com/cuda/cublas, "Results Reproducibility").
+    """
+    if name == "deterministic":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -> Iterator[None]:
     """Prefer one attention kernel inside; where it cannot run (masks, odd shapes), torch takes another.
@@ -32,7 +42,8 @@ def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -
 
     Args:
         name: `auto` times what there is on the first device and takes the fastest. `deterministic` gives the
-            same bits every time, also in the backward: flash attention's own deterministic variant.
+            same bits every time, also in the backward: flash attention's own deterministic variant
+            (`before_first_product` has to come before).
         devices: of the model; on CPUs nothing is changed.
     """
     accelerators = [device for device in devices if device.type != "cpu"]
@@ -84,14 +95,15 @@ def _seconds(backend: SDPBackend, device: torch.device) -> float | None:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Ask every operation for its deterministic variant; those that have none warn."""
+    """Ask every operation for its deterministic variant; those that have none raise."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     settings: Any = torch.utils.deterministic
     filling = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # With `warn_only` flash attention warns, and takes its other variant.
+    torch.use_deterministic_algorithms(True)
     # What would be filled is going to be written anyway, and filling costs a pass over every tensor.
     settings.fill_uninitialized_memory = False
     try:

@@ -49,7 +49,10 @@ class FrozenScaledLinear(FrozenLinear):
             shape = (self.out_features, self.in_features)
             return dequantized_linear(input, self.bias, dequantize_weight, stored, shape)
         rows = input.reshape(-1, self.in_features)
-        output: Tensor = _ScaledLinear.apply(rows, *stored, self.bias, mode)
+        output: Tensor = _ScaledLinear.apply(rows, *stored, mode)
+        # Not in the function: torch.compile (2.11) then loses the gradient of what a custom operation returned.
+        if self.bias is not None:
+            output = output.add_(self.bias)
         return output.reshape(*input.shape[:-1], self.out_features)
 
     def _mode(self, input: Tensor) -> Mode:
@@ -77,27 +80,19 @@ class _ScaledLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, mode: Mode
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, scale: Tensor, mode: Mode) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.mode = mode
-        output = scaled_matmul(rows, weight.t(), scale, mode)
-        return output if bias is None else output.add_(bias)
+        return scaled_matmul(rows, weight.t(), scale, mode)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
+            return None, None, None, None
         weight, scale = ctx.saved_tensors
         # 8-bit matrix units want it column-major: a copy of one weight for the length of this call.
         columns = weight.t().contiguous().t()
         folded = grad * scale.to(grad.dtype)
-        return (
-            scaled_matmul(folded, columns, scale.new_ones(columns.shape[1]), ctx.mode),
-            None,
-            None,
-            None,
-            None,
-        )
+        ones = scale.new_ones(columns.shape[1])
+        return scaled_matmul(folded, columns, ones, ctx.mode), None, None, None

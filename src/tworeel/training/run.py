@@ -15,6 +15,7 @@ from tworeel.cache.build import CacheIndex
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
 from tworeel.engine import Pipeline, attention_backend
+from tworeel.engine.attention import before_first_product
 from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
@@ -52,6 +53,7 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
         Stopped: a signal came; the work so far is saved.
     """
     watched = observer or SilentRun()
+    before_first_product(config.engine.attention)
     folder = RunFolder(config.train.output)
     kept = "the checkpoints are intact; free some space, then --resume"
     with full_disk_as_user_error(folder.path, "the run", kept), folder.locked():
