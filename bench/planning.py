@@ -37,6 +37,7 @@ from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import known_cards, parse_cards
+from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Plan
 from tworeel.planning.tracing import TraceSettings
@@ -150,6 +151,8 @@ SPLITS = (
     Case(model="ti2v-5b", size="720p", frames=17, caps=(15, 11)),
 )
 TINY = (Case(model="tiny", size="tiny", frames=5, micro_batches=2, compile=False),)
+_timed: dict[str, Budget] = {}
+"""Devices with the speed that a second's measurement gave them, as a run plans with it."""
 _compiled_for: list[tuple[Any, ...]] = []
 EVERY = 2
 """Which boundaries are tried."""
@@ -273,7 +276,11 @@ def _budgets(devices: Sequence[torch.device]) -> tuple[Budget, ...]:
     if any(device.type == "cpu" for device in devices):
         cards = budgets_of_cards(parse_cards(f"{len(devices)}x RTX 4090", known_cards()))
         return tuple(replace(budget, device=str(d)) for budget, d in zip(cards, devices, strict=True))
-    return budgets_of_devices(devices)
+    for budget in budgets_of_devices(devices):
+        if budget.device not in _timed:
+            _timed[budget.device] = measured(budget)
+    now = {budget.device: budget for budget in budgets_of_devices(devices)}
+    return tuple(replace(_timed[name], total=b.total, free=b.free) for name, b in now.items())
 
 
 def limit(case: Case, devices: Sequence[torch.device]) -> None:
