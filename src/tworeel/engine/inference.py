@@ -18,21 +18,26 @@ def at_rest(split: Split) -> Iterator[None]:
     """Let the model be used for inference inside; afterwards it is as a training left it.
 
     Its blocks run as they are: a compilation for other shapes would count against those of the training.
-    Random numbers that are drawn inside are not missed outside.
     """
-    devices = {device for device in split.placement.devices if device.type != "cpu"}
     training = {module: module.training for module in split.model.modules()}
     compiler, split.compiler = split.compiler, None
-    kind = next(iter(devices)).type if devices else "cuda"
     try:
         split.model.eval()
-        with torch.random.fork_rng(sorted(d.index for d in devices), device_type=kind):
-            yield
+        yield
     finally:
         split.rest()
         split.compiler = compiler
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def random_state_kept(devices: Sequence[torch.device]) -> Iterator[None]:
+    """Let nothing that is drawn inside, on the CPU or on these devices, be missed outside."""
+    accelerators = {device for device in devices if device.type != "cpu"}
+    kind = next(iter(accelerators)).type if accelerators else "cuda"
+    with torch.random.fork_rng(sorted(device.index for device in accelerators), device_type=kind):
+        yield
 
 
 @torch.no_grad()
