@@ -63,8 +63,8 @@ def sample(
 ) -> None:
     """Render prompts with and without the LoRA, side by side on one contact sheet.
 
-    The same seed gives the same picture. The model is loaded as for training: on the same devices, in the same
-    precision. Options here are stronger than the file's section [sample].
+    The same seed gives the same picture. The model is loaded as for training: on the same devices, in the
+    same precision. Options here are stronger than the file's section [sample].
 
     tworeel sample output --prompt "a red ball rolls over a green hill"
     """

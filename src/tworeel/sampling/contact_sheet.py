@@ -48,11 +48,11 @@ def contact_sheet(
     total = _GAP + len(columns) * (width + _GAP)
     texts = [_wrapped(prompt, total - 2 * _GAP, font) for prompt in prompts]
     heights = [_LINE * len(lines) + height + 2 * _GAP for lines in texts]
-    sheet = Image.new("RGB", (total, _GAP + _LINE + sum(heights)), _PAPER)
+    sheet = Image.new("RGB", (total, 2 * _GAP + _LINE + sum(heights)), _PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
         pen.text((_GAP + number * (width + _GAP), _GAP), column, _INK, font)
-    top = _GAP + _LINE
+    top = 2 * _GAP + _LINE
     for lines, row, row_height in zip(texts, cells, heights, strict=True):
         for number, line in enumerate(lines):
             pen.text((_GAP, top + number * _LINE), line, _INK, font)
