@@ -152,9 +152,9 @@ def test_the_model_is_left_as_it_was(make_config: MakeConfig, monkeypatch: pytes
 
 
 def test_what_is_wrong_with_the_previews_is_said_before_a_run(make_config: MakeConfig) -> None:
-    config = make_config(sample={**PREVIEWS, "frames": 3, "image": Path("none.png")})
+    config = make_config(sample={**PREVIEWS, "prompts": (), "frames": 3, "image": Path("none.png")})
     with pytest.raises(UserError) as error:
         train(config)
-    assert len(error.value.problems) == 2
+    assert len(error.value.problems) == 3
     assert "sample.frames = 3: wan2.1-t2v-1.3b takes 4k+1 frames" in error.value.problems
     assert not (config.train.output / "config.toml").exists()

@@ -50,11 +50,6 @@ _RULES = (
         lambda kind, dtype: dtype != "float64",
         "quantized models compute in bfloat16 or float32",
     ),
-    _Rule(
-        ("sample.every", "sample.prompts"),
-        lambda every, prompts: bool(prompts),
-        "previews need at least one prompt",
-    ),
 )
 
 

@@ -82,7 +82,7 @@ def _fitted(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def _problems(request: SampleRequest, traits: Traits) -> Iterator[str]:
     if not request.prompts:
-        yield "sample.prompts: none given; on the command line: --prompt 'a red ball'"
+        yield "sample.prompts: none given ('tworeel sample' takes --prompt)"
     multiple, stride = traits.spatial_multiple, traits.temporal_stride
     if request.width % multiple or request.height % multiple:
         size = f"[{request.width}, {request.height}]"
