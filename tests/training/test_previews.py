@@ -60,6 +60,18 @@ def test_previews_change_no_bit_of_a_run(
     assert found["step-000001/prompt-01-strength-1.mp4"] != found["step-000004/prompt-01-strength-1.mp4"]
 
 
+@pytest.mark.slow
+def test_compiled_blocks_are_not_compiled_again_for_a_preview(make_config: MakeConfig) -> None:
+    counts = []
+    for name, sample in (("plain", {}), ("shown", {**PREVIEWS, "strengths": (0, 0.5, 1)})):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train(make_config(name, sample=sample, engine={"compile": True}))
+        counts.append(dict(torch._dynamo.utils.counters["frames"]))
+    assert counts[0] == counts[1] and counts[0]["ok"] > 0
+    assert digest_of(make_config("shown")) == digest_of(make_config("plain"))
+
+
 def test_a_resumed_run_has_the_same_bits_and_the_same_previews(make_config: MakeConfig) -> None:
     whole, halves = (make_config(name, sample=PREVIEWS) for name in ("whole", "halves"))
     train(whole)
