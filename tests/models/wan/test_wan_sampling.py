@@ -45,10 +45,12 @@ def picture_of(source: ModelSource) -> Picture:
 
 
 class Part(nn.Module):
-    def __init__(self, source: ModelSource) -> None:
+    """Stands for a transformer; no device is touched."""
+
+    def __init__(self, source: ModelSource, device: str = "cpu") -> None:
         super().__init__()
         self.config = WAN.build_transformer(source.transformer).config
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.dtype = torch.device(device), torch.float32
 
 
 @pytest.mark.parametrize("variant", CASES)
@@ -62,8 +64,16 @@ def test_each_variant_has_its_pipeline(tmp_path: Path, variant: str) -> None:
     assert isinstance(pipeline, kind)
     assert (pipeline.config.boundary_ratio, pipeline.config.expand_timesteps) == (boundary, expands)
     assert pipeline.scheduler.config.flow_shift == source.traits.shift
-    assert pipeline.device == pipeline._execution_device == torch.device("cpu")
-    assert not any(True for part in pipeline.components.values() if hasattr(part, "decoder"))
+    assert not any(
+        list(part.parameters()) for part in pipeline.components.values() if hasattr(part, "parameters")
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_pipeline_computes_where_its_transformer_is(tmp_path: Path, device: str) -> None:
+    source = source_of(tmp_path, "wan2.2-t2v-a14b")
+    pipeline = SAMPLING.make_pipeline(source, [Part(source, device)] * 2, picture_of(source))
+    assert pipeline.device == pipeline._execution_device == torch.device(device)
 
 
 def test_text_is_padded_and_a_negative_prompt_is_optional(tmp_path: Path) -> None:
