@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from tiny_runs import T2V, Watcher
 from torch import Tensor
+from transformers import UMT5EncoderModel
 
 from tworeel.config.schema import ModelConfig, RunConfig
 from tworeel.demo.clips import write_clips
 from tworeel.errors import UserError
 from tworeel.models.wan.sampling import make_scheduler
+from tworeel.models.wan.vae import load_vae
 from tworeel.models.wan.variants import traits
 from tworeel.sampling.files import Sheet, write_takes
 from tworeel.signals import Stopped
+from tworeel.training.assembly import load_transformer
 from tworeel.training.run import train
 from tworeel.training.sample import sample
 
@@ -192,6 +196,39 @@ def test_one_expert_can_render_alone(
     assert not torch.equal(both[0], latents[0])
 
 
+def networks_in_memory() -> list[str]:
+    """Classes of the networks that have weights now."""
+    kinds = (WanTransformer3DModel, UMT5EncoderModel, AutoencoderKLWan)
+    found = [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+    return [type(n).__name__ for n in found if any(not p.is_meta for p in n.parameters())]
+
+
+def test_no_network_is_in_memory_beside_another(
+    make_config: MakeConfig, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.collect()  # those of other tests
+    others = networks_in_memory()
+    seen: list[list[str]] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **kwargs: Any) -> Any:
+            seen.append(networks_in_memory())
+            return function(*args, **kwargs)
+
+        return look
+
+    monkeypatch.setattr("tworeel.training.sample.load_transformer", watched(load_transformer))
+    monkeypatch.setattr("tworeel.models.wan.vae_decoder.load_vae", watched(load_vae))
+    config = make_config(
+        model=make_model("wan2.2-t2v-a14b"),
+        sample={**SAMPLE, "strengths": (0,)},
+        cache={"folder": tmp_path / "cache"},
+        engine={"streamed_blocks": (1, 1), "residency": "recompute"},
+    )
+    sample(config, folder=tmp_path / "sheet")
+    assert seen == [others] * 3, "before each expert and before the decoder"
+
+
 def test_a_signal_while_rendering_stops_it(make_config: MakeConfig, tmp_path: Path) -> None:
     class Stopping(Watcher):
         def start(self, title: str, total: int) -> None:
@@ -220,6 +257,15 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_made(
         assert words in said
     assert "none.safetensors" in said and "'cuda:99' does not exist" in said
     assert not (tmp_path / "sheet").exists()
+
+
+def test_a_lora_that_was_trained_on_the_other_expert_is_refused(
+    make_config: MakeConfig, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = make_config(model=make_model("wan2.2-t2v-a14b"), train={"steps": 2}, sample=SAMPLE)
+    lora = train(config).lora
+    with pytest.raises(UserError, match="was trained on the high-noise expert, not on 'low'"):
+        sample(config, folder=tmp_path / "sheet", loras={"low": lora})
 
 
 def test_a_lora_of_another_model_or_expert_is_refused(

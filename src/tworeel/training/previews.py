@@ -61,6 +61,8 @@ class Previews:
         every, request = self.config.sample.every, self.job.previews
         if every is None or request is None or step % every:
             return
+        count = len(self.pictures) * len(request.strengths)
+        self.observer.say(f"step {step}: rendering {count} {'preview' if count == 1 else 'previews'}")
         release_memory()
         try:
             with random_state_kept(self.split.placement.devices):

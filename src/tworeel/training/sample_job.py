@@ -140,7 +140,7 @@ def _turn(
     with collected(problems):
         if path is not None:
             lora = load_lora(path, Naming.of(family))
-            raise_if_any(attach_problems(lora, transformer, str(path)))
+            raise_if_any([*attach_problems(lora, transformer, str(path)), *_foreign(lora, path, source)])
     with collected(problems):
         placement, streamed = place_blocks(transformer, config, family)
     if len(problems) > before:
@@ -155,6 +155,15 @@ def _turn(
             lora=lora,
         )
     ]
+
+
+def _foreign(lora: LoraFile, path: Path, source: ModelSource) -> list[str]:
+    """A LoRA fits either expert; its metadata knows better."""
+    trained = lora.metadata.get("tworeel.expert")
+    if trained in (None, source.traits.expert):
+        return []
+    hint = f"give it as --expert-lora {trained}={path}"
+    return [f"{path}: was trained on the {trained}-noise expert, not on '{source.traits.expert}'; {hint}"]
 
 
 def _require_lora(config: RunConfig, turns: list[Turn], request: SampleRequest) -> None:
