@@ -34,6 +34,21 @@ def test_a_lora_and_a_model_are_enough(run: Run, small_run: list[str], tiny_mode
     assert "1 picture beside it" in done.out
 
 
+def test_what_the_file_says_is_rendered_where_no_option_says_otherwise(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(
+        f"model.path = '{tiny_model}'\ndata.sources = [{{path = 'clips'}}]\nengine.devices = ['cpu']\n"
+        "[sample]\nprompts = ['a ball', 'the snow']\nstrengths = [0]\n"
+        "size = [64, 32]\nframes = 5\nsteps = 1\n",
+        encoding="utf-8",
+    )
+    assert run("sample", "run.toml").code == 0
+    folder = tmp_path / "output" / "samples" / "sample-1"
+    names = ["contact-sheet.png", "prompt-01-strength-0.mp4", "prompt-02-strength-0.mp4"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -19,6 +19,7 @@ from tworeel.models.wan.vae_decoder import WanDecoder
 from tworeel.sampling.rendering import Renderer
 from tworeel.signals import Stopped
 from tworeel.training.run import train
+from tworeel.training.sample import sample
 
 MakeConfig = Callable[..., RunConfig]
 MakeModel = Callable[..., ModelConfig]
@@ -60,13 +61,27 @@ def test_previews_change_no_bit_of_a_run(
     assert found["step-000001/prompt-01-strength-1.mp4"] != found["step-000004/prompt-01-strength-1.mp4"]
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_preview_is_what_is_rendered_from_the_file_that_the_run_leaves(
+    make_config: MakeConfig, tmp_path: Path, dora: bool
+) -> None:
+    asked = {**PREVIEWS, "every": 4, "frames": 1, "strengths": (0, 0.5, 1)}
+    config = make_config(sample=asked, lora={"rank": 3, "alpha": 2.0, "dora": dora})
+    train(config)
+    sheet = sample(config, folder=tmp_path / "sheet")
+    found = previews_of(config)
+    assert len(sheet.takes) == 6
+    for path in (sheet.path, *sheet.takes):
+        assert found[f"step-000004/{path.name}"] == path.read_bytes()
+
+
 @pytest.mark.slow
 def test_compiled_blocks_are_not_compiled_again_for_a_preview(make_config: MakeConfig) -> None:
     counts = []
-    for name, sample in (("plain", {}), ("shown", {**PREVIEWS, "strengths": (0, 0.5, 1)})):
+    for name, asked in (("plain", {}), ("shown", {**PREVIEWS, "strengths": (0, 0.5, 1)})):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        train(make_config(name, sample=sample, engine={"compile": True}))
+        train(make_config(name, sample=asked, engine={"compile": True}))
         counts.append(dict(torch._dynamo.utils.counters["frames"]))
     assert counts[0] == counts[1] and counts[0]["ok"] > 0
     assert digest_of(make_config("shown")) == digest_of(make_config("plain"))

@@ -64,7 +64,7 @@ def sample(
     """Render prompts with and without the LoRA, side by side on one contact sheet.
 
     The same seed gives the same picture. The model is loaded as for training: on the same devices, in the
-    same precision. Options here are stronger than the file's section [sample].
+    same precision. Options here are stronger than the file's.
 
     tworeel sample output --prompt "a red ball rolls over a green hill"
     """
@@ -77,9 +77,9 @@ def sample(
         # Nothing is trained, so there need not be a dataset.
         data__sources=[{"path": "."}] if file is None else None,
         engine__devices=options.device_list(devices),
-        sample__prompts=prompt,
+        sample__prompts=prompt or None,
         sample__image=image,
-        sample__strengths=strength,
+        sample__strengths=strength or None,
         sample__seed=seed,
         sample__steps=steps,
         sample__guidance=guidance,
