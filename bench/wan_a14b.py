@@ -48,11 +48,12 @@ from tworeel.lora.naming import Naming
 from tworeel.models.wan.family import WAN
 from tworeel.report.benchmark import percent
 from tworeel.training.assembly import cache_clips, load_model, split_model
+from tworeel.training.loadable import torch_dtype
 from tworeel.training.loop import StepReport
 from tworeel.training.micro_batches import MicroBatches, run_transformer, weighted_loss
 from tworeel.training.objective import NoiseLevels
 from tworeel.training.order import Order
-from tworeel.training.preflight import preflight, torch_dtype
+from tworeel.training.preflight import preflight
 from tworeel.training.report import SilentRun
 from tworeel.training.run import train
 from tworeel.training.space import require_space

@@ -15,6 +15,7 @@ ROOMS = (
     "benchmarks",
     "demo",
     "training",
+    "sampling",
     "planning",
     "report",
     "cache",

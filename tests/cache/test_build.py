@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tworeel.cache import CacheIndex, CacheStore, build_cache
+from tworeel.cache.build import embed_captions
 from tworeel.data.clips import Bucket, Clip
 from tworeel.errors import UserError
 from tworeel.models.family import Component, Family, LatentEncoder, ModelSource
@@ -354,3 +355,22 @@ def test_memory_is_given_back_after_an_error_too(
         build(tmp_path, source, [dataclasses.replace(clips[0], path=broken)], openings.family)
     gc.collect()
     assert [ref() for ref in openings.latent if ref() is not None] == []
+
+
+def test_captions_that_belong_to_no_clip_are_embedded_once(
+    tmp_path: Path, source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, places = CacheStore(tmp_path), {"devices": ["cpu"], "dtype": torch.float32}
+    asked = ("a red ball", "", "a red ball")
+    found = embed_captions(store, WAN, source, asked, **places)
+    encoder = WAN.open_text_encoder(source, torch.device("cpu"), torch.float32)
+    assert set(found) == {"a red ball", ""}
+    assert all(torch.equal(found[text]["text"], encoder.encode(text)["text"]) for text in found)
+
+    def open_again(*_: object) -> None:
+        raise AssertionError("it is in the cache")
+
+    family = dataclasses.replace(WAN, open_text_encoder=open_again)
+    again = embed_captions(store, family, source, asked, **places)
+    assert all(torch.equal(again[text]["text"], found[text]["text"]) for text in found)
+    assert embed_captions(store, family, source, (), **places) == {}

@@ -11,7 +11,7 @@ import pytest
 
 from tworeel import __version__
 
-COMMANDS = ("train", "check", "cache", "convert", "demo", "bench", "config")
+COMMANDS = ("train", "check", "cache", "sample", "convert", "demo", "bench", "config")
 Run = Callable[..., Any]
 
 

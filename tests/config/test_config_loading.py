@@ -195,7 +195,7 @@ def test_a_section_that_is_no_table_is_refused(problems: Problems) -> None:
     assert problems(base="train = 3\n[model]\npath = 'a'\n[[data.sources]]\npath = 'b'") == (
         "train = 3: must be a table, [train]",
     )
-    assert problems(overrides={"steps": "3"}) == ("steps = 3: unknown key (belongs to [train])",)
+    assert problems(overrides={"steps": "3"}) == ("steps = 3: unknown key (belongs to [train] or [sample])",)
 
 
 def test_a_syntax_error_names_the_file_and_the_line(problems: Problems) -> None:

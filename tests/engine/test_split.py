@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit
 
 from tworeel import Pipeline, split
+from tworeel.engine import infer
 from tworeel.engine.split import find_split
 
 
@@ -104,6 +105,15 @@ def test_no_operation_mixes_devices_and_gradients_lie_where_their_weights_do(res
     assert grads
     for name, grad in grads.items():
         assert grad.device == pipeline.split.placement.device_of(name), name
+
+
+def test_what_inference_returns_is_on_the_first_device():
+    mode = FakeTensorMode()
+    pipeline = fake_wan(mode, ["cpu:1", "cpu:2", "cpu:3"], "keep")
+    with mode:
+        batch = make_micro_batch("i2v-clip", torch.float32, 0)
+        output = infer(pipeline.split, **{n: torch.empty(t.shape, dtype=t.dtype) for n, t in batch.items()})
+    assert output.sample.device == torch.device("cpu:1")
 
 
 def test_unmoved_constants_would_be_caught():

@@ -13,8 +13,9 @@ from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
 from tworeel.training.devices import out_of_memory
+from tworeel.training.loadable import place_again
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
-from tworeel.training.preflight import Job, place_again, preflight
+from tworeel.training.preflight import Job, preflight
 from tworeel.training.report import SilentRun, StepReport
 
 

@@ -15,7 +15,8 @@ from tiny_runs import Watcher
 from tworeel.config.schema import ModelConfig, RunConfig, SourceConfig
 from tworeel.errors import UserError
 from tworeel.training.checkpoint import CheckpointStore
-from tworeel.training.preflight import lora_targets, model_request, preflight, torch_dtype
+from tworeel.training.loadable import torch_dtype
+from tworeel.training.preflight import lora_targets, model_request, preflight
 from tworeel.training.report import SilentRun
 from tworeel.training.run import train
 from tworeel.weights.tensor_files import TensorFiles

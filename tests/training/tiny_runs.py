@@ -63,6 +63,7 @@ def tiny_config(model: ModelConfig, clips: Path, output: Path, **sections: Mappi
             "tensorboard": False,
         },
         "engine": {"devices": ("cpu", "cpu")},
+        "sample": {},
     }
     options = {name: section | dict(sections.get(name, {})) for name, section in small.items()}
     return RunConfig.model_validate({"model": model, **options})

@@ -116,6 +116,43 @@ def build_cache(
     return index
 
 
+def embed_captions(
+    store: CacheStore,
+    family: Family,
+    source: ModelSource,
+    captions: Sequence[str],
+    *,
+    devices: Sequence[torch.device | str],
+    dtype: torch.dtype,
+    observer: Observer | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Return what the text encoder makes of captions that belong to no clip; kept in the cache as theirs are.
+
+    Args:
+        captions: may be empty, or come twice.
+        devices, dtype, observer: as for `build_cache`.
+    """
+    watched = observer or SilentObserver()
+    identity = family.text_identity(source)
+    keys = {caption: text_key(caption, identity, dtype) for caption in captions}
+    missing = _missing_keys(store, list(keys.values()), watched)
+    jobs = [
+        _Job(key=key, subject=f"'{caption[:60]}'", size=len(caption), load=partial(_words, caption))
+        for caption, key in keys.items()
+        if key in missing
+    ]
+    places = [torch.device(device) for device in devices]
+    _encode_all(
+        "Embedding prompts",
+        store,
+        jobs,
+        places,
+        lambda device: family.open_text_encoder(source, device, dtype),
+        watched,
+    )
+    return {caption: store.read(key) for caption, key in keys.items()}
+
+
 def _index(
     store: CacheStore,
     family: Family,

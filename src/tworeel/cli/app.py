@@ -16,6 +16,7 @@ from tworeel.cli.config import config
 from tworeel.cli.convert import convert
 from tworeel.cli.demo import demo
 from tworeel.cli.plan import plan
+from tworeel.cli.sample import sample
 from tworeel.cli.train import train
 from tworeel.errors import UserError
 from tworeel.report.console import complain, say, set_up_console
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, check, plan, cache, convert, demo, bench, config):
+for command in (train, check, plan, cache, sample, convert, demo, bench, config):
     app.command()(command)
 
 

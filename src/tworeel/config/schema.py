@@ -180,6 +180,33 @@ class EngineConfig(Section):
     """Blocks of each stage whose weights wait in pinned host memory until they are used; none by default."""
 
 
+class SampleConfig(Section):
+    """Previews: what `tworeel sample` renders, and `train` on the way if `every` is set."""
+
+    prompts: tuple[str, ...] = ()
+    """What is rendered, one row of the contact sheet each."""
+    every: PositiveInt | None = None
+    """Steps between previews during training; none by default."""
+    strengths: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """How much of the LoRA, one column each; by default 1 during training, 0 and 1 by `tworeel sample`."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    image: Path | None = None
+    """First frame, for models that start from an image."""
+    last_image: Path | None = None
+    """Last frame, for Wan 2.1 FLF2V."""
+    seed: NonNegativeInt = 0
+    """Seed of the noise; the same for each picture."""
+    steps: PositiveInt = 20
+    """Denoising steps."""
+    guidance: PositiveFloat | None = None
+    """Guidance scale; the family's by default. Above 1 each step takes two passes."""
+    size: tuple[Pixels, Pixels] | None = None
+    """Width and height in pixels; `data.resolution` by default."""
+    frames: FrameCount | None = None
+    """Frames, 4k+1; 1 gives an image. The family's by default."""
+
+
 class RunConfig(Section):
     """All of a run."""
 
@@ -189,3 +216,4 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
+    sample: SampleConfig = SampleConfig()

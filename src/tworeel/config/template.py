@@ -34,6 +34,13 @@ EXAMPLES = {
     "engine.compile": "false",
     "engine.split_at": "[20]",
     "engine.streamed_blocks": "[4, 4]",
+    "sample.every": "250",
+    "sample.strengths": "[0, 1]",
+    "sample.image": '"first.png"',
+    "sample.last_image": '"last.png"',
+    "sample.guidance": "5.0",
+    "sample.size": "[832, 480]",
+    "sample.frames": "17",
 }
 """What may be written where nothing is set by default."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import av
 import numpy as np
-from av.video.frame import VideoFrame
 from PIL import Image, ImageDraw
+
+from tworeel.data.writing import write_video
 
 COLOURS = {
     "red": (214, 48, 49),
@@ -46,14 +46,8 @@ def _write_video(path: Path, form: tuple[int, int, int, int], rng: random.Random
     width, height, frames, rate = form
     colour, shape, way = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(WAYS))
     background = _gradient(width, height, rng)
-    with av.open(str(path), "w") as container:
-        # A fixed quantizer and one thread: x264's rate control does not repeat itself bit by bit.
-        stream = container.add_stream("libx264", rate=rate, options={"threads": "1", "qp": "22"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for k in range(frames):
-            picture = _draw(background, shape, colour, WAYS[way], k / (frames - 1))
-            container.mux(stream.encode(VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
+    pictures = (_draw(background, shape, colour, WAYS[way], k / (frames - 1)) for k in range(frames))
+    write_video(path, pictures, rate, quantizer=22)
     return _write_caption(path, f"A {colour} {shape} moves from {way} over a soft gradient.")
 
 

@@ -105,10 +105,15 @@ def _add_magnitude(layer: LoraLinear) -> None:
     down, up = (module[ADAPTER].get_parameter("weight") for module in (layer.lora_A, layer.lora_B))
     with torch.no_grad():
         lengths = row_norms(dense_weight(layer.get_base_layer()), down, up, 0.0)
+    make_dora(layer, lengths)
+
+
+def make_dora(layer: LoraLinear, magnitude: Tensor) -> None:
+    """Give a LoRA layer the lengths of the merged weight's rows, shape (out,)."""
     layer.use_dora[ADAPTER] = True
     layer.lora_variant[ADAPTER] = DoraLinearVariant()
     layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_magnitude_vector")
-    layer.lora_magnitude_vector[ADAPTER] = CastDora(lengths)
+    layer.lora_magnitude_vector[ADAPTER] = CastDora(magnitude)
 
 
 def start_of_down(rank: int, inputs: int, seed: int, name: str) -> Tensor:

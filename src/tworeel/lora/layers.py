@@ -39,6 +39,8 @@ class CastDora(DoraLinearLayer):
         """Own `magnitude`, shape (out,)."""
         super().__init__(fan_in_fan_out=False)
         self.weight = nn.Parameter(magnitude)
+        self.strength = 1.0
+        """Of what is added; a LoRA without magnitudes has it in its scaling."""
 
     def forward(
         self,
@@ -58,7 +60,8 @@ class CastDora(DoraLinearLayer):
         ratio = self.weight / norms
         directed = base_result if base_layer.bias is None else base_result - base_layer.bias
         update = lora_B(lora_A(x)) * scaling
-        return (ratio - 1).to(x.dtype) * directed + ratio.to(x.dtype) * update
+        added = (ratio - 1).to(x.dtype) * directed + ratio.to(x.dtype) * update
+        return added if self.strength == 1.0 else added * self.strength
 
 
 @runtime_checkable

@@ -140,13 +140,24 @@ def start_problems(
 def _obstacles_of(
     name: str, part: LoraTensors, needed: tuple[int, int], rank: int, dora: bool
 ) -> Iterable[str]:
-    sizes = (part.down.shape[1], part.up.shape[0])
     if part.rank != rank:
         yield f"'{name}' has rank {part.rank}, the run has lora.rank = {rank}"
-    if sizes != needed:
-        yield f"'{name}' has inputs and outputs {sizes}, the model's layer {needed}"
     if part.magnitude is not None and not dora:
         yield f"'{name}' has DoRA's magnitude, the run has lora.dora = false"
+    yield from layer_problems(name, part, needed)
+
+
+def layer_problems(name: str, part: LoraTensors, needed: tuple[int, int]) -> Iterable[str]:
+    """Say what keeps a file's layer from any use.
+
+    Args:
+        name: of the layer.
+        part: what the file has for it.
+        needed: inputs and outputs of the model's layer.
+    """
+    sizes = (part.down.shape[1], part.up.shape[0])
+    if sizes != needed:
+        yield f"'{name}' has inputs and outputs {sizes}, the model's layer {needed}"
     if not all(torch.isfinite(tensor).all() for tensor in (part.down, part.up)):
         yield f"'{name}' holds values that are not finite"
 

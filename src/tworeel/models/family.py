@@ -9,7 +9,7 @@ Shape letters: B batch, C channels, F latent frames, H/W latent height and width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -118,6 +118,59 @@ class TrainingSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What a preview is made from, beside the seed: an image, or a video where there are several frames."""
+
+    text: Mapping[str, Tensor]
+    """What the text encoder returned for the prompt, on the CPU."""
+    negative: Mapping[str, Tensor] | None = None
+    """The same for the negative prompt; always there where `guidance` is above 1."""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the latent encoder returned for the condition images, on the CPU; empty without images."""
+    width: int
+    """Pixels."""
+    height: int
+    frames: int
+    steps: int
+    """Denoising steps."""
+    guidance: float
+
+
+class LatentDecoder(Protocol):
+    """Decodes on one device."""
+
+    def decode(self, latents: Tensor, picture: Picture) -> Tensor:
+        """Decode what the pipeline returned for `output_type="latent"`: uint8 (frames, height, width, 3)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a family's previews are rendered: by diffusers' own pipeline, without any of its encoders.
+
+    Text and images are encoded before the transformer is loaded, and latents are decoded apart, so that the
+    networks never share a device's memory.
+    """
+
+    frames: int
+    """Frames of a preview where the user does not say: 1 is an image."""
+    guidance: float
+    """Guidance where the user does not say."""
+    experts: Callable[[Traits], tuple[str, ...]]
+    """The experts that a variant needs for a whole rendering, in the order of their use; () if it has none.
+    They take turns: never are two of them loaded."""
+    make_pipeline: Callable[[ModelSource, Sequence[nn.Module], Picture], Any]
+    """(source, transformers, picture) -> diffusers' pipeline. The transformers are one, or one for each of
+    `experts`; they stand for loaded ones: they have `config`, `dtype`, `device`, a forward and a
+    `cache_context`, and no parameters. No VAE or encoder is there for the pipeline: what it asks of them has
+    to come from the picture."""
+    arguments: Callable[[ModelSource, Picture], dict[str, Any]]
+    """(source, picture) -> what the pipeline is called with, beside `generator`, `output_type="latent"` and
+    `return_dict=False`."""
+    open_decoder: Callable[[ModelSource, torch.device, torch.dtype], LatentDecoder]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that one family says of itself."""
 
@@ -158,3 +211,6 @@ class Family:
     make_sample: Callable[..., TrainingSample]
     """(traits, cached, noise, sigma, *, dtype, condition_on_image) -> TrainingSample; `cached` holds what
     the encoders returned."""
+
+    sampling: Sampling | None = None
+    """None where there are no previews yet."""

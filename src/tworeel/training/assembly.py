@@ -16,9 +16,10 @@ from tworeel.engine import Split, split
 from tworeel.lora.inject import inject_lora
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
+from tworeel.training.loadable import Loadable, torch_dtype, transformer_names
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
-from tworeel.training.preflight import Job, cache_folder, noise_levels, torch_dtype, transformer_names
+from tworeel.training.preflight import Job, cache_folder, noise_levels
 from tworeel.training.report import RunObserver
 from tworeel.training.space import full_disk_as_user_error
 from tworeel.weights.loading import load_weights
@@ -26,6 +27,11 @@ from tworeel.weights.tensor_files import TensorFiles
 
 HOST_SHARE = 0.8
 """Of the host memory that is available, how much activations may take."""
+
+
+def encoding_devices(config: RunConfig) -> list[torch.device]:
+    """The devices that encode, each once."""
+    return list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices)))
 
 
 def cache_clips(config: RunConfig, job: Job, observer: RunObserver) -> CacheIndex:
@@ -41,19 +47,19 @@ def cache_clips(config: RunConfig, job: Job, observer: RunObserver) -> CacheInde
             job.family,
             job.source,
             job.clips,
-            devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
+            devices=encoding_devices(config),
             dtype=torch_dtype(config.cache.dtype),
             empty_caption=config.train.caption_dropout > 0,
             observer=observer,
         )
 
 
-def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: None) -> nn.Module:
-    """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it.
+def load_transformer(config: RunConfig, job: Loadable, poll: Callable[[], None] = lambda: None) -> None:
+    """Load the transformer, each tensor straight to its stage's device, in the precision that is configured.
 
     Args:
-        config: of the run.
-        job: of the same; its transformer is filled.
+        config: says the precisions.
+        job: its transformer is filled.
         poll: called before each tensor; may raise to stop.
     """
     base = torch_dtype(config.model.dtype)
@@ -75,6 +81,17 @@ def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: N
         device_of=device_of,
         dtype_of=lambda name: torch.float32 if keep & set(name.split(".")) else base,
     )
+
+
+def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: None) -> nn.Module:
+    """Load the transformer, each tensor straight to its stage's device, and put the LoRA into it.
+
+    Args:
+        config: of the run.
+        job: of the same; its transformer is filled.
+        poll: called before each tensor; may raise to stop.
+    """
+    load_transformer(config, job, poll)
     inject_lora(
         job.transformer,
         rank=config.lora.rank,
@@ -87,7 +104,7 @@ def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: N
     return job.transformer
 
 
-def split_model(config: RunConfig, job: Job, model: nn.Module) -> Split:
+def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
     """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
     devices, engine = job.placement.devices, config.engine
     # The system may clear torch's usual place, a temporary folder, at every start.

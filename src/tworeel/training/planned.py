@@ -22,7 +22,8 @@ from tworeel.planning.planner import Request
 from tworeel.planning.plans import Plan
 from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
-from tworeel.training.preflight import Job, place_again, torch_dtype
+from tworeel.training.loadable import place_again, torch_dtype
+from tworeel.training.preflight import Job
 from tworeel.training.report import StepReport
 
 UNKNOWN_CARD = "RTX 4090"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,8 +13,6 @@ from tworeel.config.schema import RunConfig, TrainConfig
 from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
 from tworeel.data.scan import Scan, scan
-from tworeel.engine.placement import Placement, place
-from tworeel.engine.split import streamed_positions
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.lora.files import load_lora
 from tworeel.lora.naming import Naming
@@ -25,30 +21,25 @@ from tworeel.lora.targets import find_targets
 from tworeel.lora.tensors import LoraFile
 from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
 from tworeel.models.locate import locate_model
+from tworeel.sampling.request import SampleRequest, make_request
 from tworeel.training.devices import resolve_devices
+from tworeel.training.loadable import Loadable, check_transformer, place_blocks, require_quantization
 from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
 from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
-from tworeel.weights.loading import check_weights
-from tworeel.weights.tensor_files import TensorFiles
 from tworeel.workers import Observer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Loadable):
     """What a run will work on; nothing but headers, configs and the clips themselves has been read."""
 
-    family: Family
-    source: ModelSource
     scan: Scan
-    transformer: nn.Module
-    """On the meta device."""
-    placement: Placement
-    streamed: tuple[int, ...]
-    """Positions of the blocks whose weights wait in host memory."""
     targets: tuple[str, ...]
     """Names of the linear layers that the LoRA adapts."""
     init_from: LoraFile | None
+    previews: SampleRequest | None = None
+    """What is rendered on the way."""
 
     @property
     def clips(self) -> tuple[Clip, ...]:
@@ -94,13 +85,6 @@ def noise_levels(config: TrainConfig, traits: Traits) -> NoiseLevels:
     )
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """`bfloat16` -> `torch.bfloat16`."""
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     """What was found, and everything that is wrong with it; only without problems there is a job."""
@@ -143,7 +127,7 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
     with collected(problems):
         require_optimizer(config.train)
     with collected(problems):
-        _require_quantization(config)
+        require_quantization(config)
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
             require_no_file(folder, what)
@@ -166,10 +150,13 @@ def _survey_model(
 ) -> Survey:
     found: Scan | None = None
     init_from: LoraFile | None = None
+    previews: SampleRequest | None = None
     transformer = family.build_transformer(source.transformer)
     with collected(problems):
-        files = TensorFiles(*source.transformer.files)
-        check_weights(transformer, files, transformer_names(family, source))
+        check_transformer(family, source, transformer)
+    with collected(problems):
+        if config.sample.every is not None:
+            previews = make_request(config, family, source.traits, strengths=(1.0,))
     with collected(problems):
         init_from = load_lora(config.lora.init_from, Naming.of(family)) if config.lora.init_from else None
     with collected(problems):
@@ -178,8 +165,7 @@ def _survey_model(
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))
     with collected(problems):
-        placement = _place(transformer, config, family, devices or resolve_devices(config.engine.devices))
-        streamed = _streamed(placement, config)
+        placement, streamed = place_blocks(transformer, config, family, devices)
     with collected(problems):
         found = scan(config.data, source.traits, observer=observer)
         problems += found.problems
@@ -196,6 +182,7 @@ def _survey_model(
         streamed=streamed,
         targets=tuple(targets),
         init_from=init_from,
+        previews=previews,
     )
     return Survey(problems=(), source=source, scan=found, job=job)
 
@@ -226,38 +213,3 @@ def _start_problems(
     sizes = {name: (inputs, outputs) for name, (outputs, inputs) in shapes.items()}
     source = str(config.lora.init_from)
     return start_problems(lora, sizes, source, rank=config.lora.rank, dora=config.lora.dora)
-
-
-def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
-    """Key in the transformer's files -> parameter name."""
-    return partial(family.parameter_name, source.transformer.layout)
-
-
-def _require_quantization(config: RunConfig) -> None:
-    if config.model.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "model.quantize = 'nf4': needs bitsandbytes; pip install 'tworeel[eightbit]' brings it"
-        )
-
-
-def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
-    try:
-        return tuple(streamed_positions(placement, config.engine.streamed_blocks))
-    except ValueError as error:
-        raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
-
-
-def place_again(job: Job, config: RunConfig, devices: Sequence[torch.device], at: Sequence[int]) -> Job:
-    """The job with its blocks elsewhere: a device a stage; `at` is the first block of each but the first."""
-    placement = place(job.transformer, devices, at=at, blocks=job.family.block_lists)
-    return replace(job, placement=placement, streamed=_streamed(placement, config))
-
-
-def _place(
-    transformer: nn.Module, config: RunConfig, family: Family, devices: Sequence[torch.device]
-) -> Placement:
-    devices = tuple(devices) * config.engine.stages_per_device
-    try:
-        return place(transformer, devices, at=config.engine.split_at, blocks=family.block_lists)
-    except ValueError as error:
-        raise UserError(f"engine: {error}") from None

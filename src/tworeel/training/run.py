@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from
+from tworeel.models.family import Picture
 from tworeel.report.plan import plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
@@ -30,10 +31,8 @@ from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
 from tworeel.training.optimizer import make_optimizer
 from tworeel.training.planned import PlannedRun, plan_job
-from tworeel.training.preflight import (
-    Job,
-    preflight,
-)
+from tworeel.training.preflight import Job, preflight
+from tworeel.training.previews import Previews, encode_previews
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
 from tworeel.training.space import full_disk_as_user_error, require_space
@@ -71,7 +70,8 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
                 watched.say(line)
         with _memory_told(job.placement.devices, folder, planned):
             index = cache_clips(config, job, watched)
-            return _train(config, job, planned, index, folder, store, checkpoint, watched)
+            pictures = encode_previews(config, job, watched)
+            return _train(config, job, planned, index, pictures, folder, store, checkpoint, watched)
 
 
 def _train(
@@ -79,6 +79,7 @@ def _train(
     job: Job,
     planned: PlannedRun | None,
     index: CacheIndex,
+    pictures: Sequence[Picture],
     folder: RunFolder,
     store: CheckpointStore,
     checkpoint: Checkpoint | None,
@@ -105,6 +106,9 @@ def _train(
         trainer=trainer,
         observer=observer,
         batches=batches,
+        previews=Previews(
+            config=config, job=job, split=division, pictures=pictures, folder=folder, observer=observer
+        ),
     )
     run.require_space()
     with attention_backend(config.engine.attention, job.placement.devices):
@@ -129,6 +133,7 @@ class _Run:
     trainer: Trainer
     observer: RunObserver
     batches: MicroBatches
+    previews: Previews
 
     def require_space(self) -> None:
         """Raise `OutOfSpace` unless this run's checkpoints and its LoRA will fit on the disk."""
@@ -166,6 +171,7 @@ class _Run:
                     self._export_if_due(done)
                     if done % self.config.train.save_every == 0 or done == steps:
                         self._save(done, metrics)
+                    self.previews.render_if_due(done)
                     self.observer.poll()
             except Stopped:
                 if done not in self.store.steps():

@@ -24,6 +24,7 @@ class RunFolder:
     metrics.jsonl        one line a step
     tensorboard/         the same for TensorBoard
     checkpoints/         what a resume starts from
+    samples/             previews, a folder each
     <name>.safetensors   the finished LoRA
     ```
     """
@@ -47,6 +48,10 @@ class RunFolder:
         if not name or Path(name).name != name or "\\" in name:
             raise UserError(f"train.name = {name!r}: must be a plain file name without folders or ending")
         return self.path / f"{name}.safetensors"
+
+    def samples(self, step: int) -> Path:
+        """Return where the previews of a step go."""
+        return self.path / "samples" / f"step-{step:06d}"
 
     def create(self) -> None:
         """Make the folder if it is missing, and see that files can be made in it.

@@ -20,6 +20,7 @@ _GROUPS = ("lora", "optimizer")
 _FREE_TO_CHANGE = {
     "engine": None,
     "cache": None,
+    "sample": None,
     "train": {"output", "name", "steps", "save_every", "keep_checkpoints", "export_every", "tensorboard"},
 }
 """Options that may differ on resume without changing the course of the training."""

@@ -65,7 +65,7 @@ def make_sample(
     latents = cached["latents"].float()
     noisy = torch.lerp(latents, noise, sigma)
     timestep = torch.tensor([1000.0 * sigma], dtype=torch.float32)
-    inputs: dict[str, Any] = {"encoder_hidden_states": _padded(cached["text"])[None].to(dtype)}
+    inputs: dict[str, Any] = {"encoder_hidden_states": padded(cached["text"])[None].to(dtype)}
     loss_mask = None
     if "image_latents" in cached:
         noisy = torch.cat([noisy, _image_channels(traits, cached["image_latents"].float())])
@@ -73,12 +73,13 @@ def make_sample(
         first = cached["first_latent"].float() if "first_latent" in cached else latents[:, :1]
         noisy, timestep, loss_mask = _clean_first_frame(noisy, first, timestep)
     if "image_embeds" in cached:
-        inputs["encoder_hidden_states_image"] = _images(traits, cached["image_embeds"]).to(dtype)
+        inputs["encoder_hidden_states_image"] = one_an_image(traits, cached["image_embeds"]).to(dtype)
     inputs |= {"hidden_states": noisy[None].to(dtype), "timestep": timestep}
     return TrainingSample(inputs=inputs, target=(noise - latents)[None], loss_mask=loss_mask)
 
 
-def _padded(text: Tensor) -> Tensor:
+def padded(text: Tensor) -> Tensor:
+    """Fill a caption's embedding, (L, D), up with zeros."""
     return torch.nn.functional.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[0]))
 
 
@@ -106,6 +107,6 @@ def _clean_first_frame(noisy: Tensor, first: Tensor, timestep: Tensor) -> tuple[
     return torch.cat([first, noisy[:, 1:]], dim=1), timesteps[None], loss_mask
 
 
-def _images(traits: Traits, embeds: Tensor) -> Tensor:
+def one_an_image(traits: Traits, embeds: Tensor) -> Tensor:
     """One batch entry an image: diffusers joins the entries of FLF2V's two images itself."""
     return embeds.unflatten(0, (len(traits.image_inputs), -1))

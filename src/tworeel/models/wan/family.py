@@ -12,6 +12,7 @@ from tworeel.models.wan.encoders import (
 )
 from tworeel.models.wan.keys import NATIVE_WORDS, from_native, parameter_name, to_native
 from tworeel.models.wan.layouts import locate
+from tworeel.models.wan.sampling import SAMPLING
 from tworeel.models.wan.transformer import BLOCK_LISTS, KEEP_FP32, LORA_PRESETS, build_transformer
 
 WAN = Family(
@@ -31,4 +32,5 @@ WAN = Family(
     open_text_encoder=open_text_encoder,
     cached_shapes=cached_shapes,
     make_sample=make_sample,
+    sampling=SAMPLING,
 )

@@ -1,4 +1,4 @@
-"""The Wan VAE's encoder: pixels to normalized latents, a few frames at a time.
+"""The Wan VAE: loading either half, and its encoder: pixels to normalized latents, a few frames at a time.
 
 Shape letters: C latent channels, F latent frames, H/W latent height and width; pixel frames are 4F-3.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, patchify
@@ -21,7 +21,12 @@ from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles, TensorInfo
 
 TEMPORAL_STRIDE = 4
-_DECODER = ("decoder.", "post_quant_conv.", "conv2.")
+Half = Literal["encoder", "decoder"]
+_PARTS: dict[Half, tuple[str, ...]] = {
+    "encoder": ("encoder.", "quant_conv.", "conv1."),
+    "decoder": ("decoder.", "post_quant_conv.", "conv2."),
+}
+"""Beginnings of the keys of each half, diffusers' and the authors'."""
 
 # Statistics of the Wan 2.2 VAE's latents by channel, as published with Wan2.2-TI2V-5B; those of the
 # Wan 2.1 VAE are the defaults of AutoencoderKLWan.
@@ -53,8 +58,7 @@ class WanVae:
         self._network = network
         self._device = device
         self._dtype = dtype
-        self._mean = _per_channel(network.config["latents_mean"], device)
-        self._std = _per_channel(network.config["latents_std"], device)
+        self._mean, self._std = statistics(network.config, device)
 
     def encode_clip(self, clip: Tensor) -> Tensor:
         """Encode uint8 (3, 4F-3, height, width) to fp32 (C, F, H, W) on the CPU."""
@@ -105,33 +109,52 @@ def open_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
     Raises:
         UserError: a file is damaged or holds another network.
     """
+    return WanVae(load_vae(component, "encoder", device, dtype), device, dtype)
+
+
+def load_vae(component: Component, half: Half, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
+    """Load one half of a Wan VAE from any layout; the other half's weights are not read.
+
+    Raises:
+        UserError: a file is damaged or holds another network.
+    """
     files = TensorFiles(*component.files)
-    network = build_vae_encoder(vae_config(component, files.names))
-    name_of = vae_parameter_name(files.names)
+    network = build_vae(vae_config(component, files.names), half)
+    name_of = vae_parameter_name(files.names, half)
     load_weights(network, files, name_of, device_of=lambda name: device, dtype_of=lambda name: dtype)
-    return WanVae(network.eval(), device, dtype)
+    return network.eval()
 
 
-def build_vae_encoder(config: Mapping[str, Any]) -> AutoencoderKLWan:
-    """Make the VAE on the meta device, without its decoder."""
+def build_vae(config: Mapping[str, Any], half: Half) -> AutoencoderKLWan:
+    """Make one half of the VAE on the meta device."""
     with torch.device("meta"):
         network = AutoencoderKLWan.from_config(dict(config))
-    network.decoder = network.post_quant_conv = None
+    if half == "encoder":
+        network.decoder = network.post_quant_conv = None
+    else:
+        network.encoder = network.quant_conv = None
     return network
 
 
-def vae_parameter_name(names: Iterable[str]) -> Callable[[str], str | None]:
-    """Return the function from a VAE file's keys to `AutoencoderKLWan`'s parameters (None: not for encoding).
+def statistics(config: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents by channel, fp32, (C, 1, 1, 1)."""
+    return _per_channel(config["latents_mean"], device), _per_channel(config["latents_std"], device)
+
+
+def vae_parameter_name(names: Iterable[str], half: Half = "encoder") -> Callable[[str], str | None]:
+    """Return the function from a VAE file's keys to `AutoencoderKLWan`'s parameters (None: the other half's).
 
     Args:
         names: all keys of the file; they tell whose names they are, and which VAE it is.
+        half: that is wanted.
     """
     names = list(names)
     native = "encoder.conv1.weight" in names
+    others = _PARTS["decoder" if half == "encoder" else "encoder"]
     modules = vae_modules(residual=any(".downsamples.0.downsamples." in name for name in names))
 
     def parameter_name(key: str) -> str | None:
-        if key.startswith(_DECODER):
+        if key.startswith(others):
             return None
         module, _, leaf = key.rpartition(".")
         return f"{modules.get(module, module)}.{leaf}" if native else key

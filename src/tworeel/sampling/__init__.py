@@ -1,0 +1,1 @@
+"""Previews: pictures and clips with and without a LoRA, side by side."""

@@ -1,0 +1,83 @@
+"""Prompts and condition images as the encoders see them; the encoders are gone before a transformer comes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tworeel.cache.build import embed_captions
+from tworeel.cache.store import CacheStore
+from tworeel.data.clips import Bucket
+from tworeel.data.images import read_image
+from tworeel.data.pixels import fit
+from tworeel.models.family import Family, ModelSource, Picture
+from tworeel.sampling.request import SampleRequest
+from tworeel.workers import Observer
+
+
+def encode_request(
+    store: CacheStore,
+    family: Family,
+    source: ModelSource,
+    request: SampleRequest,
+    *,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    observer: Observer,
+) -> list[Picture]:
+    """Return a picture for each prompt.
+
+    Args:
+        store: the cache, which embeddings of prompts come from and go to.
+        devices: that encode.
+        dtype: that the encoders compute in.
+    """
+    texts = embed_captions(
+        store, family, source, request.captions, devices=devices, dtype=dtype, observer=observer
+    )
+    images = _encode_images(family, source, request, devices[0], dtype)
+    return [
+        Picture(
+            text=texts[prompt],
+            negative=texts[request.negative_prompt] if request.guidance > 1 else None,
+            images=images,
+            width=request.width,
+            height=request.height,
+            frames=request.frames,
+            steps=request.steps,
+            guidance=request.guidance,
+        )
+        for prompt in request.prompts
+    ]
+
+
+def _encode_images(
+    family: Family, source: ModelSource, request: SampleRequest, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    if not request.images:
+        return {}
+    images = {name: _pixels(path, request) for name, path in request.images.items()}
+    first = next(iter(images.values()))
+    # The encoders are those of training clips; of this one only what its images give is used.
+    clip = first[:, None].expand(-1, request.frames, -1, -1)
+    encoder = family.open_latent_encoder(source, device, dtype)
+    encoded = encoder.encode(clip, images)
+    del encoder
+    release_memory()
+    return {name: tensor for name, tensor in encoded.items() if name != "latents"}
+
+
+def _pixels(path: Path, request: SampleRequest) -> Tensor:
+    bucket = Bucket(frames=1, height=request.height, width=request.width)
+    return torch.from_numpy(fit(read_image(path), bucket)).permute(2, 0, 1).contiguous()
+
+
+def release_memory() -> None:
+    """Give back what networks that are gone have held on the devices."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

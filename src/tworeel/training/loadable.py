@@ -1,0 +1,100 @@
+"""A transformer before it is loaded: what it needs, and where its blocks will be."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from tworeel.config.schema import RunConfig
+from tworeel.engine.placement import Placement, place
+from tworeel.engine.split import streamed_positions
+from tworeel.errors import UserError
+from tworeel.models.family import Family, ModelSource
+from tworeel.training.devices import resolve_devices
+from tworeel.weights.loading import check_weights
+from tworeel.weights.tensor_files import TensorFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loadable:
+    """A transformer before it is loaded, and where it will be."""
+
+    family: Family
+    source: ModelSource
+    transformer: nn.Module
+    """On the meta device."""
+    placement: Placement
+    streamed: tuple[int, ...]
+    """Positions of the blocks whose weights wait in host memory."""
+
+
+J = TypeVar("J", bound=Loadable)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`bfloat16` -> `torch.bfloat16`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
+    """Key in the transformer's files -> parameter name."""
+    return partial(family.parameter_name, source.transformer.layout)
+
+
+def check_transformer(family: Family, source: ModelSource, transformer: nn.Module) -> None:
+    """Raise `UserError` unless the files fill the transformer; only headers are read."""
+    check_weights(transformer, TensorFiles(*source.transformer.files), transformer_names(family, source))
+
+
+def require_quantization(config: RunConfig) -> None:
+    """Raise `UserError` if the quantization needs a package that is not here."""
+    if config.model.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.quantize = 'nf4': needs bitsandbytes; pip install 'tworeel[eightbit]' brings it"
+        )
+
+
+def place_blocks(
+    transformer: nn.Module,
+    config: RunConfig,
+    family: Family,
+    devices: Sequence[torch.device] | None = None,
+) -> tuple[Placement, tuple[int, ...]]:
+    """Which block is where, and the positions of those whose weights wait in host memory.
+
+    Args:
+        transformer: on the meta device.
+        config: of the run.
+        family: of the model.
+        devices: stand for the configuration's.
+
+    Raises:
+        UserError: there is no such device, or the options do not fit the blocks.
+    """
+    found = tuple(devices or resolve_devices(config.engine.devices)) * config.engine.stages_per_device
+    try:
+        placement = place(transformer, found, at=config.engine.split_at, blocks=family.block_lists)
+    except ValueError as error:
+        raise UserError(f"engine: {error}") from None
+    return placement, _streamed(placement, config)
+
+
+def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
+    try:
+        return tuple(streamed_positions(placement, config.engine.streamed_blocks))
+    except ValueError as error:
+        raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
+
+
+def place_again(job: J, config: RunConfig, devices: Sequence[torch.device], at: Sequence[int]) -> J:
+    """The job with its blocks elsewhere: a device a stage; `at` is the first block of each but the first."""
+    placement = place(job.transformer, devices, at=at, blocks=job.family.block_lists)
+    return replace(job, placement=placement, streamed=_streamed(placement, config))
