@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from tworeel.weights.rows import Names
+
 Layout = Literal["diffusers", "native", "comfyui"]
 
 
@@ -135,8 +137,9 @@ class Family:
     Raises `UserError` with every problem found (a missing expert, a truncated file, a missing encoder)."""
     build_transformer: Callable[[Component], nn.Module]
     """Make the transformer on the meta device."""
-    parameter_name: Callable[[Layout, str], str | None]
-    """A key in a transformer file of this layout -> the parameter's name; None for keys to ignore."""
+    parameter_name: Callable[[Layout, str], Names]
+    """A key in a transformer file of this layout -> the parameter's name, or the parameters that have its
+    rows where the file fuses them; None for keys to ignore."""
     to_native: Callable[[str], str]
     """A module's name in the transformer (`blocks.0.attn1.to_q`) -> its name in the authors' own code."""
     from_native: Callable[[str], str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
 from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
 from tworeel.weights.loading import check_weights
+from tworeel.weights.rows import NameOf
 from tworeel.weights.tensor_files import TensorFiles
 from tworeel.workers import Observer
 
@@ -228,8 +229,8 @@ def _start_problems(
     return start_problems(lora, sizes, source, rank=config.lora.rank, dora=config.lora.dora)
 
 
-def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
-    """Key in the transformer's files -> parameter name."""
+def transformer_names(family: Family, source: ModelSource) -> NameOf:
+    """Key in the transformer's files -> parameter name, or the rows of it that several parameters have."""
     return partial(family.parameter_name, source.transformer.layout)
 
 
