@@ -58,6 +58,14 @@ class Traits:
     """This expert's share of the noise levels, as (low, high] in sigma."""
     shift: float = 5.0
     """Shift of the flow-matching schedule that the model's authors sample with."""
+    training_shift: float = 5.0
+    """Shift of the schedule that it is trained with by default."""
+    images_only: bool = False
+    """True where clips are single images."""
+    reference_images: int = 0
+    """The most images, of any size, that a clip may be shown beside its caption ("edit" models)."""
+    reference_area: int = 1024 * 1024
+    """Larger reference images are made smaller, to this area in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,8 @@ class LatentEncoder(Protocol):
         Args:
             clip: uint8, shape (3, frames, height, width), RGB.
             images: uint8, shape (3, height, width) each, by the names of `Traits.image_inputs`; an image
-                that is not given comes from the clip.
+                that is not given comes from the clip. Reference images have sizes of their own and the names
+                `reference_image_0`, `reference_image_1`, …
 
         Returns:
             CPU tensors by name; `latents` of shape (C, F, H, W), fp32, is always among them.
@@ -114,7 +123,9 @@ class TrainingSample:
     inputs: dict[str, Any]
     """Keyword arguments of the transformer's forward; tensors have a batch axis of 1."""
     target: Tensor
-    """fp32, the shape of the transformer's output: (1, C, F, H, W)."""
+    """fp32, the shape of the transformer's output: (1, C, F, H, W) or, of tokens, (1, L, C).
+
+    An output that is longer along axis 1 ends with tokens that only condition; they have no loss."""
     loss_mask: Tensor | None = None
     """fp32, broadcastable to `target`; 0 where the loss is not counted. None counts everything."""
 
@@ -155,9 +166,9 @@ class Family:
     open_latent_encoder: Callable[[ModelSource, torch.device, torch.dtype], LatentEncoder]
     open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
 
-    cached_shapes: Callable[[ModelSource, int, int, int], Mapping[str, tuple[int, ...]]]
-    """(source, frames, height, width in pixels) -> shapes of what the encoders return for a clip of that size
-    and the longest caption."""
+    cached_shapes: Callable[..., Mapping[str, tuple[int, ...]]]
+    """(source, frames, height, width in pixels, references) -> shapes of what the encoders return for a clip
+    of that size, reference images of these (height, width) and the longest caption."""
     make_sample: Callable[..., TrainingSample]
     """(traits, cached, noise, sigma, *, dtype, condition_on_image) -> TrainingSample; `cached` holds what
     the encoders returned."""

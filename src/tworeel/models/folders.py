@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tworeel.errors import UserError
-from tworeel.weights.tensor_files import INDEX_SUFFIX, PICKLE_SUFFIXES
+from tworeel.weights.tensor_files import INDEX_SUFFIX, PICKLE_SUFFIXES, TensorFiles
+
+COMFYUI_TRANSFORMERS = ("diffusion_models", "unet", "models/diffusion_models", "models/unet")
 
 _STANDARD_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
@@ -41,6 +44,21 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if files:
             return all_shards(files[0])
     return ()
+
+
+def comfyui_transformers(folder: Path, is_one: Callable[[TensorFiles], bool]) -> tuple[list[Path], list[str]]:
+    """Look for transformers in a flat folder and in ComfyUI's own: their files, and what cannot be read."""
+    places = [folder, *(folder / name for name in COMFYUI_TRANSFORMERS)]
+    found: list[Path] = []
+    problems: list[str] = []
+    for file in sorted(file for place in places for file in place.glob("*.safetensors")):
+        try:
+            with TensorFiles(file) as tensors:
+                if is_one(tensors):
+                    found.append(file)
+        except UserError as error:
+            problems.extend(error.problems)
+    return found, problems
 
 
 def is_standard(path: Path) -> bool:

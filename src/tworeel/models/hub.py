@@ -19,7 +19,7 @@ Choose = Callable[[Sequence[str]], "Sequence[str] | None"]
 """All files of a repository -> those that are needed; None if it is of another family."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_KEPT = (".safetensors", ".json", ".pth", ".model", ".jinja")
+_KEPT = (".safetensors", ".json", ".pth", ".model", ".jinja", "merges.txt")
 
 
 def local_path(request: ModelRequest, choose: Choose) -> Path | None:

@@ -14,12 +14,10 @@ from typing import Any
 
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Layout
-from tworeel.models.folders import all_shards, is_standard, read_json, weight_files
+from tworeel.models.folders import all_shards, comfyui_transformers, is_standard, read_json, weight_files
 from tworeel.models.wan.keys import is_native_key, parameter_name
 from tworeel.models.wan.variants import EXPERTS, Shapes, expert_in_name, is_wan
 from tworeel.weights.tensor_files import SUFFIXES, TensorFiles
-
-COMFYUI_TRANSFORMERS = ("diffusion_models", "unet", "models/diffusion_models", "models/unet")
 
 _OF_2_1 = re.compile(r"wan[-_ ]?2[._]1")
 
@@ -138,21 +136,12 @@ def _network_folder(folder: Path) -> Found:
 
 def _comfyui_folder(folder: Path) -> Found | None:
     """Every file of a Wan transformer in a flat folder or in ComfyUI's own."""
-    places = [folder, *(folder / name for name in COMFYUI_TRANSFORMERS)]
-    files = sorted(file for place in places for file in place.glob("*.safetensors"))
-    candidates: list[Candidate] = []
-    problems: list[str] = []
-    for file in files:
-        try:
-            with TensorFiles(file) as tensors:
-                if is_wan(_comfyui_shapes(tensors)):
-                    candidates.append(Candidate(files=(file,), layout="comfyui", expert=_expert_of(file)))
-        except UserError as error:
-            problems.extend(error.problems)
+    files, problems = comfyui_transformers(folder, lambda tensors: is_wan(_comfyui_shapes(tensors)))
+    candidates = tuple(Candidate(files=(f,), layout="comfyui", expert=_expert_of(f)) for f in files)
     if not candidates:
         raise_if_any(problems)
         return None
-    return Found(root=folder, candidates=tuple(candidates))
+    return Found(root=folder, candidates=candidates)
 
 
 def _comfyui_shapes(tensors: TensorFiles) -> Shapes:
