@@ -3,13 +3,14 @@
 The same seed gives the same values in each layout:
 
 - `diffusers`: `model_index.json`, `transformer/` in shards and `vae/`;
-- `native` and `comfyui`: one file for each network with the authors' names, if wanted as `fp8_scaled` and with
-  ComfyUI's prefix. ComfyUI's are named as it publishes them.
+- `native` and `comfyui`: one file for each network with the authors' names, if wanted as `fp8_scaled` and
+  with ComfyUI's prefix. ComfyUI's are named as it publishes them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tworeel.models.family import Layout
-from tworeel.models.flux2 import vae_keys
 from tworeel.models.flux2.keys import FUSED, SWAPPED, to_native
 
 HEAD_DIM = 16
@@ -32,11 +32,23 @@ LATENT_CHANNELS = 4
 _FILES = {
     "flux2-dev": ("flux2-dev", "flux2_dev"),
     "flux2-klein-4b": ("flux-2-klein-4b", "flux-2-klein-4b"),
-    "flux2-klein-9b": ("flux-2-klein-9b", "flux-2-klein-9b"),
     "flux2-klein-base-4b": ("flux-2-klein-base-4b", "flux-2-klein-base-4b"),
-    "flux2-klein-base-9b": ("flux-2-klein-base-9b", "flux-2-klein-base-9b"),
 }
 """File names of the authors' and of ComfyUI's, by variant."""
+_VAE_NAMES = (
+    (r"\b(down|up)_blocks\.(\d)\.resnets\.", r"\1.\2.block."),
+    (r"\b(down|up)_blocks\.(\d)\.\w+samplers\.0\.", r"\1.\2.\1sample."),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+    (r"attn_1\.group_norm", "attn_1.norm"),
+    (r"attn_1\.to_out\.0", "attn_1.proj_out"),
+    (r"attn_1\.to_", "attn_1."),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"^quant_conv", "encoder.quant_conv"),
+    (r"^post_quant_conv", "decoder.post_quant_conv"),
+)
 _VAES = {"native": "ae.safetensors", "comfyui": "flux2-vae.safetensors"}
 _FP8 = torch.float8_e4m3fn
 
@@ -92,7 +104,7 @@ def tiny_transformer(variant: str, seed: int = 0, **changes: Any) -> nn.Module:
         "num_layers": 2,
         "num_single_layers": 3,
         "attention_head_dim": HEAD_DIM,
-        "num_attention_heads": 2 if "9b" not in variant else 3072 // HEAD_DIM + 1,
+        "num_attention_heads": 2,
         "joint_attention_dim": TEXT_DIM,
         "timestep_guidance_channels": 32,
         "axes_dims_rope": (HEAD_DIM // 4,) * 4,
@@ -150,26 +162,22 @@ def native_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]
 
 
 def native_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of a VAE's encoding half the authors' names; the decoder's are left as they are."""
-    native = {vae_keys.from_native(name): name for name in _native_vae_names()}
+    """Give a VAE's tensors the authors' names and forms: attention in convolutions of 1×1."""
     return {
-        native.get(name, name): tensor[..., None, None]
-        if ".attentions." in name and tensor.dim() == 2
-        else tensor
+        _native_vae_name(name): tensor[..., None, None] if _is_projection(name) else tensor
         for name, tensor in tensors.items()
     }
 
 
-def _native_vae_names() -> Iterator[str]:
-    modules = ["encoder.norm_out", "encoder.quant_conv", "encoder.conv_in", "encoder.conv_out"]
-    resnets = [f"encoder.down.{i}.block.{j}" for i in range(4) for j in range(2)]
-    resnets += ["encoder.mid.block_1", "encoder.mid.block_2"]
-    layers = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
-    modules += [f"{resnet}.{layer}" for resnet in resnets for layer in layers]
-    modules += [f"encoder.down.{i}.downsample.conv" for i in range(3)]
-    modules += [f"encoder.mid.attn_1.{layer}" for layer in ("norm", "q", "k", "v", "proj_out")]
-    for module in modules:
-        yield from (f"{module}.weight", f"{module}.bias")
+def _is_projection(name: str) -> bool:
+    return ".attentions." in name and "group_norm" not in name and name.endswith(".weight")
+
+
+def _native_vae_name(name: str) -> str:
+    for pattern, theirs in _VAE_NAMES:
+        name = re.sub(pattern, theirs, name)
+    # The decoder's stages are counted from the other end.
+    return re.sub(r"\.up\.(\d)", lambda match: f".up.{3 - int(match[1])}", name)
 
 
 def _save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -185,14 +193,13 @@ def _save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _write_model_index(folder: Path, variant: str) -> None:
     is_dev = variant == "flux2-dev"
+    text = ("Mistral3ForConditionalGeneration", "PixtralProcessor")
+    text_encoder, tokenizer = text if is_dev else ("Qwen3ForCausalLM", "Qwen2TokenizerFast")
     index: dict[str, Any] = {
         "_class_name": "Flux2Pipeline" if is_dev else "Flux2KleinPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": [
-            "transformers",
-            "Mistral3ForConditionalGeneration" if is_dev else "Qwen3ForCausalLM",
-        ],
-        "tokenizer": ["transformers", "PixtralProcessor" if is_dev else "Qwen2TokenizerFast"],
+        "text_encoder": ["transformers", text_encoder],
+        "tokenizer": ["transformers", tokenizer],
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
     }
