@@ -142,11 +142,12 @@ class TrainConfig(Section):
     caption_dropout: Fraction = 0.0
     """Share of the micro-batches that see an empty caption."""
     condition_on_image: bool = True
-    """TI2V-5B: keep the first frame clean and out of the loss; false trains text-to-video."""
+    """TI2V-5B: keep the first frame clean and out of the loss; FLUX.2: show reference images; false trains
+    from text alone."""
     timestep_sampling: Literal["uniform", "bell", "logit_normal"] = "uniform"
     """Uniform over the shifted schedule, the same with bell-shaped loss weights, or logit-normal."""
     shift: PositiveFloat | None = None
-    """Shift of the schedule; 5 by default, as the model's authors train."""
+    """Shift of the schedule; by default as the model's authors train (Wan: 5, FLUX.2: 2.23)."""
     seed: NonNegativeInt = 0
     """Seed of everything random."""
     save_every: PositiveInt = 100

@@ -26,7 +26,7 @@ from tworeel.lora.tensors import LoraFile
 from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
 from tworeel.models.locate import locate_model
 from tworeel.training.devices import resolve_devices
-from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
+from tworeel.training.objective import NoiseLevels
 from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
 from tworeel.weights.loading import check_weights
@@ -90,7 +90,8 @@ def noise_levels(config: TrainConfig, traits: Traits) -> NoiseLevels:
     """How noise levels are drawn for this model."""
     return NoiseLevels(
         sampling=config.timestep_sampling,
-        shift=config.shift or TRAINING_SHIFT,
+        shift=config.shift or traits.training_shift,
+        usual_shift=traits.training_shift,
         sigma_range=traits.sigma_range,
     )
 

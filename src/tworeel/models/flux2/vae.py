@@ -5,7 +5,8 @@ Shape letters: C latent channels (of patches), H/W patches; pixels are 16 H × 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from tworeel.errors import UserError
 from tworeel.models.family import Component
 from tworeel.models.flux2.vae_keys import from_native
 from tworeel.weights.loading import load_weights
-from tworeel.weights.tensor_files import TensorFiles, TensorInfo
+from tworeel.weights.tensor_files import RowRange, TensorFiles, TensorInfo
 
+_CPU = torch.device("cpu")
 _NOT_READ = ("decoder.", "post_quant_conv.", "bn.num_batches_tracked")
 _PREFIXES = ("first_stage_model.", "vae.")
 _BUFFERS = ("running_mean", "running_var")
@@ -47,13 +49,32 @@ class Flux2Vae:
         return ((pixel_unshuffle(mode, self._patch) - self._mean) / self._std).cpu()
 
 
+class _Files(TensorFiles):
+    """A VAE's files; the authors' 1×1 convolutions of attention are seen as the linear layers they are."""
+
+    def __init__(self, *paths: Path | str) -> None:
+        super().__init__(*paths)
+        self.names = {
+            name: TensorInfo(_flat(name, info.shape), info.dtype) for name, info in self.names.items()
+        }
+
+    def read(self, name: str, device: torch.device = _CPU, rows: Sequence[RowRange] | None = None) -> Tensor:
+        """Read one tensor, or ranges of its rows, to a device."""
+        tensor = super().read(name, device, rows)
+        return tensor.reshape(_flat(name, tuple(tensor.shape)))
+
+
+def _flat(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if ".attn_1." in name and shape[2:] == (1, 1) else shape
+
+
 def open_vae(component: Component, device: torch.device, dtype: torch.dtype) -> Flux2Vae:
     """Load the encoding half of a FLUX.2 VAE from any layout; the decoder's weights are not read.
 
     Raises:
         UserError: a file is damaged or holds another network.
     """
-    files = TensorFiles(*component.files)
+    files = _Files(*component.files)
     network = build_vae_encoder(vae_config(component, files.names))
     load_weights(
         network,
