@@ -125,7 +125,7 @@ def _index(
     empty_caption: bool,
     observer: Observer,
 ) -> CacheIndex:
-    paths = sorted({path for clip in clips for path in (clip.path, *clip.images.values())})
+    paths = sorted({path for clip in clips for path in clip.files})
     hashes = run_each("Hashing", content_hash, paths, _hash_threads(), observer)
     identities = run_each(
         "Reading the encoders",

@@ -71,7 +71,8 @@ class DataConfig(Section):
     resolution: tuple[Pixels, Pixels] = (832, 480)
     """Width and height in pixels; buckets of other aspect ratios have about the same area."""
     frames: Annotated[tuple[FrameCount, ...], Field(min_length=1)] = (1, 17, 33, 49)
-    """Lengths that clips are cut to, each 4k+1 frames; a clip takes the longest that it fills."""
+    """Lengths that clips are cut to, each 4k+1 frames; a clip takes the longest that it fills. Models of
+    images take single frames, whatever stands here."""
     clip_rule: Literal["head", "uniform", "windows"] = "head"
     """Where a clip is cut: its head, frames spread uniformly over all of it, or several windows."""
     windows: PositiveInt = 4

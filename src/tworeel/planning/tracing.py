@@ -162,7 +162,7 @@ def _record(
     model: nn.Module, family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings
 ) -> dict[str, _Call]:
     """Run the model's forward; what the second block of each list was called with, and gave."""
-    shapes = family.cached_shapes(source, bucket.frames, bucket.height, bucket.width)
+    shapes = family.cached_shapes(source, bucket.frames, bucket.height, bucket.width, bucket.references)
     cached = {name: torch.empty(shape) for name, shape in shapes.items()}
     sample = family.make_sample(
         source.traits,

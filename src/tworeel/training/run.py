@@ -220,7 +220,7 @@ def _as_metrics(report: StepReport) -> dict[str, float]:
 
 def _dataset_summary(job: Job) -> str:
     buckets = sorted({clip.bucket for clip in job.clips})
-    shapes = ", ".join(f"{b.frames}x{b.height}x{b.width}" for b in buckets)
+    shapes = ", ".join(dict.fromkeys(f"{b.frames}x{b.height}x{b.width}" for b in buckets))
     return f"{len(job.clips)} clips ({shapes})"
 
 
