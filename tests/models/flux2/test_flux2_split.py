@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from tworeel.demo.tiny_flux2 import tiny_transformer
-from tworeel.engine import Pipeline, split
+from tworeel.engine import Pipeline, fitter, split
+from tworeel.engine.fitting import Probe, StageMemory
+from tworeel.engine.footprints import Footprint
+from tworeel.engine.residency import Residency
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
 from tworeel.lora.targets import find_targets
@@ -92,6 +95,26 @@ def test_split_training_is_plain_training(plain, variant, cut, residency):
     assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model).items())
 
 
+@pytest.mark.parametrize("streamed", [(1, 2), (2, 3)])
+def test_blocks_of_both_kinds_may_have_their_weights_streamed(plain, streamed):
+    model = make_model()
+    division = split(
+        model,
+        ["cpu"] * 2,
+        at=[2],
+        blocks=list(BLOCK_LISTS),
+        residency="selective",
+        streamed=streamed,
+    )
+    pipeline = Pipeline(division, forward=run_transformer)
+    for _ in range(2):
+        model.zero_grad()
+        result = pipeline.step(make_batches(), weighted_loss)
+        assert torch.equal(torch.stack(list(result.losses)), torch.stack(plain["flux2-dev"][0]))
+    expected = plain["flux2-dev"][1]
+    assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model).items())
+
+
 def test_even_shares_count_both_lists_of_blocks():
     division = split(make_model(), ["cpu"] * 4, blocks=list(BLOCK_LISTS))
 
@@ -120,9 +143,47 @@ def test_no_operation_mixes_devices(cut):
                     module._parameters[leaf] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         batch = make_batches()[2]
         for key, tensor in batch.sample.inputs.items():
-            batch.sample.inputs[key] = torch.empty_like(tensor, device="cpu:1")
+            batch.sample.inputs[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu:1")
     result = pipeline.step([batch], lambda output, _: output.square().mean())
 
     assert result.losses[0].device == torch.device("cpu:3")
     for name, grad in gradients(pipeline.split.model).items():
         assert grad.device == placement.device_of(name), name
+
+
+class Recorder:
+    """Takes the place of a probe: what would be measured, and on which stage."""
+
+    def __init__(self) -> None:
+        self.measured: set[tuple[int, str]] = set()
+
+    def measure(self, stage: int, kind: str, *rest: object) -> None:
+        self.measured.add((stage, kind))
+
+
+def test_each_kind_of_block_is_measured_on_each_of_its_stages():
+    division = split(make_model(), ["cpu"] * 2, at=[1], blocks=list(BLOCK_LISTS))
+    recorder = Recorder()
+    with division.probing(recorder):
+        run_transformer(division.model, make_batches()[0])
+
+    double, single = BLOCK_LISTS
+    assert recorder.measured == {(0, double), (1, double), (1, single)}
+
+
+def test_what_a_stage_takes_is_put_together_from_its_kinds():
+    division = split(make_model(), ["cpu"] * 2, at=[1], blocks=list(BLOCK_LISTS), streamed=[0, 1])
+    division.set_residency("recompute")
+    sizes = {
+        name: {Residency.KEEP: Footprint(size, 1)} for name, size in zip(BLOCK_LISTS, (100, 10), strict=True)
+    }
+    memory = StageMemory(available=0, num_blocks=4, may_keep=3, in_flight=1, num_kinds=2)
+    probe = Probe([None, memory])
+    probe.footprints = [{}, sizes]
+    first, second = (fitter._of_stage(division, stage, probe) for stage in (0, 1))
+
+    assert first.kept == [0]
+    [streamed] = division.streamed_on(1)
+    order = [streamed, *(position for position in (1, 2, 3, 4) if position != streamed)]
+    kept = [100 if position == 1 else 10 for position in order]
+    assert second.kept == [sum(kept[n:]) for n in range(5)]
