@@ -172,11 +172,11 @@ def test_each_kind_of_block_is_measured_on_each_of_its_stages():
 
 
 def test_what_a_stage_takes_is_put_together_from_its_kinds():
-    division = split(make_model(), ["cpu"] * 2, at=[1], blocks=list(BLOCK_LISTS), streamed=[0, 1])
-    division.set_residency("recompute")
-    sizes = {
-        name: {Residency.KEEP: Footprint(size, 1)} for name, size in zip(BLOCK_LISTS, (100, 10), strict=True)
-    }
+    division = split(
+        make_model(), ["cpu"] * 2, at=[1], blocks=list(BLOCK_LISTS), streamed=[0, 1], residency="recompute"
+    )
+    double, single = BLOCK_LISTS
+    sizes = {double: {Residency.KEEP: Footprint(100, 1)}, single: {Residency.KEEP: Footprint(10, 1)}}
     memory = StageMemory(available=0, num_blocks=4, may_keep=3, in_flight=1, num_kinds=2)
     probe = Probe([None, memory])
     probe.footprints = [{}, sizes]

@@ -1,0 +1,172 @@
+"""Whole runs of a tiny FLUX.2 with reference images: from files on disk to a LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tworeel.config.schema import RunConfig
+from tworeel.demo.tiny_flux2 import TEXT_DIM, write_transformer, write_vae
+from tworeel.errors import UserError
+from tworeel.models.family import ModelSource
+from tworeel.models.flux2 import family
+from tworeel.training.assembly import cache_clips, make_micro_batches
+from tworeel.training.metrics import read_metrics
+from tworeel.training.preflight import preflight
+from tworeel.training.report import SilentRun
+from tworeel.training.run import train
+
+VARIANTS = ("flux2-dev", "flux2-klein-4b")
+
+
+class Words:
+    """Embeds captions without a network: numbers that only the caption decides."""
+
+    def encode(self, caption: str) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(len(caption))
+        return {"text": torch.randn(512, TEXT_DIM, generator=generator)}
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text encoder has tests of its own."""
+
+    def open_text_encoder(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Words:
+        return Words()
+
+    stand_in = SimpleNamespace(open_text_encoder=open_text_encoder, text_identity=lambda source: "words")
+    monkeypatch.setattr(family, "_text", lambda: stand_in)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of different shapes, one with one and one with two reference images."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for name, (width, height) in {"a": (96, 64), "b": (64, 96), "c": (80, 64), "d": (160, 80)}.items():
+        pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    rows = [
+        {"image": "a.png", "prompt": "first", "edit_image": "c.png"},
+        {"image": "b.png", "prompt": "the second", "edit_image": ["d.png", "c.png"]},
+        {"image": "c.png", "prompt": "without a reference"},
+    ]
+    table = folder / "data.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return table
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {variant: write_model(tmp_path_factory.mktemp(variant), variant) for variant in VARIANTS}
+
+
+def write_model(folder: Path, variant: str) -> Path:
+    path = write_transformer(folder, variant=variant, layout="native", dtype=torch.float32)
+    write_vae(folder, "native")
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "config.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, folder / "text_encoder" / "model.safetensors")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    return path
+
+
+def config_of(model: Path, data: Path, output: Path, **sections: Any) -> RunConfig:
+    small: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"sources": ({"path": data},), "resolution": (64, 64)},
+        "cache": {"folder": data.parent / "cache", "dtype": "float32"},
+        "lora": {"rank": 2},
+        "train": {
+            "output": output,
+            "steps": 2,
+            "micro_batches": 3,
+            "save_every": 2,
+            "learning_rate": 1e-3,
+            "tensorboard": False,
+        },
+        "engine": {"devices": ("cpu", "cpu")},
+    }
+    return RunConfig.model_validate(
+        {name: section | sections.get(name, {}) for name, section in small.items()}
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_runs_over_any_number_of_stages_are_bitwise_equal(models, images, tmp_path, variant):
+    trained = []
+    for devices in (("cpu",), ("cpu",) * 2, ("cpu",) * 4):
+        output = tmp_path / f"stages{len(devices)}"
+        train(config_of(models[variant], images, output, engine={"devices": devices}))
+        losses = [line["loss"] for line in read_metrics(output / "metrics.jsonl")]
+        trained.append((losses, load_file(output / "lora.safetensors")))
+
+    losses, lora = trained[0]
+    assert len(losses) == 2
+    assert all(np.isfinite(losses))
+    assert any(tensor.abs().max() > 0 for name, tensor in lora.items() if "lora_B" in name or "up" in name)
+    for other_losses, other in trained[1:]:
+        assert other_losses == losses
+        assert all(torch.equal(other[name], tensor) for name, tensor in lora.items())
+
+
+def test_a_batch_shows_the_references_of_its_image(models, images, tmp_path):
+    config = config_of(models["flux2-dev"], images, tmp_path)
+    job = preflight(config, SilentRun())
+    batches = make_micro_batches(config, job, cache_clips(config, job, SilentRun())).of_step(0)
+
+    own = {"0/a.png": 4 * 5, "0/b.png": 5 * 4, "0/c.png": 4 * 5}
+    shown = {"0/a.png": 4 * 5, "0/b.png": 5 * 10 + 4 * 5, "0/c.png": 0}
+    for batch in batches:
+        ids = batch.sample.inputs["img_ids"][0]
+        references = (ids[:, 0] > 0).sum()
+        assert references == shown[batch.clip]
+        assert batch.sample.target.shape[1] == len(ids) - references
+        assert abs(batch.sample.target.shape[1] - own[batch.clip]) <= 5
+
+
+def test_reference_images_may_be_left_out(models, images, tmp_path):
+    config = config_of(
+        models["flux2-dev"], images, tmp_path, train={"output": tmp_path, "condition_on_image": False}
+    )
+    job = preflight(config, SilentRun())
+    batches = make_micro_batches(config, job, cache_clips(config, job, SilentRun())).of_step(0)
+
+    assert all(not batch.sample.inputs["img_ids"][..., 0].any() for batch in batches)
+
+
+def test_the_schedule_is_that_of_the_family_unless_another_is_set(models, images, tmp_path):
+    shifts = []
+    for train_options in ({}, {"shift": 3.0}):
+        config = config_of(
+            models["flux2-klein-4b"], images, tmp_path, train={"output": tmp_path} | train_options
+        )
+        job = preflight(config, SilentRun())
+        levels = make_micro_batches(config, job, cache_clips(config, job, SilentRun())).levels
+        shifts.append(round(levels.shift, 4))
+    assert shifts == [2.2255, 3.0]
+
+
+def test_everything_that_is_wrong_is_said_at_once(models, images, tmp_path):
+    rows = [{"image": "a.png", "prompt": "x", "control_path": "gone.png"}]
+    table = images.parent / "wrong.jsonl"
+    table.write_text(json.dumps(rows[0]), encoding="utf-8")
+    config = config_of(
+        models["flux2-dev"], table, tmp_path, lora={"targets": "everything"}, engine={"devices": ("cpu",) * 9}
+    )
+    with pytest.raises(UserError) as caught:
+        preflight(config, SilentRun())
+    text = str(caught.value)
+    assert "'gone.png' does not exist" in text
+    assert "lora.targets = 'everything': no preset of flux2; allowed are attention, all-linear" in text
+    assert "engine: " in text
