@@ -25,7 +25,7 @@ from tworeel.models.family import Layout
 from tworeel.models.flux2.keys import FUSED, SWAPPED, to_native
 
 HEAD_DIM = 16
-TEXT_DIM = 48
+TEXT_DIM = 96
 """Of three concatenated hidden states of the tiny text encoder."""
 LATENT_CHANNELS = 4
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tworeel.errors import UserError
 from tworeel.models.family import Component, Layout
-from tworeel.models.folders import read_json, weight_files
+from tworeel.models.network_files import read_json, weight_files
 from tworeel.weights.tensor_files import PICKLE_SUFFIXES, SUFFIXES, TensorFiles
 
 _LEVELS_UP = 3  # from a transformer in a subfolder of ComfyUI's models/diffusion_models up to models/

@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError
 
 from tworeel.errors import UserError
 from tworeel.models.family import ModelRequest
-from tworeel.models.folders import read_json
+from tworeel.models.network_files import read_json
 from tworeel.weights.tensor_files import SUFFIXES
 
 Choose = Callable[[Sequence[str]], "Sequence[str] | None"]

@@ -39,7 +39,7 @@ def sample_of(variant: str = "flux2-dev", references=REFERENCES, sigma: float = 
 def test_shapes_are_those_of_patches_of_16_pixels_and_512_words():
     assert cached_shapes(source_of("flux2-dev"), 1, HEIGHT, WIDTH, REFERENCES) == {
         "latents": (16, 1, 4, 3),
-        "text": (512, 48),
+        "text": (512, 96),
         "reference_latents_0": (16, 1, 2, 5),
         "reference_latents_1": (16, 1, 4, 3),
     }

@@ -78,7 +78,7 @@ def test_an_outputs_is_that_of_the_model_it_was_written_from(tmp_path):
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(1, 6, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 5, 48, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 5, 96, generator=generator),
         "timestep": torch.tensor([0.5]),
         "guidance": torch.tensor([1.0]),
         "img_ids": torch.zeros(1, 6, 4),

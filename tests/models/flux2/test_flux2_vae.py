@@ -15,7 +15,7 @@ from tworeel.models.family import Component, ModelSource
 from tworeel.models.flux2.encoders import Flux2LatentEncoder, latent_identity
 from tworeel.models.flux2.vae import open_vae, parameter_name, vae_config
 from tworeel.models.flux2.variants import traits
-from tworeel.models.folders import read_json, weight_files
+from tworeel.models.network_files import read_json, weight_files
 from tworeel.weights.tensor_files import TensorFiles
 
 LAYOUTS = ("diffusers", "native", "comfyui")

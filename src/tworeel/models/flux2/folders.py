@@ -19,7 +19,13 @@ from tworeel.models.flux2.variants import (
     refuse_pipeline,
     says_base,
 )
-from tworeel.models.folders import all_shards, comfyui_transformers, is_standard, read_json, weight_files
+from tworeel.models.network_files import (
+    all_shards,
+    comfyui_transformers,
+    is_standard,
+    read_json,
+    weight_files,
+)
 from tworeel.weights.rows import shapes_by_name
 from tworeel.weights.tensor_files import SUFFIXES, TensorFiles
 

@@ -14,7 +14,13 @@ from typing import Any
 
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Layout
-from tworeel.models.folders import all_shards, comfyui_transformers, is_standard, read_json, weight_files
+from tworeel.models.network_files import (
+    all_shards,
+    comfyui_transformers,
+    is_standard,
+    read_json,
+    weight_files,
+)
 from tworeel.models.wan.keys import is_native_key, parameter_name
 from tworeel.models.wan.variants import EXPERTS, Shapes, expert_in_name, is_wan
 from tworeel.weights.tensor_files import SUFFIXES, TensorFiles
