@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tworeel.data.errors import BrokenRow
-from tworeel.data.media import iter_frames
+from tworeel.data.errors import BrokenRow, MediaError
+from tworeel.data.media import iter_frames, probe
 from tworeel.data.tables import Row
 from tworeel.models.family import Traits
 
@@ -74,6 +75,45 @@ def fit_reference(path: Path, width: int, height: int, traits: Traits) -> Refere
     scaled = (int(width * scale), int(height * scale)) if scale < 1 else (width, height)
     multiple = traits.spatial_multiple
     return Reference(path, scaled, scaled[0] // multiple * multiple, scaled[1] // multiple * multiple)
+
+
+def fit_references(paths: Sequence[Path], traits: Traits, broken: list[str]) -> tuple[Reference, ...]:
+    """Decide how a clip's reference images are fitted; what is wrong is added to `broken`.
+
+    A model that takes none is shown none.
+    """
+    if not traits.reference_images:
+        return ()
+    if len(paths) > traits.reference_images:
+        most = f"{traits.variant} takes at most {traits.reference_images}"
+        broken.append(f"{paths[0]}: the first of {len(paths)} reference images; {most}")
+    fitted: list[Reference] = []
+    for path in paths:
+        found = _fitted(path, traits)
+        if isinstance(found, Reference):
+            fitted.append(found)
+        else:
+            broken.extend(found)
+    return tuple(fitted)
+
+
+def image_problems(path: Path) -> tuple[str, ...]:
+    """Say why a condition or reference image cannot be used."""
+    try:
+        if not probe(path).is_image:
+            return (f"{path}: a condition or reference image must be an image, not a video",)
+    except MediaError as error:
+        return error.problems
+    return ()
+
+
+def _fitted(path: Path, traits: Traits) -> Reference | tuple[str, ...]:
+    problems = image_problems(path)
+    if problems:
+        return problems
+    info = probe(path)
+    found = fit_reference(path, info.width, info.height, traits)
+    return found if isinstance(found, Reference) else (found,)
 
 
 def load_reference(reference: Reference) -> Tensor:

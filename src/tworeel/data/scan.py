@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tworeel.data.clips import Bucket, Clip
 from tworeel.data.errors import MediaError
 from tworeel.data.media import MediaInfo, is_image, probe
 from tworeel.data.metadata import Entry, Listing, read_source
-from tworeel.data.references import Reference, fit_reference
+from tworeel.data.references import Reference, fit_references, image_problems
 from tworeel.data.windows import choose_windows, count_slots
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Traits
@@ -160,8 +160,8 @@ def _read_all(tasks: list[_Task], plan: _Plan, observer: Observer) -> list[_Outc
 
 def _read_task(task: _Task, plan: _Plan) -> _Outcome:
     images = {name: path for name, path in task.entry.images.items() if name in plan.traits.image_inputs}
-    broken = [line for path in images.values() for line in _image_problems(path)]
-    references = _fit_references(task.entry.references, plan.traits, broken)
+    broken = [line for path in images.values() for line in image_problems(path)]
+    references = fit_references(task.entry.references, plan.traits, broken)
     if plan.traits.images_only and not is_image(task.entry.path):
         broken.append(_not_an_image(task.entry.path, plan))
         return _Outcome(broken=tuple(broken))
@@ -226,44 +226,11 @@ def _images_of(images: Mapping[str, Path], number: int, count: int) -> dict[str,
     return {name: path for name, path in images.items() if at.get(name, number) == number}
 
 
-def _fit_references(paths: Sequence[Path], traits: Traits, broken: list[str]) -> tuple[Reference, ...]:
-    """Decide how a clip's reference images are fitted; what is wrong is added to `broken`."""
-    if not traits.reference_images:
-        return ()
-    if len(paths) > traits.reference_images:
-        most = f"{traits.variant} takes at most {traits.reference_images}"
-        broken.append(f"{paths[0]}: the first of {len(paths)} reference images; {most}")
-    fitted = [_fit_reference(path, traits, broken) for path in paths]
-    return tuple(reference for reference in fitted if reference is not None)
-
-
-def _fit_reference(path: Path, traits: Traits, broken: list[str]) -> Reference | None:
-    problems = _image_problems(path)
-    if problems:
-        broken.extend(problems)
-        return None
-    info = probe(path)
-    fitted = fit_reference(path, info.width, info.height, traits)
-    if isinstance(fitted, Reference):
-        return fitted
-    broken.append(fitted)
-    return None
-
-
 def _not_an_image(path: Path, plan: _Plan) -> str:
     return (
         f"{path}: a video, but {plan.traits.variant} is trained on images; leave it out, or save the frames "
         "of it that you want as images"
     )
-
-
-def _image_problems(path: Path) -> tuple[str, ...]:
-    try:
-        if not probe(path).is_image:
-            return (f"{path}: a condition or reference image must be an image, not a video",)
-    except MediaError as error:
-        return error.problems
-    return ()
 
 
 def _too_short(path: Path, info: MediaInfo, available: int, plan: _Plan) -> str:
