@@ -120,6 +120,20 @@ def test_runs_over_any_number_of_stages_are_bitwise_equal(models, images, tmp_pa
         assert all(torch.equal(other[name], tensor) for name, tensor in lora.items())
 
 
+@pytest.mark.parametrize("quantize", ["fp8", "int8"])
+def test_weights_that_a_file_fuses_can_be_kept_in_8_bits(models, images, tmp_path, quantize):
+    model = {"path": str(models["flux2-dev"]), "dtype": "float32", "quantize": quantize}
+    train(config_of(models["flux2-dev"], images, tmp_path, model=model))
+
+    exact = tmp_path / "exact"
+    train(config_of(models["flux2-dev"], images, exact, train={"output": exact}))
+    rounded, whole = (
+        [line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (tmp_path, exact)
+    )
+    assert rounded == pytest.approx(whole, rel=0.05)
+    assert rounded != whole
+
+
 def test_a_batch_shows_the_references_of_its_image(models, images, tmp_path):
     config = config_of(models["flux2-dev"], images, tmp_path)
     job = preflight(config, SilentRun())

@@ -97,7 +97,9 @@ def _diffusers(root: Path) -> Found | None:
     if not weight_files(root / "transformer"):
         raise UserError(f"{root}: holds no weights in transformer/")
     distilled = index.get("is_distilled")
-    return _network(root / "transformer", root, says_base(root / "x") if distilled is None else not distilled)
+    return _network(
+        root / "transformer", root, says_base(root / "transformer") if distilled is None else not distilled
+    )
 
 
 def _network(folder: Path, root: Path, is_base: bool = False) -> Found:
