@@ -81,9 +81,9 @@ def write_model(folder: Path, variant: str) -> Path:
     return path
 
 
-def config_of(model: Path, data: Path, output: Path, **sections: Any) -> RunConfig:
+def config_of(path: Path, data: Path, output: Path, **sections: Any) -> RunConfig:
     small: dict[str, Any] = {
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(path), "dtype": "float32"},
         "data": {"sources": ({"path": data},), "resolution": (64, 64)},
         "cache": {"folder": data.parent / "cache", "dtype": "float32"},
         "lora": {"rank": 2},
@@ -122,8 +122,7 @@ def test_runs_over_any_number_of_stages_are_bitwise_equal(models, images, tmp_pa
 
 @pytest.mark.parametrize("quantize", ["fp8", "int8"])
 def test_weights_that_a_file_fuses_can_be_kept_in_8_bits(models, images, tmp_path, quantize):
-    model = {"path": str(models["flux2-dev"]), "dtype": "float32", "quantize": quantize}
-    train(config_of(models["flux2-dev"], images, tmp_path, model=model))
+    train(config_of(models["flux2-dev"], images, tmp_path, model={"quantize": quantize}))
 
     exact = tmp_path / "exact"
     train(config_of(models["flux2-dev"], images, exact, train={"output": exact}))
