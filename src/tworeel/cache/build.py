@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from tworeel.cache.store import CacheStore
 from tworeel.data.clips import Clip
 from tworeel.data.media import content_hash
 from tworeel.data.pixels import load_clip, load_images
-from tworeel.models.family import Family, LatentEncoder, ModelSource, TextEncoder
+from tworeel.errors import UserError
+from tworeel.models.family import Family, LatentEncoder, ModelSource, TextEncoder, TextOptions, TextWorker
 from tworeel.workers import (
     Observer,
     SharedJobs,
@@ -57,6 +58,14 @@ class CacheIndex:
         return {**self.store.read(self.latent_keys[clip.name]), **self.store.read(text)}
 
 
+class _Opening(NamedTuple):
+    """An encoder that is not opened yet."""
+
+    device: torch.device
+    open: Callable[[], LatentEncoder | TextEncoder]
+    how: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Job:
     """One entry to make."""
@@ -78,6 +87,7 @@ def build_cache(
     devices: Sequence[torch.device | str],
     dtype: torch.dtype,
     empty_caption: bool = False,
+    text: TextOptions | None = None,
     observer: Observer | None = None,
 ) -> CacheIndex:
     """Encode the clips and captions that the cache does not hold yet, on all devices side by side.
@@ -89,31 +99,62 @@ def build_cache(
         devices: each opens encoders of its own, also if one stands there twice.
         dtype: precision that the encoders compute in.
         empty_caption: embed the empty caption too, for caption dropout.
+        text: where the text encoder runs, and in which precision; what fits by default.
         observer: sees the progress, and may stop it.
 
     Raises:
         UserError: A clip cannot be decoded, or an encoder returned NaN or Inf; the line names the clip.
     """
     watched = observer or SilentObserver()
+    options = text or TextOptions()
     store.sweep()
-    index = _index(store, family, source, clips, dtype, empty_caption, watched)
+    index = _index(store, family, source, clips, dtype, empty_caption, options, watched)
     latent_jobs, text_jobs = _latent_jobs(index, clips), _text_jobs(index, clips)
     missing = _missing_keys(store, [job.key for job in (*latent_jobs, *text_jobs)], watched)
-
-    def open_latents(device: torch.device) -> LatentEncoder:
-        return family.open_latent_encoder(source, device, dtype)
-
-    def open_text(device: torch.device) -> TextEncoder:
-        return family.open_text_encoder(source, device, dtype)
-
     places = [torch.device(device) for device in devices]
-    for title, jobs, opener in (
-        ("Encoding clips", latent_jobs, open_latents),
-        ("Embedding captions", text_jobs, open_text),
+
+    def latent_openings() -> list[_Opening]:
+        return [
+            _Opening(place, partial(family.open_latent_encoder, source, place, dtype)) for place in places
+        ]
+
+    def text_openings() -> list[_Opening]:
+        workers = _text_workers(family, source, places, dtype, options)
+        return [_Opening(worker.device, worker.open, worker.how) for worker in workers]
+
+    for title, jobs, openings in (
+        ("Encoding clips", latent_jobs, latent_openings),
+        ("Embedding captions", text_jobs, text_openings),
     ):
-        wanted = [job for job in jobs if job.key in missing]
-        _encode_all(title, store, wanted, places, opener, watched)
+        _encode_all(title, store, [job for job in jobs if job.key in missing], openings, watched)
     return index
+
+
+def _text_workers(
+    family: Family,
+    source: ModelSource,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    options: TextOptions,
+) -> Sequence[TextWorker]:
+    """Say which text encoders embed the captions: the family's choice, or one on each device."""
+    if family.text_workers is not None:
+        return family.text_workers(source, devices, dtype, options)
+    if options.placement == "spread":
+        raise UserError(
+            "cache.text_placement = 'spread': this model's text encoder runs whole on each device; "
+            "allowed are auto, each, cpu"
+        )
+    if options.quantize not in (None, "auto"):
+        raise UserError(
+            f"cache.text_quantize = '{options.quantize}': this model's text encoder is not quantized; "
+            "leave it out"
+        )
+    places = [torch.device("cpu")] if options.placement == "cpu" else devices
+    return [
+        TextWorker(device=place, open=partial(family.open_text_encoder, source, place, dtype))
+        for place in places
+    ]
 
 
 def _index(
@@ -123,6 +164,7 @@ def _index(
     clips: Sequence[Clip],
     dtype: torch.dtype,
     empty_caption: bool,
+    text_options: TextOptions,
     observer: Observer,
 ) -> CacheIndex:
     paths = sorted({path for clip in clips for path in (clip.path, *clip.images.values())})
@@ -135,6 +177,9 @@ def _index(
         observer,
     )
     latents, text = identities[family.latent_identity], identities[family.text_identity]
+    if text_options.quantize != "auto":
+        # A precision that was asked for is not served with what another one made.
+        text += f" quantize={text_options.quantize}"
     return CacheIndex(
         store=store,
         latent_keys=_by_name((clip, latent_key(clip, hashes, latents, dtype)) for clip in clips),
@@ -196,30 +241,27 @@ def _encode_all(
     title: str,
     store: CacheStore,
     jobs: Sequence[_Job],
-    devices: Sequence[torch.device],
-    open_encoder: Callable[[torch.device], LatentEncoder | TextEncoder],
+    openings: Callable[[], Sequence[_Opening]],
     observer: Observer,
 ) -> None:
     """Make the entries, then give back the encoders' memory: the next ones may need all of it."""
     if not jobs:
         return
-    workers = [_encoding_worker(store, device, open_encoder) for device in devices[: len(jobs)]]
+    chosen = openings()[: len(jobs)]
+    how = ", ".join(dict.fromkeys(opening.how for opening in chosen if opening.how))
     try:
-        run_workers(title, jobs, workers, observer)
+        workers = [_encoding_worker(store, opening) for opening in chosen]
+        run_workers(f"{title} ({how})" if how else title, jobs, workers, observer)
     finally:
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 
 
-def _encoding_worker(
-    store: CacheStore,
-    device: torch.device,
-    open_encoder: Callable[[torch.device], LatentEncoder | TextEncoder],
-) -> Worker[_Job, str]:
+def _encoding_worker(store: CacheStore, opening: _Opening) -> Worker[_Job, str]:
     def work(jobs: SharedJobs[_Job]) -> Iterator[str]:
-        with _current(device), closing(run_ahead(_load, jobs, CLIPS_AHEAD)) as ready:
-            encoder = open_encoder(device)
+        with _current(opening.device), closing(run_ahead(_load, jobs, CLIPS_AHEAD)) as ready:
+            encoder = opening.open()
             for job, arguments in ready:
                 with _Naming(job.subject):
                     store.write(job.key, encoder.encode(*arguments), subject=job.subject)

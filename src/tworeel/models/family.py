@@ -9,7 +9,7 @@ Shape letters: B batch, C channels, F latent frames, H/W latent height and width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -98,11 +98,34 @@ class LatentEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Embeds captions on one device."""
+    """Embeds captions on one device, or on several together."""
 
     def encode(self, caption: str) -> dict[str, Tensor]:
-        """Embed one caption: CPU tensors by name; `text` has shape (L, D) without padding."""
+        """Embed one caption: CPU tensors by name; `text` has shape (L, D), L as the transformer wants it."""
         ...
+
+
+TextPlacement = Literal["auto", "each", "spread", "cpu"]
+TextQuantize = Literal["auto", "fp8", "int8", "nf4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How the user wants captions embedded (`cache.text_placement`, `cache.text_quantize`)."""
+
+    placement: TextPlacement = "auto"
+    quantize: TextQuantize | None = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWorker:
+    """A text encoder that can be opened now: it has been looked whether there is room for it."""
+
+    device: torch.device
+    """Where captions go in; the current device while they are embedded."""
+    open: Callable[[], TextEncoder]
+    how: str = ""
+    """Where and in which precision it runs, for people; empty where that is nothing special."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +174,14 @@ class Family:
     """A hash of the text encoder and its tokenizer; read without loading them."""
     open_latent_encoder: Callable[[ModelSource, torch.device, torch.dtype], LatentEncoder]
     open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
+
+    text_workers: (
+        Callable[[ModelSource, Sequence[torch.device], torch.dtype, TextOptions], Sequence[TextWorker]] | None
+    ) = None
+    """Place text encoders on devices, by what is free there; several embed captions side by side. None where
+    each device has room for one of its own.
+
+    Raises `UserError` where the options cannot be met."""
 
     cached_shapes: Callable[[ModelSource, int, int, int], Mapping[str, tuple[int, ...]]]
     """(source, frames, height, width in pixels) -> shapes of what the encoders return for a clip of that size
