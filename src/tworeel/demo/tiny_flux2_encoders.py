@@ -109,7 +109,7 @@ def write_flux2_text_encoder(folder: Path, layout: Layout, kind: TextKind, *, se
     """Write the language model; return its folder, or ComfyUI's file."""
     model = tiny_text_model(kind, seed=seed)
     if layout == "diffusers":
-        model.save_pretrained(folder / "text_encoder", max_shard_size="2MB")
+        model.save_pretrained(folder / "text_encoder", max_shard_size="600KB")
         return folder / "text_encoder"
     path = folder / COMFYUI_FILES[kind]
     path.parent.mkdir(parents=True, exist_ok=True)

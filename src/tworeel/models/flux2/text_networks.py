@@ -52,6 +52,9 @@ class TextNetwork:
     defaults: Mapping[str, Any]
     """What the shapes do not tell, for files without a configuration."""
     example: str
+    """A file of ComfyUI's that holds it."""
+    repository: str
+    """One that has its tokenizer in diffusers' layout."""
 
     @property
     def num_layers(self) -> int:
@@ -66,6 +69,7 @@ MISTRAL = TextNetwork(
     model_class=MistralModel,
     defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e9, "sliding_window": None},
     example="mistral_3_small_flux2_bf16.safetensors",
+    repository="black-forest-labs/FLUX.2-dev",
 )
 QWEN = TextNetwork(
     title="Qwen3",
@@ -74,6 +78,7 @@ QWEN = TextNetwork(
     model_class=Qwen3Model,
     defaults={"rms_norm_eps": 1e-6, "rope_theta": 1e6},
     example="qwen_3_4b.safetensors",
+    repository="black-forest-labs/FLUX.2-klein-4B",
 )
 
 

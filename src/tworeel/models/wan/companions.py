@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tworeel.errors import UserError
 from tworeel.models.family import Component, Layout, ModelRequest
-from tworeel.models.wan.folders import read_json, weight_files
+from tworeel.models.network_files import read_json, weight_files
 from tworeel.models.wan.text import TOKENIZER_FILES
 from tworeel.models.wan.variants import needs_image_encoder
 from tworeel.weights.tensor_files import PICKLE_SUFFIXES, SUFFIXES, TensorFiles

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HTTPError
 
 from tworeel.errors import UserError
 from tworeel.models.family import ModelRequest
-from tworeel.models.wan.folders import read_json
+from tworeel.models.network_files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
