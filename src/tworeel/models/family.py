@@ -167,6 +167,15 @@ class Family:
     native_words: tuple[str, ...] = ()
     """Parts of native names that hold an underscore of their own (`self_attn`); kohya's LoRA files join the
     parts of a name with underscores."""
+    own_words: tuple[str, ...] = ()
+    """The same of diffusers' names, which some tools join too."""
+    native_parts: Callable[[str], tuple[str, ...]] | None = None
+    """A native layer's name -> the layers whose rows it stacks, in equal shares (query, key, value).
+    `to_native` gives that name for each of them. None if every layer has a native one of its own."""
+    native_swapped: tuple[str, ...] = ()
+    """Layers whose two halves of rows stand the other way round natively."""
+    diffsynth_names: Literal["native", "diffusers"] = "native"
+    """Whose names DiffSynth-Studio's own code has, and so its LoRA files."""
 
     latent_identity: Callable[[ModelSource], str]
     """A hash of the networks that encode clips (VAE, image encoder); read without loading them."""

@@ -111,7 +111,8 @@ def _nearby(root: Path, wanted: _Wanted) -> tuple[Component | None, list[str]]:
         return _first_fitting(components, wanted)
     return None, [
         f"{root}: the text encoder is missing ({wanted}, for example {wanted.network.example}, or "
-        f"{_FOLDER}/); put it there or set model.text_encoder. On the hub, its licence may have to be accepted first"
+        f"{_FOLDER}/); put it there or set model.text_encoder. "
+        "On the hub, its licence may have to be accepted first"
     ]
 
 
