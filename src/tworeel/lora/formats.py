@@ -10,9 +10,10 @@ What others make of Wan's files (diffusers 0.42.1, ComfyUI 0.3.77):
   and LyCORIS by those of W + sBA: there a row comes out longer or shorter by the ratio of the two.
 
 Where the authors' code fuses query, key and value (FLUX.2, diffusers 0.42.1, ComfyUI of 2026):
-- diffusers loads `diffusers` and `kohya` with any layers of the blocks, `comfyui` only without alpha (it raises
-  otherwise), `diffsynth` not at all (it warns, and changes nothing). DoRA from `diffusers` alone.
-- ComfyUI loads all four; its first versions for FLUX.2 only `comfyui` and `kohya`.
+- diffusers loads `diffusers` and `kohya` with any layers of the blocks, `comfyui` only without alpha (else it
+  raises), `diffsynth` not at all (it changes nothing). DoRA from `diffusers` alone.
+- ComfyUI knows the keys of all four, but not the alpha in the header of `diffusers`; its first versions for
+  FLUX.2 know only `comfyui` and `kohya`.
 """
 
 from __future__ import annotations
@@ -106,6 +107,12 @@ def _metadata(
     if note is not None:
         metadata[ALPHA_NOTE] = note
     return metadata
+
+
+def num_strangers(keys: Iterable[str], naming: Naming) -> int:
+    """Count a LoRA's layers that are none of a family's."""
+    matches = (_KEY.fullmatch(key) for key in keys)
+    return len(naming.unknown({_bare(match["stem"], naming) for match in matches if match}))
 
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], naming: Naming) -> LoraFile:
