@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tworeel.cache import CacheStore, build_cache
 from tworeel.data.clips import Clip
@@ -96,3 +97,49 @@ def test_a_family_without_a_choice_refuses_what_it_cannot_do(
         build_cache(
             CacheStore(tmp_path), WAN, source, clips, devices=("cpu",), dtype=torch.float32, text=options
         )
+
+
+class Batches:
+    """Wan's text encoder, with a note of the captions that came at a time."""
+
+    batch_size = 4
+
+    def __init__(self, source: ModelSource, seen: list[int]) -> None:
+        self._encoder = WAN.open_text_encoder(source, torch.device("cpu"), torch.float32)
+        self._seen = seen
+
+    def encode(self, caption: str) -> dict[str, Tensor]:
+        return self._encoder.encode(caption)
+
+    def encode_batch(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        self._seen.append(len(captions))
+        return [self.encode(caption) for caption in captions]
+
+
+def test_captions_come_in_batches_where_the_encoder_wants_them_so(
+    tmp_path: Path, source: ModelSource, clips: list[Clip]
+) -> None:
+    seen: list[int] = []
+    family = dataclasses.replace(WAN, open_text_encoder=lambda source, *rest: Batches(source, seen))
+    index = build_cache(CacheStore(tmp_path), family, source, clips, devices=("cpu",), dtype=torch.float32)
+    assert seen == [4, 1]
+    encoder = WAN.open_text_encoder(source, torch.device("cpu"), torch.float32)
+    for clip in clips:
+        assert torch.equal(index.load(clip)["text"], encoder.encode(clip.caption)["text"])
+
+
+def test_a_batch_that_fails_names_its_clips_and_keeps_what_is_written(
+    tmp_path: Path, source: ModelSource, clips: list[Clip]
+) -> None:
+    class Failing(Batches):
+        def encode_batch(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+            encoded = super().encode_batch(captions)
+            if len(captions) == 1:
+                raise RuntimeError("no more")
+            return encoded
+
+    family = dataclasses.replace(WAN, open_text_encoder=lambda source, *rest: Failing(source, []))
+    with pytest.raises(RuntimeError, match="no more") as caught:
+        build_cache(CacheStore(tmp_path), family, source, clips, devices=("cpu",), dtype=torch.float32)
+    assert "caption" in caught.value.__notes__[0]
+    assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 4

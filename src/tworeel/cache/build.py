@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,15 @@ from tworeel.data.clips import Clip
 from tworeel.data.media import content_hash
 from tworeel.data.pixels import load_clip, load_images
 from tworeel.errors import UserError
-from tworeel.models.family import Family, LatentEncoder, ModelSource, TextEncoder, TextOptions, TextWorker
+from tworeel.models.family import (
+    BatchTextEncoder,
+    Family,
+    LatentEncoder,
+    ModelSource,
+    TextEncoder,
+    TextOptions,
+    TextWorker,
+)
 from tworeel.workers import (
     Observer,
     SharedJobs,
@@ -261,13 +270,26 @@ def _encode_all(
 def _encoding_worker(store: CacheStore, opening: _Opening) -> Worker[_Job, str]:
     def work(jobs: SharedJobs[_Job]) -> Iterator[str]:
         with _current(opening.device), closing(run_ahead(_load, jobs, CLIPS_AHEAD)) as ready:
-            encoder = opening.open()
-            for job, arguments in ready:
+            for job, tensors in _encoded(opening.open(), ready):
                 with _Naming(job.subject):
-                    store.write(job.key, encoder.encode(*arguments), subject=job.subject)
+                    store.write(job.key, tensors, subject=job.subject)
                 yield job.key
 
     return work
+
+
+def _encoded(
+    encoder: LatentEncoder | TextEncoder, ready: Iterator[tuple[_Job, tuple[Any, ...]]]
+) -> Iterator[tuple[_Job, dict[str, Tensor]]]:
+    size = encoder.batch_size if isinstance(encoder, BatchTextEncoder) else 1
+    while batch := list(islice(ready, size)):
+        jobs, arguments = zip(*batch, strict=True)
+        with _Naming(", ".join(job.subject for job in jobs)):
+            if isinstance(encoder, BatchTextEncoder):
+                encoded = encoder.encode_batch([caption for (caption,) in arguments])
+            else:
+                encoded = [encoder.encode(*arguments[0])]
+        yield from zip(jobs, encoded, strict=True)
 
 
 def _load(job: _Job) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,18 @@ class TextEncoder(Protocol):
 
     def encode(self, caption: str) -> dict[str, Tensor]:
         """Embed one caption: CPU tensors by name; `text` has shape (L, D), L as the transformer wants it."""
+        ...
+
+
+@runtime_checkable
+class BatchTextEncoder(TextEncoder, Protocol):
+    """Embeds several captions at a time, where they share the reading of the weights."""
+
+    batch_size: int
+    """How many captions are wanted at a time."""
+
+    def encode_batch(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Embed captions; for each of them what `encode` returns."""
         ...
 
 

@@ -38,8 +38,8 @@ CPU = torch.device("cpu")
 Source = Callable[[TextKind, Layout], ModelSource]
 
 
-def from_pipeline(source: ModelSource, caption: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Embed a caption as the pipeline does that is loaded from the model's folder."""
+def from_pipeline(source: ModelSource, *captions: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Embed captions as the pipeline does that is loaded from the model's folder."""
     assert source.text_encoder is not None and source.tokenizer is not None
     is_qwen = "qwen3" in source.text_encoder.config["model_type"]
     network = Qwen3ForCausalLM if is_qwen else Mistral3ForConditionalGeneration
@@ -51,7 +51,7 @@ def from_pipeline(source: ModelSource, caption: str, dtype: torch.dtype = torch.
         scheduler=None,
         transformer=None,
     )
-    return made.encode_prompt(caption, device=CPU)[0][0]
+    return made.encode_prompt(list(captions), device=CPU)[0]
 
 
 @pytest.mark.parametrize("caption", CAPTIONS.values(), ids=CAPTIONS.keys())
@@ -61,7 +61,20 @@ def test_the_text_is_that_of_the_pipeline(flux2_source: Source, kind: TextKind, 
     source = flux2_source(kind, "diffusers")
     text = open_text_encoder(source, CPU, torch.float32).encode(caption)["text"]
     assert text.shape == (512, 3 * WIDTH)
-    assert torch.equal(text, from_pipeline(source, caption))
+    assert torch.equal(text, from_pipeline(source, caption)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_captions_at_a_time_are_those_of_the_pipeline_too(flux2_source: Source, kind: TextKind) -> None:
+    source = flux2_source(kind, "diffusers")
+    captions = [CAPTIONS["short"], CAPTIONS["empty"], CAPTIONS["long"]]
+    encoder = open_text_encoder(source, CPU, torch.float32)
+    assert encoder.batch_size == 1
+    together, expected = encoder.encode_batch(captions), from_pipeline(source, *captions)
+    for embedded, text, caption in zip(together, expected, captions, strict=True):
+        assert torch.equal(embedded["text"], text)
+        torch.testing.assert_close(text, encoder.encode(caption)["text"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +94,7 @@ def test_the_text_in_bf16_is_that_of_the_pipeline_in_bf16(flux2_source: Source, 
     source = flux2_source(kind, "diffusers")
     text = open_text_encoder(source, CPU, torch.bfloat16).encode(CAPTIONS["short"])["text"]
     assert text.dtype == torch.bfloat16
-    assert torch.equal(text, from_pipeline(source, CAPTIONS["short"], torch.bfloat16))
+    assert torch.equal(text, from_pipeline(source, CAPTIONS["short"], dtype=torch.bfloat16)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
