@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -255,3 +257,37 @@ def test_eight_bit_files_of_comfyui_are_read(flux2_source: Source, tmp_path: Pat
     )
     assert torch.equal(other, streamed)
     assert 0 < (other - whole).norm() / whole.norm() < 0.1
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_text_encoder_that_is_spread_gives_the_same_text(
+    flux2_source: Source, quantize: str | None
+) -> None:
+    # For torch these are two devices, though their memory is one.
+    near, far = CPU, torch.device("cpu:1")
+    source = flux2_source("mistral3", "diffusers")
+
+    def device_of(name: str) -> torch.device:
+        return far if name.startswith(("layers.1", "layers.2", "norm")) else near
+
+    whole = open_spread(source, lambda name: CPU, torch.float32, quantize)
+    spread = open_spread(source, device_of, torch.float32, quantize)
+    moved = [layer._hf_hook.execution_device for layer in spread._model.layers]
+    assert moved == [far if str(index)[0] in "12" else near for index in range(30)]
+    for caption in (CAPTIONS["short"], CAPTIONS["empty"]):
+        assert torch.equal(spread.encode(caption)["text"], whole.encode(caption)["text"])
+
+
+@pytest.mark.parametrize("opened", ["whole", "spread", "streamed"])
+def test_a_text_encoder_leaves_nothing_behind(flux2_source: Source, opened: str) -> None:
+    source = flux2_source("qwen3", "diffusers")
+    if opened == "streamed":
+        encoder = open_streamed(source, CPU, torch.float32)
+    else:
+        far = torch.device("cpu:1" if opened == "spread" else "cpu")
+        encoder = open_spread(source, lambda name: far if "layers.2" in name else CPU, torch.float32)
+    encoder.encode("a red ball")
+    parts = [weakref.ref(encoder._model), *map(weakref.ref, encoder._model.parameters())]
+    del encoder
+    gc.collect()
+    assert not [part for part in parts if part() is not None]

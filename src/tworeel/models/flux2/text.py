@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -96,7 +96,8 @@ def open_spread(
 
     Args:
         source: the model.
-        device_of: name of a child (`embed_tokens`, `layers.7`, `rotary_emb`) or of anything in it -> device.
+        device_of: name of a child (`embed_tokens`, `layers.7`, `rotary_emb`) or of anything in it -> device;
+            captions go in where the embedding is.
         dtype: of the weights and the computation.
         quantize: keep the layers' linear weights in this form (`tworeel.quant.KINDS`).
 
@@ -108,11 +109,13 @@ def open_spread(
     if quantize is not None:
         quantize_blocks(model, quantize, block_linears(model, (LAYERS,)))
     load_weights(model, parts.files, parts.name_of, device_of=device_of, dtype_of=lambda name: dtype)
-    children = [f"{LAYERS}.{index}" for index in range(parts.network.num_layers)]
-    places = {name: device_of(name) for name in ("embed_tokens", "rotary_emb", "norm", *children)}
-    if len(set(places.values())) > 1:
-        model = dispatch_model(model, places, main_device=places["embed_tokens"])
-    return parts.encoder(model, places["embed_tokens"])
+    first = device_of("embed_tokens")
+    places = [device_of(f"{LAYERS}.{index}") for index in range(parts.network.num_layers)]
+    if {*places} != {first}:
+        for index, place in enumerate(places):
+            # Brings what comes out of the layer before to its device.
+            add_hook_to_module(model.get_submodule(f"{LAYERS}.{index}"), AlignDevicesHook(place))
+    return parts.encoder(model, first)
 
 
 def open_streamed(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Flux2TextEncoder:
