@@ -25,6 +25,14 @@ from tworeel.demo.tiny_flux2_encoders import (
 from tworeel.errors import UserError
 from tworeel.models.family import Component, Layout, ModelSource
 from tworeel.models.flux2.text import open_spread, open_streamed, open_text_encoder, text_identity
+from tworeel.models.flux2.text_networks import (
+    MISTRAL,
+    QWEN,
+    TextNetwork,
+    build_network,
+    network_config,
+    text_network,
+)
 from tworeel.models.flux2.text_streaming import WeightsOnDisk
 from tworeel.quant.frozen import FrozenLinear
 from tworeel.weights.tensor_files import TensorFiles
@@ -291,3 +299,38 @@ def test_a_text_encoder_leaves_nothing_behind(flux2_source: Source, opened: str)
     del encoder
     gc.collect()
     assert not [part for part in parts if part() is not None]
+
+
+@pytest.mark.parametrize(
+    ("network", "sizes", "config"),
+    [
+        (
+            MISTRAL,
+            {"vocabulary": 131072, "width": 5120, "hidden": 32768, "queries": 4096, "keys": 1024},
+            {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5},
+        ),
+        (
+            QWEN,
+            {"vocabulary": 151936, "width": 2560, "hidden": 9728, "queries": 4096, "keys": 1024, "norm": 128},
+            {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6},
+        ),
+    ],
+    ids=["Mistral-3", "Qwen3-4B"],
+)
+def test_the_real_networks_configurations_follow_from_the_shapes_of_their_files(
+    network: TextNetwork, sizes: dict[str, int], config: dict[str, object]
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (sizes["vocabulary"], sizes["width"])}
+    for index in range(network.num_layers):
+        shapes[f"layers.{index}.mlp.gate_proj.weight"] = (sizes["hidden"], sizes["width"])
+        shapes[f"layers.{index}.self_attn.q_proj.weight"] = (sizes["queries"], sizes["width"])
+        shapes[f"layers.{index}.self_attn.k_proj.weight"] = (sizes["keys"], sizes["width"])
+        if "norm" in sizes:
+            shapes[f"layers.{index}.self_attn.q_norm.weight"] = (sizes["norm"],)
+    assert text_network(shapes) is network
+    found = network_config(network, Component(files=(Path("file"),), layout="comfyui"), shapes)
+    assert {name: getattr(found, name) for name in config} == config
+    assert found.rope_parameters["rope_theta"] == network.defaults["rope_theta"]
+    model = build_network(network, found)
+    assert model.layers[0].mlp.down_proj.weight.shape == (sizes["width"], sizes["hidden"])
+    assert len(model.layers) == network.num_layers

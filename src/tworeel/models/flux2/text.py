@@ -35,7 +35,7 @@ from tworeel.weights.tensor_files import TensorFiles
 # Raise this when the encoder returns something else for the same files.
 TEXT_FORMAT = "flux2-text-1"
 STREAMED_BATCH = 8
-"""Captions that share one reading of all weights; they take about 1.5 GB for Mistral-3 in bf16."""
+"""Captions that share one reading of all weights; with Mistral-3 in bf16 their hidden states take 2 GB."""
 
 
 class Flux2TextEncoder:
