@@ -21,7 +21,7 @@ from tworeel.lora.formats import FORMS, from_tensors, to_tensors
 from tworeel.lora.fusing import FUSED_NOTE
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.scaling import same_bits
-from tworeel.lora.state import export_lora, lora_parameters
+from tworeel.lora.state import export_lora, lora_parameters, without_needless_alpha
 from tworeel.lora.tensors import LoraFile
 
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
@@ -71,7 +71,9 @@ def test_diffusers_pipeline_makes_of_the_file_what_was_trained(tmp_path, output,
     model = trained(**options)
     path = tmp_path / "lora.safetensors"
     lora = export_lora(model)
-    save_lora(path, without_alpha(lora) if form == "comfyui" else lora, form, NAMING)
+    if form == "comfyui":
+        lora = without_alpha(lora) if "alpha" in options else without_needless_alpha(lora)
+    save_lora(path, lora, form, NAMING)
     base = tiny_flux2()
     before = output(base)
     pipeline = Flux2KleinPipeline(
