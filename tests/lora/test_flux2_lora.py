@@ -18,7 +18,7 @@ from tworeel.errors import UserError
 from tworeel.lora.convert import convert_lora, family_of
 from tworeel.lora.files import load_lora, save_lora
 from tworeel.lora.formats import FORMS, from_tensors, to_tensors
-from tworeel.lora.fusing import FUSED_NOTE
+from tworeel.lora.fusing import FUSED_NOTE, missing_parts
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.scaling import same_bits
 from tworeel.lora.state import export_lora, lora_parameters, without_needless_alpha
@@ -387,6 +387,13 @@ def test_parts_that_do_not_fit_into_one_layer_are_refused_in_words(changes, word
     with pytest.raises(UserError, match=rf"double_blocks\.0\.img_attn\.qkv.*{words}.*allowed is diffusers"):
         to_tensors(lora, FORMS["comfyui"], NAMING)
     to_tensors(lora, FORMS["diffusers"], NAMING)
+
+
+def test_the_layers_that_dora_needs_beside_its_targets_are_known_before_the_training():
+    targets = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff.linear_in"]
+    missing = ["transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]
+    assert missing_parts(targets, NAMING) == missing
+    assert missing_parts([*targets, *missing], NAMING) == []
 
 
 def test_damaged_and_mixed_files_are_refused_in_words():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +57,16 @@ def fuse(modules: Mapping[str, LoraTensors], naming: Naming) -> FusedLayers:
         if naming.parts(name)[0] in naming.swapped:
             layers[name] = _swapped(layers[name])
     return FusedLayers(layers=layers, note=json.dumps(ranks, sort_keys=True) if ranks else None)
+
+
+def missing_parts(modules: Iterable[str], naming: Naming) -> list[str]:
+    """Return the layers that are one natively with some of these, but not among them.
+
+    DoRA needs them all: the lengths of the rows of a part that is missing would not be known.
+    """
+    there = set(modules)
+    native = dict.fromkeys(naming.to_native(name) for name in there)
+    return sorted(part for name in native for part in naming.parts(name) if part not in there)
 
 
 def _obstacles(name: str, group: Sequence[LoraTensors | None]) -> list[str]:
@@ -133,11 +143,14 @@ def split(layers: Mapping[str, LoraTensors], naming: Naming, note: str | None) -
         UserError: the note is damaged, or the rows of a fused layer cannot be divided.
     """
     noted = _read_note(note)
+    raise_if_any(
+        f"'{name}': its {layer.up.shape[0]} rows do not divide into {len(naming.parts(name))} layers"
+        for name, layer in layers.items()
+        if layer.up.shape[0] % len(naming.parts(name))
+    )
     modules: dict[str, LoraTensors] = {}
     for name, layer in layers.items():
         parts = naming.parts(name)
-        if layer.up.shape[0] % len(parts):
-            raise UserError(f"'{name}': its {layer.up.shape[0]} rows do not divide into {len(parts)} layers")
         whole = _swapped(layer) if parts[0] in naming.swapped else layer
         ranks: Ranks | None = noted.get(name)
         if ranks is None or not _is_block_diagonal(whole.up, ranks, len(parts)):
