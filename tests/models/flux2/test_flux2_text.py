@@ -118,16 +118,19 @@ def test_comfyuis_file_gives_the_same_text_without_a_configuration(
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_read_when_their_turn_comes_give_the_same_text(
-    flux2_source: Source, kind: TextKind, layout: Layout
+    flux2_source: Source, kind: TextKind, layout: Layout, dtype: torch.dtype
 ) -> None:
     source = flux2_source(kind, layout)
-    streamed = open_streamed(source, CPU, torch.float32)
-    whole = open_text_encoder(source, CPU, torch.float32)
+    streamed = open_streamed(source, CPU, dtype)
+    whole = open_text_encoder(source, CPU, dtype)
     for caption in (CAPTIONS["short"], CAPTIONS["empty"]):
-        assert torch.equal(streamed.encode(caption)["text"], whole.encode(caption)["text"])
+        text = streamed.encode(caption)["text"]
+        assert text.dtype == dtype
+        assert torch.equal(text, whole.encode(caption)["text"])
         assert all(parameter.is_meta for parameter in streamed._model.parameters())
 
 

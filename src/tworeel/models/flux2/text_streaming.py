@@ -51,4 +51,6 @@ def stream_from_disk(
 ) -> None:
     """Let a network on the meta device read its weights while it runs on `device`; arguments as above."""
     weights = WeightsOnDisk(files, keys, device, dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # what is read takes the dtype of what it replaces
     attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)
