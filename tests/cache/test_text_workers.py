@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from tworeel.cache import CacheStore, build_cache
 from tworeel.data.clips import Clip
+from tworeel.demo.tiny_flux2_encoders import write_flux2_text_encoder, write_flux2_tokenizer
 from tworeel.errors import UserError
-from tworeel.models.family import Family, ModelSource, TextOptions, TextWorker
+from tworeel.models.family import Component, Family, ModelSource, TextOptions, TextWorker
+from tworeel.models.flux2 import text, text_placement
 from tworeel.models.wan.family import WAN
 
 
@@ -143,3 +147,39 @@ def test_a_batch_that_fails_names_its_clips_and_keeps_what_is_written(
         build_cache(CacheStore(tmp_path), family, source, clips, devices=("cpu",), dtype=torch.float32)
     assert "caption" in caught.value.__notes__[0]
     assert len(list((tmp_path / "text").rglob("*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize("way", ["whole", "streamed"])
+def test_captions_of_a_large_text_encoder_are_embedded_once_and_it_is_gone_afterwards(
+    tmp_path: Path, source: ModelSource, clips: list[Clip], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    path = write_flux2_text_encoder(tmp_path / "model", "comfyui", "qwen3")
+    large = dataclasses.replace(
+        source,
+        text_encoder=Component(files=(path,), layout="comfyui"),
+        tokenizer=write_flux2_tokenizer(tmp_path / "model", "qwen3"),
+    )
+    opened: list[weakref.ref[Any]] = []
+    titles = Titles()
+
+    def place(*arguments: Any) -> list[TextWorker]:
+        free = 10**12 if way == "whole" else 0
+        (worker,) = text_placement.text_workers(*arguments, free=lambda device: free)
+        return [dataclasses.replace(worker, open=lambda: noted(worker.open()))]
+
+    def noted(encoder: Any) -> Any:
+        opened.append(weakref.ref(encoder._model))
+        return encoder
+
+    family = dataclasses.replace(WAN, text_identity=text.text_identity, text_workers=place)
+    build = partial(build_cache, CacheStore(tmp_path / "cache"), family, large, clips, dtype=torch.float32)
+    index = build(devices=("cpu",), empty_caption=True, observer=titles)
+    assert ("weights from disk" in titles.seen[-1]) == (way == "streamed")
+    assert [model() for model in opened] == [None]
+    expected = text.open_text_encoder(large, torch.device("cpu"), torch.float32)
+    for clip in clips:
+        embedded = index.load(clip)["text"]
+        assert embedded.shape == (512, 96)
+        torch.testing.assert_close(embedded, expected.encode(clip.caption)["text"], rtol=1e-3, atol=1e-3)
+    build(devices=("cpu",), empty_caption=True)
+    assert len(opened) == 1
