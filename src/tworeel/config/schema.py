@@ -96,6 +96,10 @@ class CacheConfig(Section):
     """Precision that the encoders compute in."""
     devices: tuple[str, ...] | None = None
     """Devices that encode side by side; those of the run by default."""
+    text_placement: Literal["auto", "each", "spread", "cpu"] = "auto"
+    """Where captions are embedded: a text encoder on each device, one spread over all, or on the CPU."""
+    text_quantize: Literal["auto", "fp8", "int8", "nf4"] | None = "auto"
+    """Precision of a large text encoder's layers; `auto` takes fp8 where `cache.dtype` does not fit."""
 
 
 class LoraConfig(Section):

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tworeel.models.family import Layout
-from tworeel.models.flux2.keys import FUSED, SWAPPED, to_native
+from tworeel.models.flux2.keys import native_norm
+from tworeel.models.flux2.lora_names import SWAPPED, native_parts, to_native
 
 HEAD_DIM = 16
 TEXT_DIM = 96
@@ -147,18 +148,16 @@ def tiny_vae(seed: int = 0) -> Any:
 
 def native_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Give a transformer's tensors the authors' names and forms."""
-    fused = {name for names in FUSED.values() for name in names}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
-        block, _, part = module.partition(".attn.")
-        if module == SWAPPED:
-            yield f"{to_native(module)}.{leaf}", torch.cat(tensor.chunk(2)[::-1])
-        elif f"attn.{part}" not in fused:
-            yield f"{to_native(module)}.{'scale' if part.startswith('norm_') else leaf}", tensor
-        elif part in ("to_q", "add_q_proj"):
-            key, parts = next((k, v) for k, v in FUSED.items() if v[0] == f"attn.{part}")
-            whole = torch.cat([tensors[f"{block}.{each}.{leaf}"] for each in parts])
-            yield f"double_blocks.{block.rpartition('.')[2]}.{key}.{leaf}", whole
+        native = to_native(module)
+        parts = native_parts(native)
+        if module in SWAPPED:
+            yield f"{native}.{leaf}", torch.cat(tensor.chunk(2)[::-1])
+        elif not parts:
+            yield f"{native_norm(module)}.scale", tensor
+        elif module == parts[0]:
+            yield f"{native}.{leaf}", torch.cat([tensors[f"{part}.{leaf}"] for part in parts])
 
 
 def native_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

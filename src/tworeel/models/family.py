@@ -9,10 +9,10 @@ Shape letters: B batch, C channels, F latent frames, H/W latent height and width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +109,46 @@ class LatentEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Embeds captions on one device."""
+    """Embeds captions on one device, or on several together."""
 
     def encode(self, caption: str) -> dict[str, Tensor]:
-        """Embed one caption: CPU tensors by name; `text` has shape (L, D) without padding."""
+        """Embed one caption: CPU tensors by name; `text` has shape (L, D), L as the transformer wants it."""
         ...
+
+
+@runtime_checkable
+class BatchTextEncoder(TextEncoder, Protocol):
+    """Embeds several captions at a time, where they share the reading of the weights."""
+
+    batch_size: int
+    """How many captions are wanted at a time."""
+
+    def encode_batch(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Embed captions; for each of them what `encode` returns."""
+        ...
+
+
+TextPlacement = Literal["auto", "each", "spread", "cpu"]
+TextQuantize = Literal["auto", "fp8", "int8", "nf4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How the user wants captions embedded (`cache.text_placement`, `cache.text_quantize`)."""
+
+    placement: TextPlacement = "auto"
+    quantize: TextQuantize | None = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWorker:
+    """A text encoder that can be opened now: it has been looked whether there is room for it."""
+
+    device: torch.device
+    """Where captions go in; the current device while they are embedded."""
+    open: Callable[[], TextEncoder]
+    how: str = ""
+    """Where and in which precision it runs, for people; empty where that is nothing special."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +193,15 @@ class Family:
     native_words: tuple[str, ...] = ()
     """Parts of native names that hold an underscore of their own (`self_attn`); kohya's LoRA files join the
     parts of a name with underscores."""
+    own_words: tuple[str, ...] = ()
+    """The same of diffusers' names, which some tools join too."""
+    native_parts: Callable[[str], tuple[str, ...]] | None = None
+    """A native layer's name -> the layers whose rows it stacks, in equal shares (query, key, value).
+    `to_native` gives that name for each of them. None if every layer has a native one of its own."""
+    native_swapped: tuple[str, ...] = ()
+    """Layers whose two halves of rows stand the other way round natively."""
+    diffsynth_names: Literal["native", "diffusers"] = "native"
+    """Whose names DiffSynth-Studio's own code has, and so its LoRA files."""
 
     latent_identity: Callable[[ModelSource], str]
     """A hash of the networks that encode clips (VAE, image encoder); read without loading them."""
@@ -165,6 +209,14 @@ class Family:
     """A hash of the text encoder and its tokenizer; read without loading them."""
     open_latent_encoder: Callable[[ModelSource, torch.device, torch.dtype], LatentEncoder]
     open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
+
+    text_workers: (
+        Callable[[ModelSource, Sequence[torch.device], torch.dtype, TextOptions], Sequence[TextWorker]] | None
+    ) = None
+    """Place text encoders on devices, by what is free there; several embed captions side by side. None where
+    each device has room for one of its own.
+
+    Raises `UserError` where the options cannot be met."""
 
     cached_shapes: Callable[..., Mapping[str, tuple[int, ...]]]
     """(source, frames, height, width in pixels, references) -> shapes of what the encoders return for a clip

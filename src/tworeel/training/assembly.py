@@ -18,7 +18,14 @@ from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
-from tworeel.training.preflight import Job, cache_folder, noise_levels, torch_dtype, transformer_names
+from tworeel.training.preflight import (
+    Job,
+    cache_folder,
+    noise_levels,
+    text_options,
+    torch_dtype,
+    transformer_names,
+)
 from tworeel.training.report import RunObserver
 from tworeel.training.space import full_disk_as_user_error
 from tworeel.weights.loading import load_weights
@@ -44,6 +51,7 @@ def cache_clips(config: RunConfig, job: Job, observer: RunObserver) -> CacheInde
             devices=list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices))),
             dtype=torch_dtype(config.cache.dtype),
             empty_caption=config.train.caption_dropout > 0,
+            text=text_options(config),
             observer=observer,
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tworeel.cache.text_workers import text_option_problems
 from tworeel.config.schema import RunConfig, TrainConfig
 from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
@@ -19,11 +20,12 @@ from tworeel.engine.placement import Placement, place
 from tworeel.engine.split import streamed_positions
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.lora.files import load_lora
+from tworeel.lora.fusing import missing_parts
 from tworeel.lora.naming import Naming
 from tworeel.lora.state import start_problems
 from tworeel.lora.targets import find_targets
 from tworeel.lora.tensors import LoraFile
-from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
+from tworeel.models.family import Family, ModelRequest, ModelSource, TextOptions, Traits
 from tworeel.models.locate import locate_model
 from tworeel.training.devices import resolve_devices
 from tworeel.training.objective import NoiseLevels
@@ -69,6 +71,11 @@ def model_request(config: RunConfig) -> ModelRequest:
 def cache_folder(config: RunConfig) -> Path:
     """Where latents and text embeddings are kept."""
     return config.cache.folder or config.train.output.parent / "cache"
+
+
+def text_options(config: RunConfig) -> TextOptions:
+    """How the configuration wants captions embedded."""
+    return TextOptions(placement=config.cache.text_placement, quantize=config.cache.text_quantize)
 
 
 def lora_targets(family: Family, config: RunConfig) -> tuple[str, ...]:
@@ -176,9 +183,11 @@ def _survey_model(
         init_from = load_lora(config.lora.init_from, Naming.of(family)) if config.lora.init_from else None
     with collected(problems):
         targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
+        problems += _form_problems(config, family, targets)
         raise_if_any(_rank_problems(config.lora.rank, transformer, targets))
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))
+    problems += text_option_problems(family, text_options(config))
     with collected(problems):
         placement = _place(transformer, config, family, devices or resolve_devices(config.engine.devices))
         streamed = _streamed(placement, config)
@@ -213,6 +222,12 @@ def _problems_without_model(config: RunConfig, devices: Sequence[torch.device] |
             listing = read_source(source.path)
             problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
     return problems
+
+
+def _form_problems(config: RunConfig, family: Family, targets: Sequence[str]) -> list[str]:
+    """Say which targets the finished LoRA's file could not hold: better now than after the training."""
+    parts = missing_parts(targets, Naming.of(family)) if config.lora.dora else []
+    return [f"lora.targets: with lora.dora = true, '{part}' must be among them too" for part in parts]
 
 
 def _rank_problems(rank: int, transformer: nn.Module, targets: Sequence[str]) -> list[str]:

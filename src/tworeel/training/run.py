@@ -18,7 +18,7 @@ from tworeel.engine import Pipeline, attention_backend
 from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
-from tworeel.lora.state import export_lora, lora_parameters, start_from
+from tworeel.lora.state import export_lora, lora_parameters, start_from, without_needless_alpha
 from tworeel.report.plan import plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
@@ -202,6 +202,9 @@ class _Run:
             dataset=_dataset_summary(self.job),
         )
         lora = export_lora(self.trainer.model)
+        if self.job.naming.native_parts is not None:
+            # diffusers refuses files with fused layers and alpha; without, ComfyUI and it take the same file.
+            lora = without_needless_alpha(lora)
         path = self.folder.lora(name)
         with full_disk_as_user_error(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
             save_lora(path, lora, "comfyui", self.job.naming, metadata=metadata)

@@ -12,9 +12,11 @@ from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file, save_file
 
 from tworeel.demo.checkpoint import write_checkpoint
+from tworeel.demo.flux2_checkpoint import write_flux2_checkpoint
 from tworeel.demo.tiny_flux2 import write_transformer, write_vae
+from tworeel.demo.tiny_flux2_encoders import TextKind, write_flux2_text_encoder, write_flux2_tokenizer
 from tworeel.errors import UserError
-from tworeel.models.family import ModelRequest, ModelSource
+from tworeel.models.family import Layout, ModelRequest, ModelSource
 from tworeel.models.flux2 import hub as flux2_hub
 from tworeel.models.flux2.layouts import locate
 from tworeel.models.flux2.variants import traits, variant_name
@@ -22,27 +24,16 @@ from tworeel.models.hub import fetch
 from tworeel.models.locate import locate_model
 
 VARIANTS = ("flux2-dev", "flux2-klein-4b", "flux2-klein-base-4b")
-TEXT_FILES = {"flux2-dev": "mistral_3_small_flux2_bf16.safetensors"}
 
 
-def write_text(folder: Path, variant: str, layout: str) -> None:
-    """What `locate` looks at of a text encoder and its tokenizer: they are there and not damaged."""
-    tensors = {"model.embed_tokens.weight": torch.zeros(4, 16)}
-    (folder / "tokenizer").mkdir(parents=True)
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    if layout == "diffusers":
-        (folder / "text_encoder").mkdir()
-        (folder / "text_encoder" / "config.json").write_text("{}")
-        save_file(tensors, folder / "text_encoder" / "model.safetensors")
-    else:
-        save_file(tensors, folder / TEXT_FILES.get(variant, "qwen_3_4b.safetensors"))
+def write_text(folder: Path, variant: str, layout: Layout) -> None:
+    kind: TextKind = "mistral3" if variant == "flux2-dev" else "qwen3"
+    write_flux2_text_encoder(folder, layout, kind)
+    write_flux2_tokenizer(folder, kind)
 
 
-def write(folder: Path, variant: str = "flux2-klein-4b", layout: str = "diffusers", **options) -> Path:
-    path = write_transformer(folder, variant=variant, layout=layout, **options)
-    write_vae(folder, layout)
-    write_text(folder, variant, layout)
-    return path
+def write(folder: Path, variant: str = "flux2-klein-4b", layout: Layout = "diffusers", **options) -> Path:
+    return write_flux2_checkpoint(folder, variant=variant, layout=layout, **options)
 
 
 def find(path: Path | str, **request: str | None) -> ModelSource:
@@ -127,7 +118,7 @@ def test_what_is_missing_is_named_all_at_once(tmp_path):
     assert "the VAE of FLUX.2 is missing (for example flux2-vae.safetensors, or vae/)" in vae
     assert "set model.text_encoder" in text
     assert "mistral_3_small_flux2_bf16.safetensors" in text
-    assert "the tokenizer is missing (tokenizer/); set model.tokenizer" in tokenizer
+    assert "the tokenizer is missing (tokenizer/tokenizer.json); set model.tokenizer" in tokenizer
     assert expert == "model.expert = 'low': flux2-dev has no experts; leave it out"
 
 

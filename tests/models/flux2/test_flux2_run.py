@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from tworeel.config.schema import RunConfig
-from tworeel.demo.tiny_flux2 import TEXT_DIM, write_transformer, write_vae
+from tworeel.demo.flux2_checkpoint import write_flux2_checkpoint
 from tworeel.errors import UserError
-from tworeel.models.family import ModelSource
-from tworeel.models.flux2 import family
 from tworeel.training.assembly import cache_clips, make_micro_batches
 from tworeel.training.metrics import read_metrics
 from tworeel.training.preflight import preflight
@@ -26,25 +22,6 @@ from tworeel.training.report import SilentRun
 from tworeel.training.run import train
 
 VARIANTS = ("flux2-dev", "flux2-klein-4b")
-
-
-class Words:
-    """Embeds captions without a network: numbers that only the caption decides."""
-
-    def encode(self, caption: str) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(len(caption))
-        return {"text": torch.randn(512, TEXT_DIM, generator=generator)}
-
-
-@pytest.fixture(autouse=True)
-def words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text encoder has tests of its own."""
-
-    def open_text_encoder(source: ModelSource, device: torch.device, dtype: torch.dtype) -> Words:
-        return Words()
-
-    stand_in = SimpleNamespace(open_text_encoder=open_text_encoder, text_identity=lambda source: "words")
-    monkeypatch.setattr(family, "_text", lambda: stand_in)
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +44,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {variant: write_model(tmp_path_factory.mktemp(variant), variant) for variant in VARIANTS}
-
-
-def write_model(folder: Path, variant: str) -> Path:
-    path = write_transformer(folder, variant=variant, layout="native", dtype=torch.float32)
-    write_vae(folder, "native")
-    (folder / "text_encoder").mkdir()
-    (folder / "text_encoder" / "config.json").write_text("{}")
-    save_file({"x": torch.zeros(1)}, folder / "text_encoder" / "model.safetensors")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
-    return path
+    """Single files of both kinds of models, with their encoders beside them."""
+    return {
+        variant: write_flux2_checkpoint(
+            tmp_path_factory.mktemp(variant), variant=variant, layout="comfyui", dtype=torch.float32
+        )
+        for variant in VARIANTS
+    }
 
 
 def config_of(path: Path, data: Path, output: Path, **sections: Any) -> RunConfig:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tworeel.models.companions import Kind, TokenizerKind, find_component, find_tokenizer
+from tworeel.models.companions import Kind, find_component
 from tworeel.models.family import Component, ModelRequest
+from tworeel.models.flux2.text_files import find_text_encoder
+from tworeel.models.flux2.text_networks import MISTRAL, QWEN
 
 _BATCH_NORM = "bn.running_mean"
 
@@ -26,18 +28,6 @@ _VAE = Kind(
     example="flux2-vae.safetensors",
     is_one=_is_flux2_vae,
 )
-_TEXT = {
-    "flux2-dev": (r"mistral[-_ ]?3", "mistral_3_small_flux2_bf16.safetensors"),
-    "4b": (r"qwen[-_ .]?3[-_ .]?4b", "qwen_3_4b.safetensors"),
-    "9b": (r"qwen[-_ .]?3[-_ .]?8b", "qwen_3_8b.safetensors"),
-}
-"""Pattern and example of the text encoder's file name, by the end of the variant's name."""
-_TOKENIZER = TokenizerKind(
-    files=("tokenizer.json", "tekken.json", "vocab.json"),
-    folders=("tokenizer",),
-    embedded="tekken_model",
-    example="tokenizer/",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +40,15 @@ class Companions:
     problems: tuple[str, ...]
 
 
-def find_companions(request: ModelRequest, root: Path, variant: str) -> Companions:
+def find_companions(request: ModelRequest, root: Path, variant: str, joint_attention_dim: int) -> Companions:
     """Find the encoders of a variant: where the request says, else in and near `root`."""
     problems: list[str] = []
     vae = find_component(_VAE, request.vae, root, problems)
-    text_encoder = find_component(_text_kind(variant), request.text_encoder, root, problems)
+    network = MISTRAL if variant == "flux2-dev" else QWEN
+    text = find_text_encoder(request, root, network, joint_attention_dim)
     return Companions(
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=find_tokenizer(_TOKENIZER, request.tokenizer, text_encoder, root, problems),
-        problems=tuple(problems),
-    )
-
-
-def _text_kind(variant: str) -> Kind:
-    pattern, example = next(found for end, found in _TEXT.items() if variant.endswith(end))
-    return Kind(
-        option="text_encoder",
-        title="text encoder",
-        folder="text_encoder",
-        comfyui_folders=("text_encoders", "clip"),
-        pattern=pattern,
-        example=example,
+        text_encoder=text.component,
+        tokenizer=text.tokenizer,
+        problems=(*problems, *text.problems),
     )

@@ -34,9 +34,9 @@ def locate(request: ModelRequest) -> ModelSource | None:
     problems = []
     if request.expert is not None:
         problems.append(f"model.expert = '{request.expert}': {variant} has no experts; leave it out")
-    companions = find_companions(request, found.root, variant)
-    raise_if_any([*problems, *companions.problems])
     config = transformer_config(shapes, found.config)
+    companions = find_companions(request, found.root, variant, config["joint_attention_dim"])
+    raise_if_any([*problems, *companions.problems])
     return ModelSource(
         traits=traits(variant),
         transformer=Component(files=found.files, layout=found.layout, config=config),
