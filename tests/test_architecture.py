@@ -33,8 +33,8 @@ SHARED = {"tworeel.errors", "tworeel.files", "tworeel.signals", "tworeel.workers
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 FAMILIES = {path.name for path in (PACKAGE / "models").iterdir() if (path / "family.py").is_file()}
-MAY_NAME_A_FAMILY = {"models/registry.py", "cli/convert.py"}
-"""The list of families, and the default of `--family`."""
+MAY_NAME_A_FAMILY = {"models/registry.py"}
+"""The list of families."""
 
 
 def relative(path: Path) -> str:

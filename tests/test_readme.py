@@ -48,6 +48,7 @@ NOT_RUN = {
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
     'python -c "import torch; print(torch.__version__, torch.cuda.device_count())"': "nothing of ours",
     "tworeel check --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips": "needs a connection",
+    "tworeel check --model black-forest-labs/FLUX.2-klein-base-4B --data pictures": "needs a connection",
 }
 EXAMPLES_NOT_RUN = {"WanPipeline.from_pretrained": "needs a model of many gigabytes"}
 

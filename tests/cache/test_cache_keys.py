@@ -8,6 +8,7 @@ import torch
 
 from tworeel.cache.keys import latent_key, text_key
 from tworeel.data.clips import Bucket, Clip
+from tworeel.data.references import Reference
 
 CLIP = Clip(
     path=Path("a.mp4"),
@@ -37,6 +38,7 @@ KEY = latent_key(CLIP, HASHES, "vae", torch.bfloat16)
         {"images": {}},
         {"images": {"first_image": Path("other.png")}},
         {"images": {"last_image": Path("first.png")}},
+        {"references": (Reference(Path("first.png"), (64, 64), 64, 64),)},
     ],
     ids=str,
 )
@@ -47,6 +49,16 @@ def test_whatever_changes_the_latents_changes_their_key(change: dict[str, object
 def test_another_encoder_or_precision_changes_the_key() -> None:
     assert latent_key(CLIP, HASHES, "other vae", torch.bfloat16) != KEY
     assert latent_key(CLIP, HASHES, "vae", torch.float32) != KEY
+
+
+def test_references_count_by_their_content_order_and_size() -> None:
+    def key(*references: Reference) -> str:
+        return latent_key(dataclasses.replace(CLIP, references=references), HASHES, "vae", torch.bfloat16)
+
+    first, other = (Reference(Path(name), (80, 64), 80, 64) for name in ("first.png", "other.png"))
+    keys = [key(first), key(other), key(first, other), key(other, first)]
+    keys.append(key(dataclasses.replace(first, scaled=(70, 64), width=64)))
+    assert len(set(keys)) == 5
 
 
 def test_a_renamed_file_and_another_caption_keep_the_latents() -> None:

@@ -122,7 +122,7 @@ def one_frame_for_a_bucket_of_81(attempt: Attempt) -> Words:
 def model_of_another_family(attempt: Attempt) -> Words:
     attempt.model = attempt.here / "flux.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(3, 3)}, attempt.model)
-    return "model.path", str(attempt.model), "not a model of a known family (wan)"
+    return "model.path", str(attempt.model), "not a model of a known family (wan, flux2)"
 
 
 def truncated_weights(attempt: Attempt) -> Words:

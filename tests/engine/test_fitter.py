@@ -10,7 +10,8 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline
 from tworeel.engine import fitter, parking
-from tworeel.engine.fitting import Footprint, StageMemory
+from tworeel.engine.fitting import StageMemory
+from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.residency import Residency
 
 SIZES = {
@@ -38,7 +39,7 @@ class Devices:
 
     def measure(self, split, forward, memories):
         self._tries -= 1
-        return None if self._tries >= 0 else [SIZES for _ in memories]
+        return None if self._tries >= 0 else [StageFootprints([SIZES] * m.num_blocks) for m in memories]
 
 
 def fitted(**options) -> Pipeline:

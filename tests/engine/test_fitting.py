@@ -8,13 +8,15 @@ import torch
 from toy_wan import make_wan
 
 from tworeel import split
-from tworeel.engine.fitting import Fit, Footprint, StageMemory, fit_stage, fit_stages, needs_fallback
+from tworeel.engine.fitting import Fit, StageMemory, fit_stage, fit_stages, needs_fallback
+from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.residency import Residency
 
-SIZES = {
+BLOCK = {
     Residency.KEEP: Footprint(kept=20, working=10, hidden=1),
     Residency.SELECTIVE: Footprint(kept=3, working=30, hidden=1),
 }
+SIZES = StageFootprints([BLOCK] * 10)
 
 
 def memory(available: int, **changes: int) -> StageMemory:
@@ -25,8 +27,8 @@ def memory(available: int, **changes: int) -> StageMemory:
 
 def test_with_room_for_everything_everything_is_kept():
     assert fit_stage(memory(414), SIZES) == Fit(10, Residency.SELECTIVE)
-    assert not needs_fallback(memory(414), SIZES[Residency.KEEP])
-    assert needs_fallback(memory(413), SIZES[Residency.KEEP])
+    assert not needs_fallback(memory(414), BLOCK[Residency.KEEP])
+    assert needs_fallback(memory(413), BLOCK[Residency.KEEP])
 
 
 def test_with_less_room_some_blocks_recompute():
@@ -54,11 +56,11 @@ def test_more_micro_batches_in_flight_leave_room_for_less():
 
 def test_blocks_with_streamed_weights_never_keep():
     assert fit_stage(memory(10_000, may_keep=4), SIZES) == Fit(4, Residency.SELECTIVE)
-    assert needs_fallback(memory(10_000, may_keep=4), SIZES[Residency.KEEP])
+    assert needs_fallback(memory(10_000, may_keep=4), BLOCK[Residency.KEEP])
 
 
 def test_what_all_stages_park_has_to_fit_the_host():
-    memories, footprints = [memory(49), None, memory(49)], [SIZES, {}, SIZES]
+    memories, footprints = [memory(49), None, memory(49)], [SIZES, StageFootprints([]), SIZES]
     parked = 2 * 2 * 10 * 3
     selective = Fit(0, Residency.OFFLOAD_SELECTIVE)
     assert fit_stages(memories, footprints, parked) == [selective, None, selective]
@@ -71,3 +73,31 @@ def test_on_a_cpu_auto_recomputes():
     division = split(make_wan("t2v", torch.float32), ["cpu", "cpu"], residency="auto")
     assert not division.is_auto
     assert division.residency_in_words() == "stage 0: 2 recompute; stage 1: 3 recompute"
+
+
+LARGE = {
+    Residency.KEEP: Footprint(kept=50, working=25, hidden=2),
+    Residency.SELECTIVE: Footprint(kept=8, working=70, hidden=2),
+}
+"""A block of another kind, as the double blocks before FLUX's single ones are."""
+MIXED = StageFootprints([LARGE] * 4 + [BLOCK] * 6)
+
+
+def test_blocks_of_each_kind_count_as_what_they_are():
+    # 2 × (4 × 50 + 6 × 20 + 2 × 2) + 25
+    assert fit_stage(memory(673), MIXED) == Fit(10, Residency.SELECTIVE)
+    # 2 × (4 × 8 + 6 × 20 + 2 × 2) + 10: the large ones come first, and work when the others are through
+    assert fit_stage(memory(322), MIXED) == Fit(6, Residency.SELECTIVE)
+    # 2 × (2 × 2) + 5 × 8 + 70
+    assert fit_stage(memory(118), MIXED) == Fit(0, Residency.OFFLOAD_SELECTIVE)
+    assert fit_stage(memory(117), MIXED) == Fit(0, Residency.OFFLOAD_SELECTIVE, missing=1)
+
+
+def test_what_is_parked_is_summed_over_the_kinds():
+    parked = 2 * (4 * 8 + 6 * 3)
+    for limit, residency in ((parked, Residency.OFFLOAD_SELECTIVE), (parked - 1, Residency.OFFLOAD)):
+        assert fit_stages([memory(118)], [MIXED], limit) == [Fit(0, residency)]
+
+
+def test_with_several_kinds_each_is_measured_in_both_ways():
+    assert needs_fallback(memory(10_000, num_kinds=2), BLOCK[Residency.KEEP])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tiny_runs import Watcher
 
 from tworeel.config.schema import ModelConfig, RunConfig, SourceConfig
 from tworeel.errors import UserError
+from tworeel.models.registry import FAMILIES
+from tworeel.models.wan.family import WAN
 from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.loadable import torch_dtype
 from tworeel.training.preflight import lora_targets, model_request, preflight
@@ -195,3 +198,34 @@ def test_a_quantization_that_is_not_installed_is_a_problem(
     config = config.model_copy(update={"model": config.model.model_copy(update={"quantize": "nf4"})})
     (line,) = problems_of(config)
     assert line.startswith("model.quantize = 'nf4': needs bitsandbytes; pip install")
+
+
+def test_a_way_to_embed_captions_that_the_model_does_not_have_is_said_at_once(
+    make_config: MakeConfig,
+) -> None:
+    found = problems_of(make_config(cache={"text_placement": "spread", "text_quantize": "fp8"}))
+    assert [line.partition(":")[0] for line in found] == [
+        "cache.text_placement = 'spread'",
+        "cache.text_quantize = 'fp8'",
+    ]
+
+
+def test_dora_on_one_of_three_layers_that_a_lora_file_fuses_is_said_at_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = replace(
+        WAN,
+        to_native=lambda name: name.replace("to_q", "qkv").replace("to_k", "qkv").replace("to_v", "qkv"),
+        native_parts=lambda name: (
+            tuple(name.replace("qkv", part) for part in ("to_q", "to_k", "to_v"))
+            if name.endswith("qkv")
+            else ()
+        ),
+    )
+    monkeypatch.setitem(FAMILIES, "wan", fused)
+    options = {"targets": ("blocks.0.attn1.to_q",), "dora": True}
+    found = problems_of(make_config(lora=options))
+    assert found == [
+        f"lora.targets: with lora.dora = true, 'blocks.0.attn1.{part}' must be among them too"
+        for part in ("to_k", "to_v")
+    ]

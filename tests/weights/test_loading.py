@@ -16,6 +16,7 @@ from torch import nn
 
 from tworeel.errors import UserError
 from tworeel.weights.loading import load_weights
+from tworeel.weights.rows import Rows
 from tworeel.weights.tensor_files import TensorFiles
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -187,3 +188,48 @@ def test_host_memory_holds_a_few_tensors_and_never_the_file(tmp_path, suffix):
 
     # In tensors: only the one that stays, and half of one for the interpreter.
     assert 0.5 < float(measured.stdout) < 1.5
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.ends = (nn.Linear(4, 6, bias=False) for _ in range(4))
+
+
+def fused(key: str) -> tuple[Rows, ...]:
+    """A file that fuses query, key and value, and has the halves of `ends` the other way round."""
+    if key == "qkv.weight":
+        return tuple(Rows(f"to_{name}.weight", (i,), of=3) for i, name in enumerate("qkv"))
+    return (Rows("ends.weight", (1, 0), of=2),)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_rows_of_one_tensor_fill_several_parameters(tmp_path, suffix):
+    qkv, ends = torch.randn(18, 4), torch.randn(6, 4)
+    path = tmp_path / f"x{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)({"qkv.weight": qkv, "ends.weight": ends}, path)
+    net = Attention().to_empty(device="meta")
+    load(net, TensorFiles(path), name_of=fused)
+
+    assert torch.equal(torch.cat([net.to_q.weight, net.to_k.weight, net.to_v.weight]), qkv)
+    assert torch.equal(net.ends.weight, torch.cat([ends[3:], ends[:3]]))
+
+
+@pytest.mark.parametrize("scales", [1, 18])
+def test_rows_of_an_fp8_tensor_take_the_scales_of_their_rows(tmp_path, scales):
+    qkv, scale = torch.randn(18, 4).to(torch.float8_e4m3fn), torch.rand(scales, 1) + 0.5
+    tensors = {"qkv.weight": qkv, "qkv.weight_scale": scale.squeeze(), "ends.weight": torch.randn(6, 4)}
+    net = Attention().to_empty(device="meta")
+    load(net, write(tmp_path / "x.safetensors", tensors), name_of=fused)
+
+    assert torch.equal(torch.cat([net.to_q.weight, net.to_k.weight, net.to_v.weight]), qkv.float() * scale)
+
+
+def test_a_tensor_that_has_no_such_parts_is_named(tmp_path):
+    files = write(
+        tmp_path / "x.safetensors", {"qkv.weight": torch.zeros(19, 4), "ends.weight": torch.zeros(6, 4)}
+    )
+
+    with pytest.raises(UserError) as caught:
+        load(Attention().to_empty(device="meta"), files, name_of=fused)
+    assert "'qkv.weight' (which holds 'to_q.weight') is (19, 4), the model has (6, 4)" in str(caught.value)

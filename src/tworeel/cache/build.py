@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tworeel.cache.encoding import Job, Opening, encode_all
 from tworeel.cache.keys import latent_key, text_key
 from tworeel.cache.store import CacheStore
+from tworeel.cache.text_workers import text_workers
 from tworeel.data.clips import Clip
 from tworeel.data.media import content_hash
 from tworeel.data.pixels import load_clip, load_images
-from tworeel.models.family import Family, LatentEncoder, ModelSource, TextEncoder
-from tworeel.workers import (
-    Observer,
-    SharedJobs,
-    SilentObserver,
-    Worker,
-    run_ahead,
-    run_each,
-    run_workers,
-)
+from tworeel.models.family import Family, ModelSource, TextOptions
+from tworeel.workers import Observer, SilentObserver, run_each
 
-CLIPS_AHEAD = 2  # decoded clips that wait for each encoder
 MAX_HASH_THREADS = 8
 
 
@@ -57,18 +46,6 @@ class CacheIndex:
         return {**self.store.read(self.latent_keys[clip.name]), **self.store.read(text)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One entry to make."""
-
-    key: str
-    subject: str
-    """What messages call it."""
-    size: int
-    load: Callable[[], tuple[Any, ...]]
-    """Gets the arguments of the encoder's `encode`."""
-
-
 def build_cache(
     store: CacheStore,
     family: Family,
@@ -78,6 +55,7 @@ def build_cache(
     devices: Sequence[torch.device | str],
     dtype: torch.dtype,
     empty_caption: bool = False,
+    text: TextOptions | None = None,
     observer: Observer | None = None,
 ) -> CacheIndex:
     """Encode the clips and captions that the cache does not hold yet, on all devices side by side.
@@ -89,30 +67,32 @@ def build_cache(
         devices: each opens encoders of its own, also if one stands there twice.
         dtype: precision that the encoders compute in.
         empty_caption: embed the empty caption too, for caption dropout.
+        text: where the text encoder runs, and in which precision; what fits by default.
         observer: sees the progress, and may stop it.
 
     Raises:
         UserError: A clip cannot be decoded, or an encoder returned NaN or Inf; the line names the clip.
     """
     watched = observer or SilentObserver()
+    options = text or TextOptions()
     store.sweep()
-    index = _index(store, family, source, clips, dtype, empty_caption, watched)
+    index = _index(store, family, source, clips, dtype, empty_caption, options, watched)
     latent_jobs, text_jobs = _latent_jobs(index, clips), _text_jobs(index, clips)
     missing = _missing_keys(store, [job.key for job in (*latent_jobs, *text_jobs)], watched)
-
-    def open_latents(device: torch.device) -> LatentEncoder:
-        return family.open_latent_encoder(source, device, dtype)
-
-    def open_text(device: torch.device) -> TextEncoder:
-        return family.open_text_encoder(source, device, dtype)
-
     places = [torch.device(device) for device in devices]
-    for title, jobs, opener in (
-        ("Encoding clips", latent_jobs, open_latents),
-        ("Embedding captions", text_jobs, open_text),
+
+    def latent_openings() -> list[Opening]:
+        return [Opening(place, partial(family.open_latent_encoder, source, place, dtype)) for place in places]
+
+    for title, jobs, openings in (
+        ("Encoding clips", latent_jobs, latent_openings),
+        (
+            "Embedding captions",
+            text_jobs,
+            partial(_text_openings, family, source, places, dtype, options),
+        ),
     ):
-        wanted = [job for job in jobs if job.key in missing]
-        _encode_all(title, store, wanted, places, opener, watched)
+        encode_all(title, store, [job for job in jobs if job.key in missing], openings, watched)
     return index
 
 
@@ -124,33 +104,45 @@ def embed_captions(
     *,
     devices: Sequence[torch.device | str],
     dtype: torch.dtype,
+    text: TextOptions | None = None,
     observer: Observer | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Return what the text encoder makes of captions that belong to no clip; kept in the cache as theirs are.
 
     Args:
         captions: may be empty, or come twice.
-        devices, dtype, observer: as for `build_cache`.
+        devices, dtype, text, observer: as for `build_cache`.
     """
     watched = observer or SilentObserver()
-    identity = family.text_identity(source)
+    options = text or TextOptions()
+    identity = _text_identity(family.text_identity(source), options)
     keys = {caption: text_key(caption, identity, dtype) for caption in captions}
     missing = _missing_keys(store, list(keys.values()), watched)
     jobs = [
-        _Job(key=key, subject=f"'{caption[:60]}'", size=len(caption), load=partial(_words, caption))
+        Job(key=key, subject=f"'{caption[:60]}'", size=len(caption), load=partial(_words, caption))
         for caption, key in keys.items()
         if key in missing
     ]
     places = [torch.device(device) for device in devices]
-    _encode_all(
-        "Embedding prompts",
-        store,
-        jobs,
-        places,
-        lambda device: family.open_text_encoder(source, device, dtype),
-        watched,
-    )
+    openings = partial(_text_openings, family, source, places, dtype, options)
+    encode_all("Embedding prompts", store, jobs, openings, watched)
     return {caption: store.read(key) for caption, key in keys.items()}
+
+
+def _text_openings(
+    family: Family,
+    source: ModelSource,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype,
+    options: TextOptions,
+) -> list[Opening]:
+    workers = text_workers(family, source, devices, dtype, options)
+    return [Opening(worker.device, worker.open, worker.how) for worker in workers]
+
+
+def _text_identity(files: str, options: TextOptions) -> str:
+    """A precision that was asked for is not served with what another one made."""
+    return files if options.quantize == "auto" else f"{files} quantize={options.quantize}"
 
 
 def _index(
@@ -160,9 +152,10 @@ def _index(
     clips: Sequence[Clip],
     dtype: torch.dtype,
     empty_caption: bool,
+    text_options: TextOptions,
     observer: Observer,
 ) -> CacheIndex:
-    paths = sorted({path for clip in clips for path in (clip.path, *clip.images.values())})
+    paths = sorted({path for clip in clips for path in clip.files})
     hashes = run_each("Hashing", content_hash, paths, _hash_threads(), observer)
     identities = run_each(
         "Reading the encoders",
@@ -171,7 +164,8 @@ def _index(
         _hash_threads(),
         observer,
     )
-    latents, text = identities[family.latent_identity], identities[family.text_identity]
+    latents = identities[family.latent_identity]
+    text = _text_identity(identities[family.text_identity], text_options)
     return CacheIndex(
         store=store,
         latent_keys=_by_name((clip, latent_key(clip, hashes, latents, dtype)) for clip in clips),
@@ -187,10 +181,10 @@ def _by_name(keys: Iterable[tuple[Clip, str]]) -> dict[str, str]:
     return found
 
 
-def _latent_jobs(index: CacheIndex, clips: Sequence[Clip]) -> list[_Job]:
+def _latent_jobs(index: CacheIndex, clips: Sequence[Clip]) -> list[Job]:
     """One job for each different key, longest clips first, so that all devices end at about the same time."""
     return _longest_first(
-        _Job(
+        Job(
             key=index.latent_keys[clip.name],
             subject=str(clip.path),
             size=clip.bucket.frames * clip.bucket.height * clip.bucket.width,
@@ -200,12 +194,12 @@ def _latent_jobs(index: CacheIndex, clips: Sequence[Clip]) -> list[_Job]:
     )
 
 
-def _text_jobs(index: CacheIndex, clips: Sequence[Clip]) -> list[_Job]:
+def _text_jobs(index: CacheIndex, clips: Sequence[Clip]) -> list[Job]:
     captions = {index.text_keys[clip.name]: (f"{clip.path} (caption)", clip.caption) for clip in clips}
     if index.empty_text:
         captions[index.empty_text] = ("the empty caption", "")
     return _longest_first(
-        _Job(key=key, subject=subject, size=len(caption), load=partial(_words, caption))
+        Job(key=key, subject=subject, size=len(caption), load=partial(_words, caption))
         for key, (subject, caption) in captions.items()
     )
 
@@ -218,7 +212,7 @@ def _words(caption: str) -> tuple[str]:
     return (caption,)
 
 
-def _longest_first(jobs: Iterable[_Job]) -> list[_Job]:
+def _longest_first(jobs: Iterable[Job]) -> list[Job]:
     return sorted({job.key: job for job in jobs}.values(), key=lambda job: job.size, reverse=True)
 
 
@@ -227,70 +221,6 @@ def _missing_keys(store: CacheStore, keys: Sequence[str], observer: Observer) ->
     present = [key for key in keys if store.has(key)]
     intact = run_each("Checking the cache", store.is_intact, present, _hash_threads(), observer)
     return {key for key in keys if not intact.get(key, False)}
-
-
-def _encode_all(
-    title: str,
-    store: CacheStore,
-    jobs: Sequence[_Job],
-    devices: Sequence[torch.device],
-    open_encoder: Callable[[torch.device], LatentEncoder | TextEncoder],
-    observer: Observer,
-) -> None:
-    """Make the entries, then give back the encoders' memory: the next ones may need all of it."""
-    if not jobs:
-        return
-    workers = [_encoding_worker(store, device, open_encoder) for device in devices[: len(jobs)]]
-    try:
-        run_workers(title, jobs, workers, observer)
-    finally:
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-
-
-def _encoding_worker(
-    store: CacheStore,
-    device: torch.device,
-    open_encoder: Callable[[torch.device], LatentEncoder | TextEncoder],
-) -> Worker[_Job, str]:
-    def work(jobs: SharedJobs[_Job]) -> Iterator[str]:
-        with _current(device), closing(run_ahead(_load, jobs, CLIPS_AHEAD)) as ready:
-            encoder = open_encoder(device)
-            for job, arguments in ready:
-                with _Naming(job.subject):
-                    store.write(job.key, encoder.encode(*arguments), subject=job.subject)
-                yield job.key
-
-    return work
-
-
-def _load(job: _Job) -> tuple[Any, ...]:
-    with _Naming(job.subject):
-        return job.load()
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the current one of this thread: kernels that ask for the current device run there."""
-    if device.type == "cpu" or device.index is None:
-        return nullcontext()
-    return torch.accelerator.device_index(device.index)
-
-
-class _Naming(AbstractContextManager[None]):
-    """Adds the clip to an error that comes out of a library."""
-
-    def __init__(self, subject: str) -> None:
-        self.subject = subject
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            error.add_note(f"while encoding {self.subject}")
 
 
 def _hash_threads() -> int:

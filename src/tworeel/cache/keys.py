@@ -24,16 +24,20 @@ def latent_key(clip: Clip, file_hashes: Mapping[Path, str], identity: str, dtype
 
     Args:
         clip: its bucket and frame indices (which stand for the frame rate too) count, its name does not.
-        file_hashes: SHA-256 of the clip's file and of its condition images, by path.
+        file_hashes: SHA-256 of the clip's file and of its condition and reference images, by path.
         identity: the hash of the encoders' weights (`Family.latent_identity`).
         dtype: the precision that the encoders compute in.
     """
-    content = {
+    content: dict[str, Any] = {
         "clip": file_hashes[clip.path],
         "images": {name: file_hashes[path] for name, path in clip.images.items()},
         "size": [clip.bucket.frames, clip.bucket.height, clip.bucket.width],
         "frame_indices": list(clip.frame_indices),
     }
+    if clip.references:
+        content["references"] = [
+            [file_hashes[one.path], *one.scaled, one.width, one.height] for one in clip.references
+        ]
     return _key("latents", content, identity, dtype)
 
 

@@ -17,25 +17,30 @@ def convert(
     to: Annotated[
         str, typer.Option(help="Form to write: comfyui, diffusers, diffsynth or kohya.")
     ] = "comfyui",
-    family: Annotated[str, typer.Option(help="Family of the model that the LoRA is for.")] = "wan",
+    family: Annotated[
+        str | None, typer.Option(help="Family of the model that the LoRA is for; its keys tell by default.")
+    ] = None,
 ) -> None:
     """Rewrite a LoRA file for another program.
 
     The form of the source is recognized; converting back restores every value to the bit.
     """
-    from tworeel.lora.convert import convert_lora
+    from tworeel.lora.convert import convert_lora, family_of
+    from tworeel.lora.files import form_named
     from tworeel.lora.naming import Naming
     from tworeel.models.registry import FAMILIES
 
-    if family not in FAMILIES:
+    if family is not None and family not in FAMILIES:
         known = f"{did_you_mean(family, FAMILIES)}; allowed: {', '.join(FAMILIES)}"
         raise UserError(f"--family {family}: unknown family{known}")
+    form_named(to)
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: must end in .safetensors, as LoRA files do")
     if target.exists():
         raise UserError(f"{target}: exists already; remove it or choose another name")
     try:
-        summary = convert_lora(source, target, to, Naming.of(FAMILIES[family]))
+        namings = {name: Naming.of(known) for name, known in FAMILIES.items()}
+        summary = convert_lora(source, target, to, namings[family or family_of(source, namings)])
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     ranks = ", ".join(map(str, summary.ranks))

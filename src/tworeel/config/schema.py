@@ -71,7 +71,8 @@ class DataConfig(Section):
     resolution: tuple[Pixels, Pixels] = (832, 480)
     """Width and height in pixels; buckets of other aspect ratios have about the same area."""
     frames: Annotated[tuple[FrameCount, ...], Field(min_length=1)] = (1, 17, 33, 49)
-    """Lengths that clips are cut to, each 4k+1 frames; a clip takes the longest that it fills."""
+    """Lengths that clips are cut to, each 4k+1 frames; a clip takes the longest that it fills. Models of
+    images take single frames, whatever stands here."""
     clip_rule: Literal["head", "uniform", "windows"] = "head"
     """Where a clip is cut: its head, frames spread uniformly over all of it, or several windows."""
     windows: PositiveInt = 4
@@ -95,6 +96,10 @@ class CacheConfig(Section):
     """Precision that the encoders compute in."""
     devices: tuple[str, ...] | None = None
     """Devices that encode side by side; those of the run by default."""
+    text_placement: Literal["auto", "each", "spread", "cpu"] = "auto"
+    """Where captions are embedded: a text encoder on each device, one spread over all, or on the CPU."""
+    text_quantize: Literal["auto", "fp8", "int8", "nf4"] | None = "auto"
+    """Precision of a large text encoder's layers; `auto` takes fp8 where `cache.dtype` does not fit."""
 
 
 class LoraConfig(Section):
@@ -142,11 +147,12 @@ class TrainConfig(Section):
     caption_dropout: Fraction = 0.0
     """Share of the micro-batches that see an empty caption."""
     condition_on_image: bool = True
-    """TI2V-5B: keep the first frame clean and out of the loss; false trains text-to-video."""
+    """TI2V-5B: keep the first frame clean and out of the loss; FLUX.2: show reference images; false trains
+    from text alone."""
     timestep_sampling: Literal["uniform", "bell", "logit_normal"] = "uniform"
     """Uniform over the shifted schedule, the same with bell-shaped loss weights, or logit-normal."""
     shift: PositiveFloat | None = None
-    """Shift of the schedule; 5 by default, as the model's authors train."""
+    """Shift of the schedule; by default as the model's authors train (Wan: 5, FLUX.2: 2.23)."""
     seed: NonNegativeInt = 0
     """Seed of everything random."""
     save_every: PositiveInt = 100

@@ -79,11 +79,11 @@ def _facts(traits: Traits | None) -> Iterator[str]:
         return
     yield "#"
     expert = f", {traits.expert}-noise expert" if traits.expert else ""
-    facts = (
-        f"The model is {traits.variant}{expert}: {traits.frame_rate:g} frames a second, clips of "
-        f"{traits.temporal_stride}k+1 frames, sizes in multiples of {traits.spatial_multiple} pixels."
-    )
-    yield from _comment(facts)
+    clips = "images"
+    if not traits.images_only:
+        clips = f"{traits.frame_rate:g} frames a second, clips of {traits.temporal_stride}k+1 frames"
+    sizes = f"sizes in multiples of {traits.spatial_multiple} pixels"
+    yield from _comment(f"The model is {traits.variant}{expert}: {clips}, {sizes}.")
 
 
 def _comment(text: str) -> Iterator[str]:

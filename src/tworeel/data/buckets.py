@@ -56,13 +56,15 @@ def latent_frames(frames: int, stride: int) -> int:
 
 def tokens(bucket: Bucket, traits: Traits) -> int:
     """Return how many tokens the transformer sees for one clip of this bucket."""
-    area = bucket.height * bucket.width
-    return latent_frames(bucket.frames, traits.temporal_stride) * (area // traits.tokens_per_pixel_area)
+    area = bucket.height * bucket.width // traits.tokens_per_pixel_area
+    shown = sum(height * width // traits.tokens_per_pixel_area for height, width in bucket.references)
+    return latent_frames(bucket.frames, traits.temporal_stride) * area + shown
 
 
 def bucket_problems(data: DataConfig, traits: Traits) -> list[str]:
     """Return what is wrong with the configured lengths and aspect ratios, one line each."""
-    problems = [_length_problem(n, traits) for n in data.frames if not is_length(n, traits.temporal_stride)]
+    wrong = [n for n in data.frames if not (traits.images_only or is_length(n, traits.temporal_stride))]
+    problems = [_length_problem(n, traits) for n in wrong]
     if data.min_aspect > data.max_aspect:
         problems.append(
             f"data.min_aspect = {data.min_aspect} is above data.max_aspect = {data.max_aspect}: "
@@ -71,9 +73,11 @@ def bucket_problems(data: DataConfig, traits: Traits) -> list[str]:
     return problems
 
 
-def usable_lengths(frames: Sequence[int], stride: int) -> tuple[int, ...]:
-    """Return the configured lengths that the model takes, sorted."""
-    return tuple(sorted({length for length in frames if is_length(length, stride)}))
+def usable_lengths(frames: Sequence[int], traits: Traits) -> tuple[int, ...]:
+    """Return the configured lengths that the model takes, sorted; a model of images takes single frames."""
+    if traits.images_only:
+        return (1,)
+    return tuple(sorted({length for length in frames if is_length(length, traits.temporal_stride)}))
 
 
 def _length_problem(frames: int, traits: Traits) -> str:

@@ -1,4 +1,4 @@
-"""The error for a media file that cannot be used."""
+"""The errors for a media file or a row of a table that cannot be used."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ class MediaError(UserError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
+
+
+class BrokenRow(Exception):
+    """One clip of a dataset cannot be used; the message says why."""

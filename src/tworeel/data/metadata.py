@@ -1,6 +1,7 @@
 """Dataset files: a folder with captions beside the clips, or a `.csv` or `.jsonl` file.
 
-Columns are `path`, `caption`, `first_image` and `last_image`, or other tools' names for them (`COLUMNS`).
+Columns are `path`, `caption`, `first_image`, `last_image` and those of `tworeel.data.references`, or other
+tools' names for them (`COLUMNS`).
 Paths are relative to the file that names them, and nothing outside of its folder is read: not by `../`, not
 by an absolute path, not through a link.
 """
@@ -13,12 +14,14 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from tworeel.data import references
+from tworeel.data.errors import BrokenRow
 from tworeel.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from tworeel.data.tables import Row, read_rows
 from tworeel.errors import did_you_mean
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "path": ("path", "video", "image", "file_name"),
+    "path": ("path", "video", "image", "file_name", "video_path", "image_path"),
     "caption": ("caption", "prompt", "text"),
     "first_image": ("first_image", "input_image"),
     "last_image": ("last_image", "end_image"),
@@ -36,6 +39,8 @@ class Entry:
     caption: str
     images: Mapping[str, Path] = field(default_factory=dict)
     """Condition images by `first_image`, `last_image`."""
+    references: tuple[Path, ...] = ()
+    """Reference images, in their order."""
 
 
 @dataclass
@@ -47,10 +52,6 @@ class Listing:
     """Problems of single clips."""
     problems: list[str] = field(default_factory=list)
     """Problems of the dataset as a whole."""
-
-
-class _Broken(Exception):
-    """One clip cannot be used; the message says why."""
 
 
 def read_source(path: Path) -> Listing:
@@ -73,7 +74,7 @@ def _read_folder(folder: Path) -> Listing:
             media = _inside(root, relative)
             caption = _read_caption(root, path.with_suffix(".txt"))
             listing.entries.append(Entry(path=media, name=relative, caption=caption))
-        except _Broken as error:
+        except BrokenRow as error:
             listing.broken.append(f"{folder / relative}: {error}")
     if not listing.entries and not listing.broken:
         kinds = " ".join(SUFFIXES)
@@ -97,16 +98,16 @@ def _walk(root: Path, listing: Listing) -> Iterator[Path]:
 def _read_caption(root: Path, path: Path) -> str:
     """Read the `.txt` beside a clip."""
     if not path.exists():
-        raise _Broken(f"no caption: {path.name} is missing")
+        raise BrokenRow(f"no caption: {path.name} is missing")
     _inside(root, path.relative_to(root).as_posix())
     try:
         caption = path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise _Broken(f"its caption {path.name} is not UTF-8 text") from None
+        raise BrokenRow(f"its caption {path.name} is not UTF-8 text") from None
     except OSError as error:
-        raise _Broken(f"its caption {path.name} cannot be read: {error.strerror}") from error
+        raise BrokenRow(f"its caption {path.name} cannot be read: {error.strerror}") from error
     if not caption:
-        raise _Broken(f"its caption {path.name} is empty")
+        raise BrokenRow(f"its caption {path.name} is empty")
     return caption
 
 
@@ -120,7 +121,7 @@ def _read_table(path: Path) -> Listing:
     for row in rows:
         try:
             listing.entries.append(_read_row(root, row))
-        except _Broken as error:
+        except BrokenRow as error:
             listing.broken.append(f"{path}, {row.place}: {error}")
     if not rows:
         listing.problems.append(f"{path}: no clips in it")
@@ -129,26 +130,32 @@ def _read_table(path: Path) -> Listing:
 
 def _read_row(root: Path, row: Row) -> Entry:
     if row.fault:
-        raise _Broken(row.fault)
+        raise BrokenRow(row.fault)
     written = _value(row, "path")
     if not written:
-        raise _Broken(f"no path (column {' or '.join(COLUMNS['path'])})")
+        raise BrokenRow(f"no path (column {' or '.join(COLUMNS['path'])})")
     media = _inside(root, written)
     if media.suffix.lower() not in SUFFIXES:
-        raise _Broken(f"'{written}' is not a video or an image that is known ({' '.join(SUFFIXES)})")
+        raise BrokenRow(f"'{written}' is not a video or an image that is known ({' '.join(SUFFIXES)})")
     caption = _value(row, "caption")
     if not caption:
-        raise _Broken(f"'{written}' has no caption (column {' or '.join(COLUMNS['caption'])})")
+        raise BrokenRow(f"'{written}' has no caption (column {' or '.join(COLUMNS['caption'])})")
     images = {name: _value(row, name) for name in ("first_image", "last_image")}
     found = {name: _inside(root, value) for name, value in images.items() if value}
-    return Entry(path=media, name=media.relative_to(root).as_posix(), caption=caption, images=found)
+    return Entry(
+        path=media,
+        name=media.relative_to(root).as_posix(),
+        caption=caption,
+        images=found,
+        references=tuple(_inside(root, path) for path in references.reference_paths(row)),
+    )
 
 
 def _value(row: Row, column: str) -> str:
     """The row's value under any of a column's names; empty if there is none."""
     given = {name: row.values[name] for name in COLUMNS[column] if row.values.get(name)}
     if len(given) > 1:
-        raise _Broken(f"{' and '.join(given)} are both given and mean the same: keep one")
+        raise BrokenRow(f"{' and '.join(given)} are both given and mean the same: keep one")
     return next(iter(given.values()), "")
 
 
@@ -160,16 +167,16 @@ def _inside(root: Path, written: str) -> Path:
         exists = inside and path.exists()
     except (OSError, RuntimeError, ValueError):
         # A name too long, links in a circle, a zero byte.
-        raise _Broken(f"{written!r} is not a path that can be opened") from None
+        raise BrokenRow(f"{written!r} is not a path that can be opened") from None
     if not inside:
-        raise _Broken(f"'{written}' lies outside of the dataset's folder {root}")
+        raise BrokenRow(f"'{written}' lies outside of the dataset's folder {root}")
     if not exists:
-        raise _Broken(f"'{written}' does not exist in {root}")
+        raise BrokenRow(f"'{written}' does not exist in {root}")
     return path
 
 
 def _column_problems(path: Path, names: set[str], has_rows: bool) -> list[str]:
-    known = {name for aliases in COLUMNS.values() for name in aliases}
+    known = {*references.COLUMNS, *(name for aliases in COLUMNS.values() for name in aliases)}
     problems = [f"{path}: unknown column '{name}'{near}" for name, near in _misspelt(names, known)]
     for column in ("path", "caption"):
         if has_rows and not problems and not names & set(COLUMNS[column]):

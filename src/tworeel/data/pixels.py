@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tworeel.data.clips import Bucket, Clip
 from tworeel.data.media import iter_frames
+from tworeel.data.references import load_reference
 
 
 def load_clip(clip: Clip) -> Tensor:
@@ -28,11 +29,16 @@ def load_clip(clip: Clip) -> Tensor:
 
 
 def load_images(clip: Clip) -> dict[str, Tensor]:
-    """Read a clip's condition images: uint8 RGB, shape (3, height, width) of its bucket, by name."""
+    """Read a clip's images: uint8 RGB, shape (3, height, width), by name.
+
+    Condition images have the size of its bucket, reference images (`reference_image_0`, …) their own.
+    """
     images: dict[str, Tensor] = {}
     for name, path in clip.images.items():
         [(_, picture)] = iter_frames(path, (0,))
         images[name] = torch.from_numpy(fit(picture, clip.bucket)).permute(2, 0, 1).contiguous()
+    for number, reference in enumerate(clip.references):
+        images[f"reference_image_{number}"] = load_reference(reference)
     return images
 
 

@@ -19,8 +19,9 @@ from tworeel.data.buckets import (
 )
 from tworeel.data.clips import Bucket, Clip
 from tworeel.data.errors import MediaError
-from tworeel.data.media import MediaInfo, probe
+from tworeel.data.media import MediaInfo, is_image, probe
 from tworeel.data.metadata import Entry, Listing, read_source
+from tworeel.data.references import Reference, fit_references, image_problems
 from tworeel.data.windows import choose_windows, count_slots
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Traits
@@ -135,7 +136,7 @@ def scan(data: DataConfig, traits: Traits, *, observer: Observer | None = None) 
 
 def _plan(data: DataConfig, traits: Traits) -> _Plan:
     sizes = bucket_sizes(data.resolution, traits.spatial_multiple, data.min_aspect, data.max_aspect)
-    return _Plan(data, traits, sizes, usable_lengths(data.frames, traits.temporal_stride))
+    return _Plan(data, traits, sizes, usable_lengths(data.frames, traits))
 
 
 def _tasks(listings: list[Listing]) -> Iterator[_Task]:
@@ -159,7 +160,11 @@ def _read_all(tasks: list[_Task], plan: _Plan, observer: Observer) -> list[_Outc
 
 def _read_task(task: _Task, plan: _Plan) -> _Outcome:
     images = {name: path for name, path in task.entry.images.items() if name in plan.traits.image_inputs}
-    broken = [line for path in images.values() for line in _image_problems(path)]
+    broken = [line for path in images.values() for line in image_problems(path)]
+    references = fit_references(task.entry.references, plan.traits, broken)
+    if plan.traits.images_only and not is_image(task.entry.path):
+        broken.append(_not_an_image(task.entry.path, plan))
+        return _Outcome(broken=tuple(broken))
     try:
         info = probe(task.entry.path)
     except MediaError as error:
@@ -171,11 +176,18 @@ def _read_task(task: _Task, plan: _Plan) -> _Outcome:
     if length is None or broken:
         return _Outcome(broken=tuple(broken))
     width, height = nearest_size(info.width, info.height, plan.sizes)
-    return _cut(task, plan, info, available, Bucket(length, height, width), images)
+    bucket = Bucket(length, height, width, tuple((r.height, r.width) for r in references))
+    return _cut(task, plan, info, available, bucket, images, references)
 
 
 def _cut(
-    task: _Task, plan: _Plan, info: MediaInfo, available: int, bucket: Bucket, images: Mapping[str, Path]
+    task: _Task,
+    plan: _Plan,
+    info: MediaInfo,
+    available: int,
+    bucket: Bucket,
+    images: Mapping[str, Path],
+    references: tuple[Reference, ...],
 ) -> _Outcome:
     """Make the clips of one readable file."""
     rule = plan.data.clip_rule
@@ -189,6 +201,7 @@ def _cut(
             bucket=bucket,
             frame_indices=indices,
             images=_images_of(images, number, len(windows)),
+            references=references,
             source=task.source,
             name=f"{task.name}#{number}" if rule == "windows" else task.name,
         )
@@ -213,13 +226,11 @@ def _images_of(images: Mapping[str, Path], number: int, count: int) -> dict[str,
     return {name: path for name, path in images.items() if at.get(name, number) == number}
 
 
-def _image_problems(path: Path) -> tuple[str, ...]:
-    try:
-        if not probe(path).is_image:
-            return (f"{path}: a condition image must be an image, not a video",)
-    except MediaError as error:
-        return error.problems
-    return ()
+def _not_an_image(path: Path, plan: _Plan) -> str:
+    return (
+        f"{path}: a video, but {plan.traits.variant} is trained on images; leave it out, or save the frames "
+        "of it that you want as images"
+    )
 
 
 def _too_short(path: Path, info: MediaInfo, available: int, plan: _Plan) -> str:

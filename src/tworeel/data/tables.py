@@ -18,6 +18,8 @@ class Row:
     """`row 3` of a .csv, counting the header as 1, or `line 3` of a .jsonl."""
     values: Mapping[str, str] = field(default_factory=dict)
     fault: str = ""
+    lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Values that are lists of texts, of a .jsonl."""
 
 
 Table = tuple[list[Row], set[str], list[str]]
@@ -72,7 +74,12 @@ def _json_row(place: str, line: str) -> Row:
         return Row(place, fault="is nested too deeply")
     if not isinstance(values, dict):
         return Row(place, fault=f"is not a JSON object: {line.strip()[:40]}")
-    return Row(place, {name: _text(value) for name, value in values.items()})
+    lists = {name: tuple(value) for name, value in values.items() if _is_list_of_texts(value)}
+    return Row(place, {name: _text(value) for name, value in values.items()}, lists=lists)
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _text(value: object) -> str:

@@ -10,13 +10,13 @@ import torch
 
 from tworeel.engine.fitting import (
     Fit,
-    Footprints,
     Probe,
     StageMemory,
     available_memory,
     blocks_to_stream,
     fit_stages,
 )
+from tworeel.engine.footprints import StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split
 from tworeel.engine.weight_streaming import frozen_parameters
@@ -58,6 +58,7 @@ def _memory(split: Split, stage: int, in_flight: int) -> StageMemory | None:
         num_blocks=len(blocks),
         may_keep=len(blocks) - len(split.streamed_on(stage)),
         in_flight=in_flight,
+        num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
     )
 
 
@@ -65,8 +66,8 @@ def _measure(
     split: Split,
     forward: Callable[[], Any],
     memories: Sequence[StageMemory | None],
-) -> list[Footprints] | None:
-    """What a block of each stage takes; None if the forward alone does not fit and weights may still go."""
+) -> list[StageFootprints] | None:
+    """What the blocks of each stage take; None if the forward alone does not fit and weights may still go."""
     probe = Probe(memories)
     try:
         with split.probing(probe):
@@ -76,7 +77,25 @@ def _measure(
             raise
         traceback.clear_frames(error.__traceback__)
         return None
-    return list(probe.footprints)
+    return [_of_stage(split, stage, probe) for stage in range(split.placement.num_stages)]
+
+
+def _of_stage(split: Split, stage: int, probe: Probe) -> StageFootprints:
+    """What the blocks of a stage take, if it was measured."""
+    if probe.memories[stage] is None:
+        return StageFootprints([])
+    kinds, found = split.placement.block_kinds, probe.footprints[stage]
+    return StageFootprints([found[kinds[position]] for position in _by_need(split, stage)])
+
+
+def _by_need(split: Split, stage: int) -> list[int]:
+    """The stage's blocks in the order in which they stop to keep everything.
+
+    Streamed blocks never keep. The last blocks come first in the backward: there nothing has to be fetched.
+    """
+    streamed = split.streamed_on(stage)
+    others = [position for position in split.placement.blocks_of(stage) if position not in streamed]
+    return [*streamed, *others]
 
 
 def _accelerated(split: Split) -> list[int]:
@@ -112,10 +131,9 @@ def _frozen_bytes(split: Split, position: int) -> int:
 
 
 def _keep_most(split: Split, stage: int, fit: Fit) -> None:
-    blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
+    blocks = _by_need(split, stage)
     for position in blocks:
         split.residencies[position] = fit.fallback
-    # The last blocks come first in the backward: there nothing has to be fetched.
-    can_keep = [position for position in blocks if position not in streamed]
-    for position in can_keep[len(can_keep) - fit.num_kept :]:
+    may_keep = len(blocks) - len(split.streamed_on(stage))
+    for position in blocks[len(blocks) - min(fit.num_kept, may_keep) :]:
         split.residencies[position] = Residency.KEEP

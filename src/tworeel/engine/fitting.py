@@ -1,13 +1,13 @@
 """Chooses what each block leaves behind by the memory that its device has: as much as fits.
 
-One block of each stage is run once in each way, on the largest micro-batch, and what it keeps and takes is
-measured. More kept blocks are less to compute again.
+One block of each kind of each stage is run once in each way, on the largest micro-batch, and what it keeps
+and takes is measured. More kept blocks are less to compute again.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,27 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
 
 SPARE = 0.04
 """Share of a device's memory that is left alone: the allocator's rounding and gaps."""
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What one block takes on its device, in bytes, for one micro-batch."""
-
-    kept: int
-    """Between its forward and its backward."""
-    working: int
-    """While its forward or backward runs, beyond what it keeps."""
-    hidden: int = 0
-    """What it gives to the next block."""
-
-
-TOO_LARGE = Footprint(kept=2**62, working=2**62)
 
 
 @dataclass(frozen=True)
@@ -50,6 +36,8 @@ class StageMemory:
     """Blocks whose weights are on the device: only they can keep their activations."""
     in_flight: int
     """Micro-batches whose activations it holds at a time."""
+    num_kinds: int = 1
+    """Kinds of blocks among them."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +58,13 @@ the one that runs), what the block that runs has fetched, and what the next one 
 FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
 """For blocks whose activations cannot all stay, best first."""
 
-Footprints = Mapping[Residency, Footprint]
 
-
-def fit_stage(memory: StageMemory, footprints: Footprints) -> Fit:
+def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
     """Let as many blocks of a stage as possible keep everything.
 
     Args:
         memory: of the stage.
-        footprints: of `KEEP`, and of `SELECTIVE` if not everything can be kept.
+        footprints: of its blocks.
     """
     for fallback in FALLBACKS:
         for num_kept in range(memory.may_keep, -1, -1):
@@ -89,7 +75,9 @@ def fit_stage(memory: StageMemory, footprints: Footprints) -> Fit:
 
 
 def fit_stages(
-    memories: Sequence[StageMemory | None], footprints: Sequence[Footprints], host_limit: int | None
+    memories: Sequence[StageMemory | None],
+    footprints: Sequence[StageFootprints],
+    host_limit: int | None,
 ) -> list[Fit | None]:
     """Fit each stage that has a memory; what is parked by all of them together has to fit the host, too.
 
@@ -100,7 +88,7 @@ def fit_stages(
         for memory, found in zip(memories, footprints, strict=True)
     ]
     parked = sum(
-        memory.in_flight * (memory.num_blocks - fit.num_kept) * found[Residency.SELECTIVE].kept
+        memory.in_flight * found.left[memory.num_blocks - fit.num_kept]
         for memory, found, fit in zip(memories, footprints, fits, strict=True)
         if memory is not None and fit is not None and fit.fallback.is_parked
     )
@@ -113,35 +101,31 @@ def fit_stages(
 
 
 def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
-    """Whether not all blocks of a stage can keep their activations."""
-    if memory.may_keep < memory.num_blocks:
+    """Whether not all blocks of a stage, this one's like, can keep their activations."""
+    if memory.may_keep < memory.num_blocks or memory.num_kinds > 1:
         return True
-    everything = {Residency.KEEP: keep}
+    everything = StageFootprints([{Residency.KEEP: keep}] * memory.num_blocks)
     return needed(memory, everything, memory.num_blocks, FALLBACKS[0]) > memory.available
 
 
-def needed(memory: StageMemory, footprints: Footprints, num_kept: int, fallback: Residency) -> int:
+def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fallback: Residency) -> int:
     """Bytes that the activations of a stage take at their peak.
 
     Args:
         memory: of the stage.
-        footprints: of `KEEP`, and of `SELECTIVE` if not all blocks keep everything.
+        footprints: of its blocks.
         num_kept: blocks that keep everything.
         fallback: of the others.
     """
-    keep = footprints[Residency.KEEP]
-    num_others = memory.num_blocks - num_kept
-    other = footprints[Residency.SELECTIVE] if num_others else keep
-    once, left = (
-        (PARKED_ON_DEVICE * other.kept, 0)
-        if fallback.is_parked and num_others
-        else (0, num_others * other.kept)
-    )
-    kept = num_kept * keep.kept
+    others = memory.num_blocks - num_kept
+    once, left = 0, footprints.left[others]
+    if fallback.is_parked:
+        once, left = PARKED_ON_DEVICE * footprints.most_left[others], 0
+    kept = footprints.kept[others]
     # The blocks that keep all are the last: their backwards are through when the first of the others begins.
-    working = max(keep.working if num_kept else 0, other.working - kept if num_others else 0)
+    working = max(footprints.keeping[others], footprints.working[others] - kept)
     # A stage's input or output, and its gradient, wait for the other side.
-    return memory.in_flight * (kept + left + 2 * other.hidden) + once + working
+    return memory.in_flight * (kept + left + 2 * footprints.hidden) + once + working
 
 
 def blocks_to_stream(missing: int, block: int, num_blocks: int, streamed: int = 0) -> int:
@@ -188,7 +172,7 @@ Run = Callable[[Residency, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Probe:
-    """Measures what a block of each stage takes, beside a forward of the model without gradients.
+    """Measures what a block of each kind takes on each stage, beside a forward without gradients.
 
     Args:
         memories: of each stage; None for those that are not measured.
@@ -196,11 +180,13 @@ class Probe:
 
     def __init__(self, memories: Sequence[StageMemory | None]) -> None:
         self.memories = memories
-        self.footprints: list[dict[Residency, Footprint]] = [{} for _ in memories]
+        self.footprints: list[dict[str, dict[Residency, Footprint]]] = [{} for _ in memories]
+        """Of each stage, by the kind of block."""
 
     def measure(
         self,
         stage: int,
+        kind: str,
         device: torch.device,
         block: nn.Module,
         run: Run,
@@ -211,15 +197,16 @@ class Probe:
         """Run the block forward and backward in each way that is asked for.
 
         Args:
-            stage, device: of the block; each stage is measured once.
+            stage, kind, device: of the block; each kind is measured once a stage.
             block: the block.
             run: runs it.
             args, kwargs: of its forward.
             outputs: what it returned for them.
         """
-        found, memory = self.footprints[stage], self.memories[stage]
-        if found or memory is None:
+        memory = self.memories[stage]
+        if memory is None or kind in self.footprints[stage]:
             return
+        found = self.footprints[stage][kind] = {}
         # What comes out of a block goes into the next: inputs of these shapes will need a gradient.
         shapes = {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
 

@@ -19,6 +19,11 @@ class Unit:
     stage: int
     is_block: bool
 
+    @property
+    def kind(self) -> str:
+        """Of a block: the list that it is in, whose blocks are alike."""
+        return self.name.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -37,6 +42,11 @@ class Placement:
     def block_names(self) -> list[str]:
         """Names of all blocks, in the order of the forward."""
         return [unit.name for unit in self.units if unit.is_block]
+
+    @property
+    def block_kinds(self) -> list[str]:
+        """The kind of each block, in the order of the forward."""
+        return [unit.kind for unit in self.units if unit.is_block]
 
     def blocks_of(self, stage: int) -> range:
         """Positions of the stage's blocks, counted over all block lists."""

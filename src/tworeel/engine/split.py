@@ -263,7 +263,7 @@ class Split:
         streamer.use(position, backward=False)
         block = self.model.get_submodule(unit.name)
         if self._probe is not None:
-            return self._run_probed(self._probe, unit.stage, block, args, kwargs)
+            return self._run_probed(self._probe, unit, block, args, kwargs)
         outputs = run_block(block, args, kwargs, residency=residency, berth=berth, compiler=self.compiler)
         copies = berth is not None or position in self._streamed
         self.run_ahead.block_queued(device, copies=copies, leaving=berth is not None)
@@ -282,14 +282,15 @@ class Split:
                 tensor.register_hook(begin_backward)
         return outputs
 
-    def _run_probed(self, probe: Probe, stage: int, block: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _run_probed(self, probe: Probe, unit: Unit, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run a block without gradients, and measure what it would leave behind with them."""
 
         def run(residency: Residency, args: Any, kwargs: Any) -> Any:
             return run_block(block, args, kwargs, residency=residency, compiler=self.compiler)
 
         outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
-        probe.measure(stage, self.placement.devices[stage], block, run, args, kwargs, outputs)
+        device = self.placement.devices[unit.stage]
+        probe.measure(unit.stage, unit.kind, device, block, run, args, kwargs, outputs)
         return outputs
 
     def _current(self) -> Passage | None:

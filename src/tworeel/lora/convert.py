@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tworeel.lora.files import form_named, load_lora, save_lora
+from tworeel.lora.formats import num_strangers
 from tworeel.lora.naming import Naming
+from tworeel.weights.tensor_files import TensorFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,20 @@ class Summary:
     alphas: tuple[float, ...]
     """The alphas that occur, ascending; the rank where the file has none."""
     dora: bool
+
+
+def family_of(source: Path, namings: Mapping[str, Naming]) -> str:
+    """Tell by its keys which family a LoRA file is for; if for none, the nearest one.
+
+    Args:
+        source: the file.
+        namings: by family.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    with TensorFiles(source) as files:
+        return min(namings, key=lambda family: num_strangers(files.names, namings[family]))
 
 
 def convert_lora(source: Path, target: Path, to: str, naming: Naming) -> Summary:

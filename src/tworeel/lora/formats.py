@@ -1,32 +1,37 @@
-"""The forms of LoRA files, as data, and one reader and one writer for all of them.
+"""One reader and one writer for LoRA files of all forms.
 
 The reader takes every spelling it meets: with or without `diffusion_model.`, `transformer.` and the like,
 `lora_A` or `lora_down`, with an adapter's name (`.default.`) or without.
 
-What others make of the files (diffusers 0.42.1, ComfyUI 0.3.77):
+What others make of Wan's files (diffusers 0.42.1, ComfyUI 0.3.77):
 - diffusers loads `comfyui` and `diffusers` with any layers of the blocks, layers outside the blocks from
   `diffusers` alone, `kohya` only if it covers all layers of all blocks, `diffsynth` not at all.
 - DoRA: diffusers takes it from `diffusers` alone. ComfyUI divides `dora_scale` by the row lengths of W, peft
   and LyCORIS by those of W + sBA: there a row comes out longer or shorter by the ratio of the two.
+
+Where the authors' code fuses query, key and value (FLUX.2, diffusers 0.42.1, ComfyUI of 2026):
+- diffusers loads `diffusers` and `kohya` with any layers of the blocks, `comfyui` only without alpha (else it
+  raises), `diffsynth` not at all (it changes nothing). DoRA from `diffusers` alone.
+- ComfyUI knows the keys of all four, but not the alpha in the header of `diffusers`; its first versions for
+  FLUX.2 know only `comfyui` and `kohya`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from tworeel.errors import UserError, raise_if_any
+from tworeel.lora.forms import FORMS, Form, FormName
+from tworeel.lora.fusing import FUSED_NOTE, fuse, split
 from tworeel.lora.naming import Naming
 from tworeel.lora.scaling import (
     ADAPTER_CONFIG,
     ALPHA_NOTE,
     KEPT_CONFIG,
-    AlphaPlace,
     alpha_note,
     apply_note,
     as_stored,
@@ -35,73 +40,9 @@ from tworeel.lora.scaling import (
 )
 from tworeel.lora.tensors import LoraFile, LoraTensors
 
-FormName = Literal["comfyui", "diffusers", "diffsynth", "kohya"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """How one tool spells a LoRA: `<prefix><layer><ending>`."""
-
-    name: FormName
-    prefix: str
-    native: bool
-    """Layers have the names of the authors' code, not diffusers'."""
-    joint: Literal[".", "_"] = "."
-    """What joins the parts of a layer's name."""
-    down: str = ".lora_A.weight"
-    up: str = ".lora_B.weight"
-    magnitude: str | None
-    """DoRA's magnitude; None if the form has no place for it."""
-    magnitude_dims: Literal[1, 2] = 2
-    alpha: AlphaPlace
-
-    def stem(self, module: str, naming: Naming) -> str:
-        """Spell a layer's name, without the ending."""
-        name = naming.to_native(module) if self.native else module
-        return self.prefix + name.replace(".", self.joint)
-
-
-FORMS: Mapping[str, Form] = {
-    form.name: form
-    for form in (
-        Form(
-            name="comfyui",
-            prefix="diffusion_model.",
-            native=True,
-            magnitude=".dora_scale",
-            alpha="tensor",
-        ),
-        Form(
-            name="diffusers",
-            prefix="transformer.",
-            native=False,
-            magnitude=".lora_magnitude_vector",
-            magnitude_dims=1,
-            alpha="header",
-        ),
-        Form(
-            name="diffsynth",
-            prefix="",
-            native=True,
-            down=".lora_A.default.weight",
-            up=".lora_B.default.weight",
-            magnitude=None,
-            alpha="folded",
-        ),
-        Form(
-            name="kohya",
-            prefix="lora_unet_",
-            native=True,
-            joint="_",
-            down=".lora_down.weight",
-            up=".lora_up.weight",
-            magnitude=".dora_scale",
-            alpha="always",  # diffusers raises a KeyError without it
-        ),
-    )
-}
-
 _KOHYA = FORMS["kohya"].prefix
+_JOINED = ("lora_transformer_", "lycoris_")
+"""OneTrainer's and LyCORIS' prefixes: diffusers' names follow, with underscores. Read, not written."""
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 _KEY = re.compile(
     r"(?P<stem>.+?)\."
@@ -117,16 +58,23 @@ def to_tensors(lora: LoraFile, form: Form, naming: Naming) -> tuple[dict[str, Te
     """Spell a LoRA in a form: tensors by key, and the file's metadata.
 
     Raises:
-        UserError: the LoRA has DoRA magnitudes and the form has no place for them.
+        UserError: the LoRA has DoRA magnitudes and the form has no place for them, or layers that are one in
+            this form have different scales.
     """
     if form.magnitude is None and any(part.magnitude is not None for part in lora.modules.values()):
         able = ", ".join(other.name for other in FORMS.values() if other.magnitude)
         raise UserError(f"the form '{form.name}' cannot hold DoRA's magnitudes; allowed are {able}")
     stored = {name: as_stored(part, form.alpha) for name, part in lora.modules.items()}
+    layers, shown, note = stored, stored, None
+    if form.is_native(naming):
+        fused = fuse(stored, naming)
+        layers, note = dict(fused.layers), fused.note
+        shown = split(layers, naming, note)
     tensors: dict[str, Tensor] = {}
-    for name, part in stored.items():
-        tensors.update(_keyed(part, form, form.stem(name, naming)))
-    return tensors, _metadata(lora, form, stored)
+    for name, part in layers.items():
+        tensors.update(_keyed(part, form, form.spelled(name)))
+    notes = {FUSED_NOTE: note} if note is not None else {}
+    return tensors, _metadata(lora, form, stored, shown) | notes
 
 
 def _keyed(part: LoraTensors, form: Form, stem: str) -> Iterator[tuple[str, Tensor]]:
@@ -139,9 +87,17 @@ def _keyed(part: LoraTensors, form: Form, stem: str) -> Iterator[tuple[str, Tens
         yield stem + form.magnitude, part.magnitude.reshape(shape)
 
 
-def _metadata(lora: LoraFile, form: Form, stored: Mapping[str, LoraTensors]) -> dict[str, str]:
+def _metadata(
+    lora: LoraFile, form: Form, stored: Mapping[str, LoraTensors], shown: Mapping[str, LoraTensors]
+) -> dict[str, str]:
+    """Describe what the tensors alone do not say.
+
+    Args:
+        stored: what the file holds, by diffusers' layers.
+        shown: what a reader makes of it.
+    """
     metadata = dict(lora.metadata)
-    seen = stored
+    seen = shown
     if form.alpha == "header":
         config = config_for(lora.modules, metadata.pop(KEPT_CONFIG, None))
         if config is not None:
@@ -151,6 +107,12 @@ def _metadata(lora: LoraFile, form: Form, stored: Mapping[str, LoraTensors]) -> 
     if note is not None:
         metadata[ALPHA_NOTE] = note
     return metadata
+
+
+def num_strangers(keys: Iterable[str], naming: Naming) -> int:
+    """Count a LoRA's layers that are none of a family's."""
+    matches = (_KEY.fullmatch(key) for key in keys)
+    return len(naming.unknown({_bare(match["stem"], naming) for match in matches if match}))
 
 
 def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], naming: Naming) -> LoraFile:
@@ -165,10 +127,20 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     if strangers:
         raise UserError(f"these are no layers of the model: {_some(strangers)}")
     native = naming.is_native(parts)
-    named = {naming.from_native(name) if native else name: found for name, found in parts.items()}
-    raise_if_any(problem for name, found in named.items() for problem in _misfits(name, found))
-    modules = {name: _assembled(found) for name, found in named.items()}
-    return _interpreted(modules, dict(metadata), _recognized(tensors, native=native))
+    raise_if_any(_mixture(parts, naming, native=native))
+    labels = {name: naming.label(name) if native else name for name in parts}
+    raise_if_any(problem for name, found in parts.items() for problem in _misfits(labels[name], found))
+    layers = {name: _assembled(found) for name, found in parts.items()}
+    known = dict(metadata)
+    note = known.pop(FUSED_NOTE, None)
+    modules = split(layers, naming, note) if native else layers
+    return _interpreted(modules, known, _recognized(tensors, naming, native=native))
+
+
+def _mixture(names: Iterable[str], naming: Naming, *, native: bool) -> Iterator[str]:
+    strangers = [] if native else [name for name in names if naming.is_only_native(name)]
+    if strangers:
+        yield f"layers are spelled in two ways; these as in the authors' code: {_some(strangers)}"
 
 
 def _sorted(tensors: Mapping[str, Tensor], naming: Naming) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -194,6 +166,9 @@ def _sorted(tensors: Mapping[str, Tensor], naming: Naming) -> tuple[dict[str, di
 def _bare(stem: str, naming: Naming) -> str:
     if stem.startswith(_KOHYA):
         return naming.dotted(stem.removeprefix(_KOHYA))
+    joined = next((prefix for prefix in _JOINED if stem.startswith(prefix)), None)
+    if joined is not None:
+        return naming.own_dotted(stem.removeprefix(joined))
     while prefix := next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), ""):
         stem = stem.removeprefix(prefix)
     return stem
@@ -231,13 +206,16 @@ def _assembled(found: Mapping[str, Tensor]) -> LoraTensors:
     )
 
 
-def _recognized(tensors: Mapping[str, Tensor], *, native: bool) -> FormName:
+def _recognized(tensors: Mapping[str, Tensor], naming: Naming, *, native: bool) -> FormName:
     keys = list(tensors)
     if any(key.startswith(_KOHYA) for key in keys):
         return "kohya"
-    if not native:
-        return "diffusers"
-    return "comfyui" if any(key.startswith(_PREFIXES) for key in keys) else "diffsynth"
+    bare = not any(key.startswith((*_PREFIXES, *_JOINED)) for key in keys)
+    if native:
+        return "diffsynth" if bare else "comfyui"
+    # Where DiffSynth has diffusers' names too, only the adapter's name tells its files.
+    of_diffsynth = bare and naming.diffsynth_names == "diffusers" and any(".default." in key for key in keys)
+    return "diffsynth" if of_diffsynth else "diffusers"
 
 
 def _interpreted(modules: dict[str, LoraTensors], metadata: dict[str, str], form: FormName) -> LoraFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -73,6 +74,14 @@ def export_lora(model: nn.Module) -> LoraFile:
     Files know no rsLoRA: its alpha / sqrt(rank) becomes the alpha that gives the same scale over the rank.
     """
     return LoraFile(modules={name: _exported(layer) for name, layer in lora_layers(model).items()})
+
+
+def without_needless_alpha(lora: LoraFile) -> LoraFile:
+    """Leave out each alpha that says what its absence says: a scale of 1."""
+    modules = {
+        name: replace(part, alpha=None) if part.scale == 1.0 else part for name, part in lora.modules.items()
+    }
+    return replace(lora, modules=modules)
 
 
 def _exported(layer: LoraLinear) -> LoraTensors:

@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from tworeel.weights.rows import Names
 
 Layout = Literal["diffusers", "native", "comfyui"]
 
@@ -56,6 +58,14 @@ class Traits:
     """This expert's share of the noise levels, as (low, high] in sigma."""
     shift: float = 5.0
     """Shift of the flow-matching schedule that the model's authors sample with."""
+    training_shift: float = 5.0
+    """Shift of the schedule that it is trained with by default."""
+    images_only: bool = False
+    """True where clips are single images."""
+    reference_images: int = 0
+    """The most images, of any size, that a clip may be shown beside its caption ("edit" models)."""
+    reference_area: int = 1024 * 1024
+    """Larger reference images are made smaller, to this area in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +99,8 @@ class LatentEncoder(Protocol):
         Args:
             clip: uint8, shape (3, frames, height, width), RGB.
             images: uint8, shape (3, height, width) each, by the names of `Traits.image_inputs`; an image
-                that is not given comes from the clip.
+                that is not given comes from the clip. Reference images have sizes of their own and the names
+                `reference_image_0`, `reference_image_1`, …
 
         Returns:
             CPU tensors by name; `latents` of shape (C, F, H, W), fp32, is always among them.
@@ -98,11 +109,46 @@ class LatentEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Embeds captions on one device."""
+    """Embeds captions on one device, or on several together."""
 
     def encode(self, caption: str) -> dict[str, Tensor]:
-        """Embed one caption: CPU tensors by name; `text` has shape (L, D) without padding."""
+        """Embed one caption: CPU tensors by name; `text` has shape (L, D), L as the transformer wants it."""
         ...
+
+
+@runtime_checkable
+class BatchTextEncoder(TextEncoder, Protocol):
+    """Embeds several captions at a time, where they share the reading of the weights."""
+
+    batch_size: int
+    """How many captions are wanted at a time."""
+
+    def encode_batch(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Embed captions; for each of them what `encode` returns."""
+        ...
+
+
+TextPlacement = Literal["auto", "each", "spread", "cpu"]
+TextQuantize = Literal["auto", "fp8", "int8", "nf4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How the user wants captions embedded (`cache.text_placement`, `cache.text_quantize`)."""
+
+    placement: TextPlacement = "auto"
+    quantize: TextQuantize | None = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWorker:
+    """A text encoder that can be opened now: it has been looked whether there is room for it."""
+
+    device: torch.device
+    """Where captions go in; the current device while they are embedded."""
+    open: Callable[[], TextEncoder]
+    how: str = ""
+    """Where and in which precision it runs, for people; empty where that is nothing special."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +158,9 @@ class TrainingSample:
     inputs: dict[str, Any]
     """Keyword arguments of the transformer's forward; tensors have a batch axis of 1."""
     target: Tensor
-    """fp32, the shape of the transformer's output: (1, C, F, H, W)."""
+    """fp32, the shape of the transformer's output: (1, C, F, H, W) or, of tokens, (1, L, C).
+
+    An output that is longer along axis 1 ends with tokens that only condition; they have no loss."""
     loss_mask: Tensor | None = None
     """fp32, broadcastable to `target`; 0 where the loss is not counted. None counts everything."""
 
@@ -188,8 +236,9 @@ class Family:
     Raises `UserError` with every problem found (a missing expert, a truncated file, a missing encoder)."""
     build_transformer: Callable[[Component], nn.Module]
     """Make the transformer on the meta device."""
-    parameter_name: Callable[[Layout, str], str | None]
-    """A key in a transformer file of this layout -> the parameter's name; None for keys to ignore."""
+    parameter_name: Callable[[Layout, str], Names]
+    """A key in a transformer file of this layout -> the parameter's name, or the parameters that have its
+    rows where the file fuses them; None for keys to ignore."""
     to_native: Callable[[str], str]
     """A module's name in the transformer (`blocks.0.attn1.to_q`) -> its name in the authors' own code."""
     from_native: Callable[[str], str]
@@ -197,6 +246,15 @@ class Family:
     native_words: tuple[str, ...] = ()
     """Parts of native names that hold an underscore of their own (`self_attn`); kohya's LoRA files join the
     parts of a name with underscores."""
+    own_words: tuple[str, ...] = ()
+    """The same of diffusers' names, which some tools join too."""
+    native_parts: Callable[[str], tuple[str, ...]] | None = None
+    """A native layer's name -> the layers whose rows it stacks, in equal shares (query, key, value).
+    `to_native` gives that name for each of them. None if every layer has a native one of its own."""
+    native_swapped: tuple[str, ...] = ()
+    """Layers whose two halves of rows stand the other way round natively."""
+    diffsynth_names: Literal["native", "diffusers"] = "native"
+    """Whose names DiffSynth-Studio's own code has, and so its LoRA files."""
 
     latent_identity: Callable[[ModelSource], str]
     """A hash of the networks that encode clips (VAE, image encoder); read without loading them."""
@@ -205,9 +263,17 @@ class Family:
     open_latent_encoder: Callable[[ModelSource, torch.device, torch.dtype], LatentEncoder]
     open_text_encoder: Callable[[ModelSource, torch.device, torch.dtype], TextEncoder]
 
-    cached_shapes: Callable[[ModelSource, int, int, int], Mapping[str, tuple[int, ...]]]
-    """(source, frames, height, width in pixels) -> shapes of what the encoders return for a clip of that size
-    and the longest caption."""
+    text_workers: (
+        Callable[[ModelSource, Sequence[torch.device], torch.dtype, TextOptions], Sequence[TextWorker]] | None
+    ) = None
+    """Place text encoders on devices, by what is free there; several embed captions side by side. None where
+    each device has room for one of its own.
+
+    Raises `UserError` where the options cannot be met."""
+
+    cached_shapes: Callable[..., Mapping[str, tuple[int, ...]]]
+    """(source, frames, height, width in pixels, references) -> shapes of what the encoders return for a clip
+    of that size, reference images of these (height, width) and the longest caption."""
     make_sample: Callable[..., TrainingSample]
     """(traits, cached, noise, sigma, *, dtype, condition_on_image) -> TrainingSample; `cached` holds what
     the encoders returned."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tworeel.engine.fitting import Fit, Footprint, StageMemory, blocks_to_stream, needed
+from tworeel.engine.fitting import Fit, StageMemory, blocks_to_stream, needed
+from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
 from tworeel.planning.budgets import Budget
@@ -69,9 +70,9 @@ class StageDraft:
         return blocks_to_stream(missing, self.block, len(self.blocks)) if missing > 0 else 0
 
     @property
-    def footprints(self) -> dict[Residency, Footprint]:
-        """Of the block that holds most."""
-        return dict(max((t.footprints for t in self.traces), key=lambda f: f[Residency.KEEP].kept))
+    def footprints(self) -> StageFootprints:
+        """Of its blocks; the engine may let another one keep all where some are streamed."""
+        return StageFootprints([trace.footprints for trace in self.traces])
 
     def decide(self, fit: Fit, streamed: int, means: Means) -> StagePlan:
         """The stage as it is run.
@@ -83,10 +84,10 @@ class StageDraft:
         """
         memory = self.memory(streamed)
         kept = min(fit.num_kept, memory.may_keep)
-        footprints = self._as_run(fit.fallback)
-        resting = {key: replace(found, working=0) for key, found in footprints.items()}
-        activations = needed(memory, resting, kept, fit.fallback)
-        working = needed(memory, footprints, kept, fit.fallback) - activations
+        blocks = self._as_run(fit.fallback)
+        resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
+        activations = needed(memory, StageFootprints(resting), kept, fit.fallback)
+        working = needed(memory, StageFootprints(blocks), kept, fit.fallback) - activations
         forward, backward = self._seconds(kept, fit.fallback, streamed, means)
         return StagePlan(
             device=self.budget.device,
@@ -114,14 +115,16 @@ class StageDraft:
         """Bytes that its activations take in host memory."""
         if not plan.residency.is_parked:
             return 0
-        footprint = self._as_run(plan.residency)[Residency.SELECTIVE]
-        return self.in_flight * (len(self.blocks) - plan.kept) * footprint.kept
+        footprints = StageFootprints(self._as_run(plan.residency))
+        return self.in_flight * footprints.left[len(self.blocks) - plan.kept]
 
-    def _as_run(self, fallback: Residency) -> dict[Residency, Footprint]:
+    def _as_run(self, fallback: Residency) -> list[Footprints]:
         """Footprints by the names that `needed` looks for: what does not keep all stands for `SELECTIVE`."""
-        found = self.footprints
         kind = Residency.SELECTIVE if fallback.is_selective else Residency.RECOMPUTE
-        return {Residency.KEEP: found[Residency.KEEP], Residency.SELECTIVE: found[kind]}
+        return [
+            {Residency.KEEP: t.footprints[Residency.KEEP], Residency.SELECTIVE: t.footprints[kind]}
+            for t in self.traces
+        ]
 
     def _seconds(self, kept: int, fallback: Residency, streamed: int, means: Means) -> tuple[float, float]:
         """Forward and backward of the average clip; copies beside the work count where they take longer."""

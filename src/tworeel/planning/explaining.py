@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tworeel.data.buckets import tokens
-from tworeel.engine.fitting import Footprint
+from tworeel.engine.footprints import Footprint
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Alternative, Plan

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from tworeel.data.clips import Bucket
-from tworeel.engine.fitting import Footprint
+from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
@@ -113,7 +113,7 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         _materialize(model, family, settings.dtype)
         calls = _record(model, family, source, bucket, settings)
         trace = _trace_compiled if settings.compile else _trace_eager
-        blocks = {name: trace(model.get_submodule(f"{name}.1"), call) for name, call in calls.items()}
+        blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
     return ModelTrace(blocks=blocks, inputs=max(map(_constant_bytes, calls.values())))
 
 
@@ -144,6 +144,13 @@ def _shortened(family: Family, source: ModelSource, settings: TraceSettings) -> 
     return model
 
 
+def _traced(model: nn.Module, name: str) -> nn.Module:
+    """The block of a list that is looked at."""
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks[-1]
+
+
 def _materialize(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
     """Give every parameter memory of the size that it will have; needs a fake mode."""
     keep = set(family.keep_fp32)
@@ -161,8 +168,8 @@ def _materialize(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
 def _record(
     model: nn.Module, family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings
 ) -> dict[str, _Call]:
-    """Run the model's forward; what the second block of each list was called with, and gave."""
-    shapes = family.cached_shapes(source, bucket.frames, bucket.height, bucket.width)
+    """Run the model's forward; what the last block of each list was called with, and gave."""
+    shapes = family.cached_shapes(source, bucket.frames, bucket.height, bucket.width, bucket.references)
     cached = {name: torch.empty(shape) for name, shape in shapes.items()}
     sample = family.make_sample(
         source.traits,
@@ -178,7 +185,7 @@ def _record(
         calls[name] = _Call(args, kwargs, outputs)
 
     for name in family.block_lists:
-        model.get_submodule(f"{name}.1").register_forward_hook(partial(keep_call, name), with_kwargs=True)
+        _traced(model, name).register_forward_hook(partial(keep_call, name), with_kwargs=True)
     with torch.no_grad():
         model(**sample.inputs, return_dict=False)
     return calls

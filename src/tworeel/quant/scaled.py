@@ -50,7 +50,7 @@ class FrozenScaledLinear(FrozenLinear):
             return dequantized_linear(input, self.bias, dequantize_weight, stored, shape)
         rows = input.reshape(-1, self.in_features)
         output: Tensor = _ScaledLinear.apply(rows, *stored, mode)
-        # Not in the function: torch.compile (2.11) then loses the gradient of what a custom operation returned.
+        # Not in the function: there torch.compile (2.11) loses the gradient of a custom operation's result.
         if self.bias is not None:
             output = output.add_(self.bias)
         return output.reshape(*input.shape[:-1], self.out_features)

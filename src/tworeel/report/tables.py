@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from tworeel.data.buckets import tokens
 from tworeel.data.clips import Bucket, Clip
 from tworeel.models.family import Component, ModelSource, Traits
 
 
 def tokens_of(bucket: Bucket, traits: Traits) -> int:
-    """Tokens that the transformer sees of one clip: latent frames × tokens of a latent frame."""
-    latent_frames = (bucket.frames - 1) // traits.temporal_stride + 1
-    return latent_frames * (bucket.height * bucket.width // traits.tokens_per_pixel_area)
+    """Tokens that the transformer sees of one clip and its reference images."""
+    return tokens(bucket, traits)
 
 
 def step_tokens(
@@ -30,20 +30,24 @@ def step_tokens(
         traits: of the model.
         micro_batches: clips of one step.
     """
-    tokens = [tokens_of(clip.bucket, traits) for clip in clips]
+    counts = [tokens_of(clip.bucket, traits) for clip in clips]
     shares = [weights[clip.source] for clip in clips]
-    mean = sum(count * share for count, share in zip(tokens, shares, strict=True)) / sum(shares)
-    return micro_batches * mean, micro_batches * max(tokens)
+    mean = sum(count * share for count, share in zip(counts, shares, strict=True)) / sum(shares)
+    return micro_batches * mean, micro_batches * max(counts)
 
 
 def bucket_table(clips: Sequence[Clip], traits: Traits) -> Table:
-    """List the buckets: frames, height and width in pixels, clips, tokens of one clip."""
+    """List the buckets: frames, height and width in pixels, clips, and the most tokens of one clip."""
     table = Table(title="Buckets")
     for column in ("frames", "height", "width", "clips", "tokens a clip"):
         table.add_column(column, justify="right")
-    for bucket, count in sorted(Counter(clip.bucket for clip in clips).items()):
-        numbers = (bucket.frames, bucket.height, bucket.width, count, tokens_of(bucket, traits))
-        table.add_row(*(f"{number:,}" for number in numbers))
+    # Reference images have many sizes: they would make a bucket of nearly every clip.
+    of_size = itertools.groupby(
+        sorted(clip.bucket for clip in clips), key=lambda b: (b.frames, b.height, b.width)
+    )
+    for size, group in of_size:
+        counts = [tokens_of(bucket, traits) for bucket in group]
+        table.add_row(*(f"{number:,}" for number in (*size, len(counts), max(counts))))
     return table
 
 

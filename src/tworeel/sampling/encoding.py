@@ -14,7 +14,7 @@ from tworeel.cache.store import CacheStore
 from tworeel.data.clips import Bucket
 from tworeel.data.images import read_image
 from tworeel.data.pixels import fit
-from tworeel.models.family import Family, ModelSource, Picture
+from tworeel.models.family import Family, ModelSource, Picture, TextOptions
 from tworeel.sampling.request import SampleRequest
 from tworeel.workers import Observer
 
@@ -27,6 +27,7 @@ def encode_request(
     *,
     devices: Sequence[torch.device],
     dtype: torch.dtype,
+    text: TextOptions,
     observer: Observer,
 ) -> list[Picture]:
     """Return a picture for each prompt.
@@ -35,9 +36,10 @@ def encode_request(
         store: the cache, which embeddings of prompts come from and go to.
         devices: that encode.
         dtype: that the encoders compute in.
+        text: where the text encoder runs, and in which precision.
     """
     texts = embed_captions(
-        store, family, source, request.captions, devices=devices, dtype=dtype, observer=observer
+        store, family, source, request.captions, devices=devices, dtype=dtype, text=text, observer=observer
     )
     images = _encode_images(family, source, request, devices[0], dtype)
     return [

@@ -19,7 +19,7 @@ from tworeel.training.devices import resolve_devices
 from tworeel.training.loadable import Loadable, torch_dtype, transformer_names
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
-from tworeel.training.preflight import Job, cache_folder, noise_levels
+from tworeel.training.preflight import Job, cache_folder, noise_levels, text_options
 from tworeel.training.report import RunObserver
 from tworeel.training.space import full_disk_as_user_error
 from tworeel.weights.loading import load_weights
@@ -50,6 +50,7 @@ def cache_clips(config: RunConfig, job: Job, observer: RunObserver) -> CacheInde
             devices=encoding_devices(config),
             dtype=torch_dtype(config.cache.dtype),
             empty_caption=config.train.caption_dropout > 0,
+            text=text_options(config),
             observer=observer,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -18,6 +18,7 @@ from tworeel.errors import UserError
 from tworeel.models.family import Family, ModelSource
 from tworeel.training.devices import resolve_devices
 from tworeel.weights.loading import check_weights
+from tworeel.weights.rows import NameOf
 from tworeel.weights.tensor_files import TensorFiles
 
 
@@ -44,8 +45,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def transformer_names(family: Family, source: ModelSource) -> Callable[[str], str | None]:
-    """Key in the transformer's files -> parameter name."""
+def transformer_names(family: Family, source: ModelSource) -> NameOf:
+    """Key in the transformer's files -> parameter name, or the rows of it that several parameters have."""
     return partial(family.parameter_name, source.transformer.layout)
 
 

@@ -17,7 +17,7 @@ from tworeel.engine.streams import send
 from tworeel.errors import UserError
 
 STEPS = 1000
-TRAINING_SHIFT = 5.0
+USUAL_SHIFT = 5.0
 _NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0))
 
 
@@ -29,11 +29,13 @@ class NoiseLevels:
         sampling: `uniform` over the schedule's steps; `bell`, the same with bell-shaped loss weights;
             `logit_normal`, a standard normal through the logistic function and the shift.
         shift: of the schedule.
+        usual_shift: that the model is trained with by default, for messages.
         sigma_range: the part (low, high] that is drawn from.
     """
 
     sampling: Literal["uniform", "bell", "logit_normal"] = "uniform"
-    shift: float = TRAINING_SHIFT
+    shift: float = USUAL_SHIFT
+    usual_shift: float = USUAL_SHIFT
     sigma_range: tuple[float, float] = (0.0, 1.0)
 
     def draw(self, generator: torch.Generator) -> tuple[float, float]:
@@ -49,7 +51,7 @@ class NoiseLevels:
             low, high = self.sigma_range
             raise UserError(
                 f"train.shift = {self.shift:g}: leaves no noise level between {low:.3f} and {high:.3f}, "
-                f"the share of the expert; {TRAINING_SHIFT:g} is usual"
+                f"the share of the expert; {self.usual_shift:.3g} is usual"
             )
 
     @cached_property
@@ -94,11 +96,12 @@ def flow_loss(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Mean squared error in fp32 over what the mask counts; a scalar on the output's device.
 
     Args:
-        output: the transformer's prediction, (1, C, F, H, W).
-        target: noise - x_0, fp32, the same shape.
+        output: the transformer's prediction, (1, C, F, H, W) or tokens (1, L, C); what it has beyond the
+            target along axis 1 is of tokens that only condition, and is left out.
+        target: noise - x_0, fp32.
         mask: fp32, broadcastable; 0 where the loss is not counted.
     """
-    squared = (output.float() - send(target, output.device)).square()
+    squared = (output[:, : target.shape[1]].float() - send(target, output.device)).square()
     if mask is None:
         return squared.mean()
     mask = send(mask, output.device).expand_as(squared)

@@ -9,22 +9,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tworeel.cache.text_workers import text_option_problems
 from tworeel.config.schema import RunConfig, TrainConfig
 from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
 from tworeel.data.scan import Scan, scan
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.lora.files import load_lora
+from tworeel.lora.fusing import missing_parts
 from tworeel.lora.naming import Naming
 from tworeel.lora.state import start_problems
 from tworeel.lora.targets import find_targets
 from tworeel.lora.tensors import LoraFile
-from tworeel.models.family import Family, ModelRequest, ModelSource, Traits
+from tworeel.models.family import Family, ModelRequest, ModelSource, TextOptions, Traits
 from tworeel.models.locate import locate_model
 from tworeel.sampling.request import SampleRequest, make_request
 from tworeel.training.devices import resolve_devices
 from tworeel.training.loadable import Loadable, check_transformer, place_blocks, require_quantization
-from tworeel.training.objective import TRAINING_SHIFT, NoiseLevels
+from tworeel.training.objective import NoiseLevels
 from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
 from tworeel.workers import Observer
@@ -61,6 +63,11 @@ def cache_folder(config: RunConfig) -> Path:
     return config.cache.folder or config.train.output.parent / "cache"
 
 
+def text_options(config: RunConfig) -> TextOptions:
+    """How the configuration wants captions embedded."""
+    return TextOptions(placement=config.cache.text_placement, quantize=config.cache.text_quantize)
+
+
 def lora_targets(family: Family, config: RunConfig) -> tuple[str, ...]:
     """The patterns of the LoRA's targets: those given, or the family's preset of that name.
 
@@ -80,7 +87,8 @@ def noise_levels(config: TrainConfig, traits: Traits) -> NoiseLevels:
     """How noise levels are drawn for this model."""
     return NoiseLevels(
         sampling=config.timestep_sampling,
-        shift=config.shift or TRAINING_SHIFT,
+        shift=config.shift or traits.training_shift,
+        usual_shift=traits.training_shift,
         sigma_range=traits.sigma_range,
     )
 
@@ -161,9 +169,11 @@ def _survey_model(
         init_from = load_lora(config.lora.init_from, Naming.of(family)) if config.lora.init_from else None
     with collected(problems):
         targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
+        problems += _form_problems(config, family, targets)
         raise_if_any(_rank_problems(config.lora.rank, transformer, targets))
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))
+    problems += text_option_problems(family, text_options(config))
     with collected(problems):
         placement, streamed = place_blocks(transformer, config, family, devices)
     with collected(problems):
@@ -198,6 +208,12 @@ def _problems_without_model(config: RunConfig, devices: Sequence[torch.device] |
             listing = read_source(source.path)
             problems += [*listing.problems, *([] if config.data.skip_broken else listing.broken)]
     return problems
+
+
+def _form_problems(config: RunConfig, family: Family, targets: Sequence[str]) -> list[str]:
+    """Say which targets the finished LoRA's file could not hold: better now than after the training."""
+    parts = missing_parts(targets, Naming.of(family)) if config.lora.dora else []
+    return [f"lora.targets: with lora.dora = true, '{part}' must be among them too" for part in parts]
 
 
 def _rank_problems(rank: int, transformer: nn.Module, targets: Sequence[str]) -> list[str]:

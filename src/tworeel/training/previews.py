@@ -17,7 +17,7 @@ from tworeel.sampling.rendering import Renderer, takes_of
 from tworeel.sampling.request import SampleRequest, require_sampling
 from tworeel.training.assembly import encoding_devices
 from tworeel.training.loadable import torch_dtype
-from tworeel.training.preflight import Job, cache_folder
+from tworeel.training.preflight import Job, cache_folder, text_options
 from tworeel.training.report import RunObserver
 from tworeel.training.run_folder import RunFolder
 from tworeel.training.space import full_disk_as_user_error
@@ -34,6 +34,7 @@ def encode_previews(config: RunConfig, job: Job, observer: RunObserver) -> list[
         job.previews,
         devices=encoding_devices(config),
         dtype=torch_dtype(config.cache.dtype),
+        text=text_options(config),
         observer=observer,
     )
 

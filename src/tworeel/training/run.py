@@ -19,7 +19,7 @@ from tworeel.engine.attention import before_first_product
 from tworeel.errors import collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
-from tworeel.lora.state import export_lora, lora_parameters, start_from
+from tworeel.lora.state import export_lora, lora_parameters, start_from, without_needless_alpha
 from tworeel.models.family import Picture
 from tworeel.report.plan import plan_lines
 from tworeel.signals import Stopped
@@ -210,6 +210,9 @@ class _Run:
             dataset=_dataset_summary(self.job),
         )
         lora = export_lora(self.trainer.model)
+        if self.job.naming.native_parts is not None:
+            # diffusers refuses files with fused layers and alpha; without, ComfyUI and it take the same file.
+            lora = without_needless_alpha(lora)
         path = self.folder.lora(name)
         with full_disk_as_user_error(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
             save_lora(path, lora, "comfyui", self.job.naming, metadata=metadata)
@@ -228,7 +231,7 @@ def _as_metrics(report: StepReport) -> dict[str, float]:
 
 def _dataset_summary(job: Job) -> str:
     buckets = sorted({clip.bucket for clip in job.clips})
-    shapes = ", ".join(f"{b.frames}x{b.height}x{b.width}" for b in buckets)
+    shapes = ", ".join(dict.fromkeys(f"{b.frames}x{b.height}x{b.width}" for b in buckets))
     return f"{len(job.clips)} clips ({shapes})"
 
 

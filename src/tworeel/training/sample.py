@@ -20,7 +20,7 @@ from tworeel.sampling.rendering import Renderer, Take, takes_of
 from tworeel.sampling.request import require_sampling
 from tworeel.training.assembly import encoding_devices, load_transformer, split_model
 from tworeel.training.loadable import torch_dtype
-from tworeel.training.preflight import cache_folder
+from tworeel.training.preflight import cache_folder, text_options
 from tworeel.training.report import RunObserver, SilentRun
 from tworeel.training.sample_job import SampleJob, Turn, sample_preflight
 from tworeel.training.space import full_disk_as_user_error
@@ -59,6 +59,7 @@ def sample(
             job.request,
             devices=encoding_devices(config),
             dtype=torch_dtype(config.cache.dtype),
+            text=text_options(config),
             observer=watched,
         )
         takes = takes_of(pictures, job.request.strengths)

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from tworeel.errors import raise_if_any
+from tworeel.weights.rows import NameOf, Rows, rows_of
 from tworeel.weights.scaled_fp8 import Dequantized
 from tworeel.weights.tensor_files import TensorFiles, TensorInfo
 
 _LISTED = 10
 
 _Places = dict[str, list[tuple[nn.Module, str]]]
+
+
+class Origin(NamedTuple):
+    """What fills a parameter: a tensor of the files, or some of its rows."""
+
+    key: str
+    rows: Rows
+
+    def __str__(self) -> str:
+        return f"'{self.key}'" if self.rows.is_whole else f"'{self.key}' (which holds '{self.rows.name}')"
 
 
 @runtime_checkable
@@ -28,7 +39,7 @@ class Accepts(Protocol):
 def load_weights(
     module: nn.Module,
     files: TensorFiles,
-    name_of: Callable[[str], str | None],
+    name_of: NameOf,
     *,
     device_of: Callable[[str], torch.device],
     dtype_of: Callable[[str], torch.dtype],
@@ -45,7 +56,8 @@ def load_weights(
     Args:
         module: parameters on meta, buffers real.
         files: where the tensors are, possibly in `fp8_scaled` form.
-        name_of: a key in the files -> name in `module`; None for keys to leave out.
+        name_of: a key in the files -> name in `module`, or the rows of what it becomes; None for keys to
+            leave out.
         device_of: name in `module` -> device.
         dtype_of: name in `module` -> dtype of the loaded parameter.
 
@@ -53,27 +65,27 @@ def load_weights(
         UserError: tensors are missing, unknown, given twice or of another shape; all are found from headers,
             before anything is read, and listed by name.
     """
-    keys = check_weights(module, files, name_of)
+    origins = check_weights(module, files, name_of)
     source, places = Dequantized(files), _places(module)
     with files:
-        for name in _in_file_order(keys, source.names):
-            _put(places[name], source.read(keys[name], dtype_of(name), device_of(name)))
-    _move_other_buffers(module, keys, device_of)
+        for name in _in_file_order(origins, source.names):
+            key, rows = origins[name]
+            ranges = rows.ranges(source.names[key].shape)
+            _put(places[name], source.read(key, dtype_of(name), device_of(name), ranges))
+    _move_other_buffers(module, origins, device_of)
 
 
-def check_weights(
-    module: nn.Module, files: TensorFiles, name_of: Callable[[str], str | None]
-) -> dict[str, str]:
-    """Compare a module with the headers of its files; return the key that fills each parameter.
+def check_weights(module: nn.Module, files: TensorFiles, name_of: NameOf) -> dict[str, Origin]:
+    """Compare a module with the headers of its files; return what fills each parameter.
 
     Raises:
         UserError: as `load_weights`.
     """
     source = Dequantized(files)
-    keys, twice = _keys_by_name(source.names, name_of)
-    problems = [*twice, *_mismatches(module, source.names, keys, _places(module))]
+    origins, twice = _origins(source.names, name_of)
+    problems = [*twice, *_mismatches(module, source.names, origins, _places(module))]
     raise_if_any(f"{files}: {problem}" for problem in problems)
-    return keys
+    return origins
 
 
 def _places(module: nn.Module) -> _Places:
@@ -88,37 +100,36 @@ def _places(module: nn.Module) -> _Places:
     return places
 
 
-def _keys_by_name(
-    names: Mapping[str, TensorInfo], name_of: Callable[[str], str | None]
-) -> tuple[dict[str, str], list[str]]:
-    """Return the key that fills each parameter, and the problems of parameters that two keys would fill."""
-    keys: dict[str, str] = {}
+def _origins(names: Mapping[str, TensorInfo], name_of: NameOf) -> tuple[dict[str, Origin], list[str]]:
+    """Return what fills each parameter, and the problems of parameters that two keys would fill."""
+    origins: dict[str, Origin] = {}
     problems: list[str] = []
     for key in names:
-        name = name_of(key)
-        if name is not None and name in keys:
-            problems.append(f"'{key}' and '{keys[name]}' in the files are both '{name}'")
-        elif name is not None:
-            keys[name] = key
-    return keys, problems
+        for rows in rows_of(name_of(key)):
+            if rows.name in origins:
+                problems.append(f"'{key}' and '{origins[rows.name].key}' in the files are both '{rows.name}'")
+            else:
+                origins[rows.name] = Origin(key, rows)
+    return origins, problems
 
 
 def _mismatches(
-    module: nn.Module, names: Mapping[str, TensorInfo], keys: Mapping[str, str], places: _Places
+    module: nn.Module, names: Mapping[str, TensorInfo], origins: Mapping[str, Origin], places: _Places
 ) -> list[str]:
     wanted = module.state_dict(keep_vars=True)
-    filled = {id(places[name]) for name in keys if name in places}
+    filled = {id(places[name]) for name in origins if name in places}
     missing = [name for name in wanted if id(places[name]) not in filled]
-    unknown = [key for name, key in keys.items() if name not in wanted]
+    unknown = dict.fromkeys(origin.key for name, origin in origins.items() if name not in wanted)
+    known = [(origins[name], tensor) for name, tensor in wanted.items() if name in origins]
     misshaped = [
-        f"'{keys[name]}' is {names[keys[name]].shape}, the model has {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in keys and names[keys[name]].shape != tuple(tensor.shape)
+        f"{origin} is {names[origin.key].shape}, the model has {tuple(tensor.shape)}"
+        for origin, tensor in known
+        if origin.rows.shape(names[origin.key].shape) != tuple(tensor.shape)
     ]
     integers = [
-        f"'{keys[name]}' ({names[keys[name]].dtype})"
-        for name, tensor in wanted.items()
-        if name in keys and names[keys[name]].dtype.is_floating_point != tensor.is_floating_point()
+        f"{origin} ({names[origin.key].dtype})"
+        for origin, tensor in known
+        if names[origin.key].dtype.is_floating_point != tensor.is_floating_point()
     ]
     return [
         *_listing("missing from the files", [f"'{name}'" for name in missing]),
@@ -134,10 +145,10 @@ def _listing(what: str, items: list[str]) -> Iterable[str]:
         yield f"{len(items)} tensors {what}: {', '.join(items[:_LISTED])}{more}"
 
 
-def _in_file_order(keys: Mapping[str, str], names: Mapping[str, TensorInfo]) -> list[str]:
+def _in_file_order(origins: Mapping[str, Origin], names: Mapping[str, TensorInfo]) -> list[str]:
     """Return parameter names so that a disk reads forward."""
     order = {key: position for position, key in enumerate(names)}
-    return sorted(keys, key=lambda name: order[keys[name]])
+    return sorted(origins, key=lambda name: (order[origins[name].key], origins[name].rows.parts))
 
 
 def _put(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
@@ -152,9 +163,9 @@ def _put(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
 
 
 def _move_other_buffers(
-    module: nn.Module, keys: Mapping[str, str], device_of: Callable[[str], torch.device]
+    module: nn.Module, filled: Mapping[str, Origin], device_of: Callable[[str], torch.device]
 ) -> None:
     for name, buffer in list(module.named_buffers(remove_duplicate=False)):
-        if name not in keys:
+        if name not in filled:
             path, _, leaf = name.rpartition(".")
             module.get_submodule(path)._buffers[leaf] = buffer.to(device_of(name))

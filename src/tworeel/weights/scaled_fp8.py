@@ -10,13 +10,14 @@ with a JSON tensor `<x>.comfy_quant`. A weight without a scale counts as scale 1
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tworeel.errors import raise_if_any
-from tworeel.weights.tensor_files import TensorFiles, TensorInfo
+from tworeel.weights.tensor_files import RowRange, TensorFiles, TensorInfo
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _CPU = torch.device("cpu")
@@ -51,19 +52,26 @@ class Dequantized:
         problems = [*_orphans(files.names), *_misfits(files.names, self._scales), *_unknown_formats(files)]
         raise_if_any(f"{files}: {problem}" for problem in problems)
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
-        """Read one tensor to a device, dequantize it there and round it to `dtype`.
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device = _CPU,
+        rows: Sequence[RowRange] | None = None,
+    ) -> Tensor:
+        """Read one tensor, or ranges of its rows, to a device, dequantize it there and round it to `dtype`.
 
         Tensors of integers and booleans keep their dtype.
         """
-        tensor = self._files.read(name, device)
+        tensor = self._files.read(name, device, rows)
         if not tensor.is_floating_point():
             return tensor
         if name not in self._scales:
             return tensor.to(dtype)
-        scale = self._files.read(self._scales[name], device).to(torch.float32)
-        rows = (-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else ()
-        return tensor.to(torch.float32).mul_(scale.reshape(rows)).to(dtype)
+        one_a_row = math.prod(self._files.names[self._scales[name]].shape) > 1
+        scale = self._files.read(self._scales[name], device, rows if one_a_row else None).to(torch.float32)
+        shape = (-1, *[1] * (tensor.dim() - 1)) if one_a_row else ()
+        return tensor.to(torch.float32).mul_(scale.reshape(shape)).to(dtype)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -48,6 +48,10 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+RowRange = tuple[int, int]
+"""Rows of a tensor: the first one, and the one behind the last."""
+
+
 class Shard(Protocol):
     """One file that holds tensors."""
 
@@ -66,8 +70,8 @@ class Shard(Protocol):
         """What the header says beside its tensors."""
         ...
 
-    def read(self, name: str, device: torch.device) -> Tensor:
-        """Return the tensor on a device, in memory of its own."""
+    def read(self, name: str, device: torch.device, rows: RowRange | None = None) -> Tensor:
+        """Return the tensor, or some of its rows, on a device, in memory of its own."""
         ...
 
     def close(self) -> None:
@@ -101,12 +105,16 @@ class _SafetensorsShard:
             for name, entry in by_offset
         }
 
-    def read(self, name: str, device: torch.device) -> Tensor:
-        info = self.names[name]
+    def read(self, name: str, device: torch.device, rows: RowRange | None = None) -> Tensor:
+        info, shape = self.names[name], self.names[name].shape
         start, end = self._ranges[name]
+        if rows is not None:
+            row = (end - start) // shape[0]
+            start, end = start + rows[0] * row, start + rows[1] * row
+            shape = (rows[1] - rows[0], *shape[1:])
         if start == end:
-            return torch.empty(info.shape, dtype=info.dtype, device=device)
-        # Only this tensor is mapped. safetensors' own reader maps the file as a whole, privately: the system
+            return torch.empty(shape, dtype=info.dtype, device=device)
+        # Only these bytes are mapped. safetensors' own reader maps the file as a whole, privately: the system
         # may count that as memory in use and refuse a file larger than its memory.
         before = start % mmap.ALLOCATIONGRANULARITY
         with self.path.open("rb") as file:
@@ -114,7 +122,7 @@ class _SafetensorsShard:
                 file.fileno(), end - start + before, access=mmap.ACCESS_COPY, offset=start - before
             )
         flat = torch.frombuffer(region, dtype=info.dtype, offset=before)
-        return flat.reshape(info.shape).to(device, copy=True)
+        return flat.reshape(shape).to(device, copy=True)
 
     def close(self) -> None:
         return
@@ -130,8 +138,10 @@ class _PickledShard:
         }
         self.close()
 
-    def read(self, name: str, device: torch.device) -> Tensor:
+    def read(self, name: str, device: torch.device, rows: RowRange | None = None) -> Tensor:
         tensor = self._open()[name].detach()
+        if rows is not None:
+            tensor = tensor[rows[0] : rows[1]]
         return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
 
     def close(self) -> None:

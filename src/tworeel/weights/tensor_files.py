@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from tworeel.errors import UserError, raise_if_any
-from tworeel.weights.shards import PICKLE_SUFFIXES, Shard, TensorInfo, checked_size, open_shard
+from tworeel.weights.shards import PICKLE_SUFFIXES, RowRange, Shard, TensorInfo, checked_size, open_shard
 
-__all__ = ["INDEX_SUFFIX", "PICKLE_SUFFIXES", "SUFFIXES", "TensorFiles", "TensorInfo"]
+__all__ = ["INDEX_SUFFIX", "PICKLE_SUFFIXES", "SUFFIXES", "RowRange", "TensorFiles", "TensorInfo"]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 SUFFIXES = (".safetensors", INDEX_SUFFIX, *PICKLE_SUFFIXES)
@@ -63,12 +63,21 @@ class TensorFiles:
         first, *rest = self.paths
         return f"{first} (and {len(rest)} more)" if rest else str(first)
 
-    def read(self, name: str, device: torch.device = _CPU) -> Tensor:
+    def read(self, name: str, device: torch.device = _CPU, rows: Sequence[RowRange] | None = None) -> Tensor:
         """Read one tensor to a device, into memory of its own: nothing of the file stays mapped to it.
 
         It goes there from the page cache, without a copy in host memory.
+
+        Args:
+            name: of the tensor.
+            device: where it goes.
+            rows: ranges of its rows, which are put behind each other; only these are read. None reads all.
         """
-        return self._shard_of[name].read(name, device)
+        shard = self._shard_of[name]
+        if rows is None:
+            return shard.read(name, device)
+        parts = [shard.read(name, device, part) for part in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def fingerprint(self) -> str:
         """Hash the content without reading all of it: size, header and evenly spaced samples of each file.

@@ -8,7 +8,7 @@ Flow matching (https://arxiv.org/abs/2210.02747): x_t = (1 - sigma) x_0 + sigma 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ IMAGE_TOKENS = 257
 """What CLIP ViT-H makes of an image."""
 
 
-def cached_shapes(source: ModelSource, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+def cached_shapes(
+    source: ModelSource, frames: int, height: int, width: int, references: Sequence[tuple[int, int]] = ()
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what `make_sample` is given for a clip of this size in pixels, by name."""
     traits, config = source.traits, source.transformer.config
     stride = traits.spatial_multiple // PATCH

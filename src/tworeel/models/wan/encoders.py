@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tworeel.models.family import Component, ModelSource, Traits
+from tworeel.models.family import ModelSource, Traits
+from tworeel.models.identity import digest, identity
 from tworeel.models.wan.image import WanImageEncoder, open_image_encoder
 from tworeel.models.wan.text import TOKENIZER_FILES, WanTextEncoder, embedded_sentencepiece, open_umt5
-from tworeel.models.wan.vae import WanVae, config_identity, open_vae
-from tworeel.weights.tensor_files import TensorFiles
+from tworeel.models.wan.vae import WanVae, open_vae
 
 # Raise these when the encoders return something else for the same files.
 LATENT_FORMAT = "wan-latents-1"
@@ -85,8 +85,8 @@ def latent_identity(source: ModelSource) -> str:
     """Hash what decides the encoding of a clip: the networks and the variant's condition images."""
     components = [component for component in (source.vae, source.image_encoder) if component]
     traits = source.traits
-    return _digest(
-        LATENT_FORMAT, ",".join(traits.image_inputs), str(traits.image_optional), *map(_identity, components)
+    return digest(
+        LATENT_FORMAT, ",".join(traits.image_inputs), str(traits.image_optional), *map(identity, components)
     )
 
 
@@ -94,12 +94,7 @@ def text_identity(source: ModelSource) -> str:
     """Hash what decides the embedding of a caption: the text encoder and its tokenizer."""
     assert source.text_encoder is not None, "locate reports a missing text encoder"
     assert source.tokenizer is not None, "locate reports a missing tokenizer"
-    return _digest(TEXT_FORMAT, _identity(source.text_encoder), *_tokenizer_digests(source.tokenizer))
-
-
-def _identity(component: Component) -> str:
-    with TensorFiles(*component.files) as files:
-        return f"{files.fingerprint()} {config_identity(component)}"
+    return digest(TEXT_FORMAT, identity(source.text_encoder), *_tokenizer_digests(source.tokenizer))
 
 
 def _tokenizer_digests(path: Path) -> Iterable[str]:
@@ -107,7 +102,3 @@ def _tokenizer_digests(path: Path) -> Iterable[str]:
         contents = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
         return [f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in contents.items()]
     return [hashlib.sha256(embedded_sentencepiece(path)).hexdigest()]
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

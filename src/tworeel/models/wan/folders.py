@@ -6,23 +6,25 @@ has two candidates.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Layout
+from tworeel.models.network_files import (
+    all_shards,
+    comfyui_transformers,
+    is_standard,
+    read_json,
+    weight_files,
+)
 from tworeel.models.wan.keys import is_native_key, parameter_name
 from tworeel.models.wan.variants import EXPERTS, Shapes, expert_in_name, is_wan
-from tworeel.weights.tensor_files import INDEX_SUFFIX, PICKLE_SUFFIXES, SUFFIXES, TensorFiles
+from tworeel.weights.tensor_files import SUFFIXES, TensorFiles
 
-COMFYUI_TRANSFORMERS = ("diffusion_models", "unet", "models/diffusion_models", "models/unet")
-
-_STANDARD_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 _OF_2_1 = re.compile(r"wan[-_ ]?2[._]1")
 
 
@@ -57,35 +59,6 @@ def find_transformers(path: Path) -> Found | None:
     return _at_file(path) if path.is_file() else _at_folder(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a table from a JSON file; empty if there is no such file.
-
-    Raises:
-        UserError: the file is not a table in JSON.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is not a table")
-    return content
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weights in a network's folder: an index, a single file or numbered shards; () if none.
-
-    Missing shards are returned too: opening them says that they are missing.
-    """
-    for suffix in (INDEX_SUFFIX, ".safetensors", *PICKLE_SUFFIXES):
-        files = sorted(folder.glob(f"*{suffix}"), key=lambda path: (not _is_standard(path), path.name))
-        if files:
-            return _all_shards(files[0])
-    return ()
-
-
 def shapes_of(files: TensorFiles, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Return shapes by parameter name, in diffusers' spelling."""
     named = ((parameter_name(layout, key), info.shape) for key, info in files.names.items())
@@ -97,10 +70,10 @@ def _at_file(path: Path) -> Found | None:
         return _at_folder(path.parent)
     if not path.name.endswith(SUFFIXES):
         return None
-    if _is_standard(path) and (path.parent / "config.json").is_file():
+    if is_standard(path) and (path.parent / "config.json").is_file():
         return _at_folder(path.parent)
     expert = _expert_of(path)
-    candidate = Candidate(files=_all_shards(path), layout="comfyui", expert=expert)
+    candidate = Candidate(files=all_shards(path), layout="comfyui", expert=expert)
     return Found(root=path.parent, candidates=(candidate,), pointed=expert)
 
 
@@ -169,21 +142,12 @@ def _network_folder(folder: Path) -> Found:
 
 def _comfyui_folder(folder: Path) -> Found | None:
     """Every file of a Wan transformer in a flat folder or in ComfyUI's own."""
-    places = [folder, *(folder / name for name in COMFYUI_TRANSFORMERS)]
-    files = sorted(file for place in places for file in place.glob("*.safetensors"))
-    candidates: list[Candidate] = []
-    problems: list[str] = []
-    for file in files:
-        try:
-            with TensorFiles(file) as tensors:
-                if is_wan(_comfyui_shapes(tensors)):
-                    candidates.append(Candidate(files=(file,), layout="comfyui", expert=_expert_of(file)))
-        except UserError as error:
-            problems.extend(error.problems)
+    files, problems = comfyui_transformers(folder, lambda tensors: is_wan(_comfyui_shapes(tensors)))
+    candidates = tuple(Candidate(files=(f,), layout="comfyui", expert=_expert_of(f)) for f in files)
     if not candidates:
         raise_if_any(problems)
         return None
-    return Found(root=folder, candidates=tuple(candidates))
+    return Found(root=folder, candidates=candidates)
 
 
 def _comfyui_shapes(tensors: TensorFiles) -> Shapes:
@@ -206,21 +170,3 @@ def says_2_1(path: Path) -> bool:
 
 def _is_wan_config(folder: Path) -> bool:
     return str(read_json(folder / "config.json").get("_class_name", "")).startswith("Wan")
-
-
-def _is_standard(path: Path) -> bool:
-    stem = path.name.removesuffix(INDEX_SUFFIX).removesuffix(path.suffix)
-    shard = _SHARD.fullmatch(path.name)
-    return (shard[1] if shard else stem) in _STANDARD_STEMS
-
-
-def _all_shards(path: Path) -> tuple[Path, ...]:
-    shard = _SHARD.fullmatch(path.name)
-    if not shard:
-        return (path,)
-    stem, count, suffix = shard.groups()
-    return tuple(path.with_name(f"{stem}-{number:05d}-of-{count}{suffix}") for number in _numbers(int(count)))
-
-
-def _numbers(count: int) -> Iterable[int]:
-    return range(1, count + 1)

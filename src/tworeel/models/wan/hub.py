@@ -1,19 +1,14 @@
-"""Wan models by hub id: what is needed of them is downloaded once, then they are folders."""
+"""Wan models by hub id: which of their files are needed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HTTPError
+from collections.abc import Sequence
 
 from tworeel.errors import UserError
 from tworeel.models.family import ModelRequest
-from tworeel.models.wan.folders import read_json
+from tworeel.models.hub import read_config, under
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
 _MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 _EXPERT_FOLDERS = {"high": "high_noise_model", "low": "low_noise_model"}
@@ -21,30 +16,16 @@ _DIFFUSERS_FOLDERS = {"high": "transformer", "low": "transformer_2"}
 _NATIVE_ROOT = re.compile(
     r"config\.json|diffusion_pytorch_model.*|models_t5_.*\.pth|models_clip_.*\.pth|.*VAE\.pth"
 )
-_KEPT = (".safetensors", ".json", ".pth", ".model")
 
 
-def is_hub_id(text: str) -> bool:
-    """Tell whether a text that is no existing path has the form `organization/name`."""
-    return _HUB_ID.fullmatch(text) is not None
-
-
-def fetch(request: ModelRequest) -> Path | None:
-    """Download what training this expert needs and return its local folder; None if it is no Wan model.
-
-    Without a connection a model that was downloaded before is used as it is.
+def choose(request: ModelRequest, names: Sequence[str]) -> list[str] | None:
+    """Choose what training this expert needs of a repository on the hub; None if it is no Wan model.
 
     Raises:
-        UserError: the id cannot be reached, the expert is missing or wrong, or the kind is not supported.
+        UserError: the expert is missing or wrong, or the kind is not supported.
     """
-    try:
-        names = HfApi().list_repo_files(request.path)
-        needed = needed_files(names, request)
-        if needed is None or not _is_supported(request.path, names):
-            return None
-        return Path(snapshot_download(request.path, allow_patterns=needed))
-    except (HTTPError, OSError) as error:
-        return _downloaded_before(request.path, error)
+    needed = needed_files(names, request)
+    return needed if needed is not None and _is_supported(request.path, names) else None
 
 
 def needed_files(names: Sequence[str], request: ModelRequest) -> list[str] | None:
@@ -66,7 +47,7 @@ def _diffusers_files(names: Sequence[str], request: ModelRequest) -> list[str]:
     networks = ("vae", "text_encoder", "tokenizer", "image_encoder")
     not_given = [option for option in networks if getattr(request, option) is None]
     folders = [_DIFFUSERS_FOLDERS[expert or "high"], *not_given]
-    return ["model_index.json", *_under(names, folders)]
+    return ["model_index.json", *under(names, folders)]
 
 
 def _native_files(names: Sequence[str], request: ModelRequest) -> list[str]:
@@ -77,12 +58,7 @@ def _native_files(names: Sequence[str], request: ModelRequest) -> list[str]:
     given = {"models_t5_": request.text_encoder, "models_clip_": request.image_encoder, "Wan": request.vae}
     left_out = tuple(start for start, option in given.items() if option)
     root = [name for name in names if _NATIVE_ROOT.fullmatch(name) and not name.startswith(left_out)]
-    return [*root, *_under(names, folders)]
-
-
-def _under(names: Iterable[str], folders: Iterable[str]) -> list[str]:
-    starts = tuple(f"{folder}/" for folder in folders)
-    return [name for name in names if name.startswith(starts) and name.endswith(_KEPT)]
+    return [*root, *under(names, folders)]
 
 
 def _checked_expert(request: ModelRequest, has_experts: bool) -> str | None:
@@ -103,7 +79,7 @@ def _is_supported(repository: str, names: Sequence[str]) -> bool:
     name = next((name for name in describing if name in names), None)
     if name is None:
         return True
-    config = read_json(Path(hf_hub_download(repository, name)))
+    config = read_config(repository, name)
     class_name = str(config.get("_class_name", ""))
     is_pipeline = name == "model_index.json"
     kind = class_name if is_pipeline else str(config.get("model_type", ""))
@@ -111,13 +87,3 @@ def _is_supported(repository: str, names: Sequence[str]) -> bool:
     if kind not in supported and class_name.startswith("Wan"):
         raise UserError(f"{repository}: '{kind}' is not supported yet; supported are {', '.join(supported)}")
     return kind in supported
-
-
-def _downloaded_before(repository: str, error: Exception) -> Path:
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except (HTTPError, OSError):
-        reason = " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-        raise UserError(
-            f"model.path = '{repository}': neither a file or folder nor a hub id within reach ({reason})"
-        ) from None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tworeel.weights.tensor_files import TensorFiles, TensorInfo
+from tworeel.weights.tensor_files import RowRange, TensorFiles, TensorInfo
 
 PREFIX = "visual."
 FUSED = "attn.to_qkv"
@@ -50,12 +50,13 @@ class OpenClipFiles(TensorFiles):
         self._pieces = {name: piece for key in self.names for name, piece in _pieces(key)}
         self.names = {name: _info(self.names[piece.key], piece) for name, piece in self._pieces.items()}
 
-    def read(self, name: str, device: torch.device = _CPU) -> Tensor:
-        """Read one parameter to a device, into memory of its own."""
+    def read(self, name: str, device: torch.device = _CPU, rows: Sequence[RowRange] | None = None) -> Tensor:
+        """Read one parameter, or ranges of its rows, to a device, into memory of its own."""
         piece = self._pieces[name]
         whole = super().read(piece.key, device)
         part = whole if piece.third is None else whole.chunk(3)[piece.third].clone()
-        return part.reshape(self.names[name].shape)
+        shaped = part.reshape(self.names[name].shape)
+        return shaped if rows is None else torch.cat([shaped[first:end] for first, end in rows])
 
 
 def is_open_clip(names: Iterable[str]) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Component, ModelRequest, ModelSource
+from tworeel.models.hub import local_path
 from tworeel.models.wan import hub
 from tworeel.models.wan.companions import find_companions
 from tworeel.models.wan.folders import Candidate, Found, find_transformers, says_2_1, shapes_of
@@ -36,7 +37,7 @@ def locate(request: ModelRequest) -> ModelSource | None:
             that is missing, unknown or not asked for, an encoder that is missing, a kind of Wan model that is
             not supported yet.
     """
-    path = _local_path(request)
+    path = local_path(request, partial(hub.choose, request))
     found = find_transformers(path) if path is not None else None
     if found is None:
         return None
@@ -61,17 +62,6 @@ def locate(request: ModelRequest) -> ModelSource | None:
         text_encoder=companions.text_encoder,
         tokenizer=companions.tokenizer,
         image_encoder=companions.image_encoder,
-    )
-
-
-def _local_path(request: ModelRequest) -> Path | None:
-    path = Path(request.path).expanduser()
-    if path.exists():
-        return path
-    if hub.is_hub_id(request.path) and path.suffix not in (".safetensors", ".pth", ".json"):
-        return hub.fetch(request)
-    raise UserError(
-        f"model.path = '{request.path}': no such file or folder, and not a hub id (organization/name)"
     )
 
 

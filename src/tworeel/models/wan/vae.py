@@ -5,7 +5,6 @@ Shape letters: C latent channels, F latent frames, H/W latent height and width; 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -189,12 +188,6 @@ def _config_from_shapes(first: tuple[int, ...], last: tuple[int, ...], residual:
         "scale_factor_spatial": 8 * patch,
     }
     return config | (LATENT_STATISTICS_48 if channels == 48 else {})
-
-
-def config_identity(component: Component) -> str:
-    """Write a component's config in one way; the entries that libraries add for themselves do not count."""
-    own = {key: value for key, value in component.config.items() if not key.startswith("_")}
-    return json.dumps(own, sort_keys=True)
 
 
 def _windows(clip: Tensor) -> Iterator[Tensor]:

@@ -1,0 +1,53 @@
+"""What blocks take on their device, and the sums over the blocks of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from tworeel.engine.residency import Residency
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one block takes on its device, in bytes, for one micro-batch."""
+
+    kept: int
+    """Between its forward and its backward."""
+    working: int
+    """While its forward or backward runs, beyond what it keeps."""
+    hidden: int = 0
+    """What it gives to the next block."""
+
+
+TOO_LARGE = Footprint(kept=2**62, working=2**62)
+
+Footprints = Mapping[Residency, Footprint]
+"""Of one block, of `KEEP` and, if not all blocks keep everything, of `SELECTIVE`."""
+
+
+class StageFootprints:
+    """What the blocks of a stage take, which may be of several kinds.
+
+    Args:
+        blocks: of each block, in the order in which they stop to keep everything: streamed blocks never keep,
+            and the last ones, which come first in the backward, keep longest.
+
+    Attributes, by the number n of blocks that do not keep everything:
+        left: bytes that the first n leave behind.
+        most_left: of the one of them that leaves most.
+        working: of the one of them that works with most.
+        kept, keeping: bytes that those behind them keep, and of the one that works with most.
+        hidden: what the stage is given, or gives.
+    """
+
+    def __init__(self, blocks: Sequence[Footprints]) -> None:
+        keep = [found[Residency.KEEP] for found in blocks]
+        other = [found.get(Residency.SELECTIVE, found[Residency.KEEP]) for found in blocks]
+        self.left = [0, *accumulate(one.kept for one in other)]
+        self.most_left = [0, *accumulate((one.kept for one in other), max)]
+        self.working = [0, *accumulate((one.working for one in other), max)]
+        self.kept = [*accumulate((one.kept for one in reversed(keep)), initial=0)][::-1]
+        self.keeping = [*accumulate((one.working for one in reversed(keep)), max, initial=0)][::-1]
+        self.hidden = max((one.hidden for one in other), default=0)

@@ -1,0 +1,109 @@
+"""FLUX.2 has blocks of two kinds: both are traced, and plans count each as what it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from real_models import budgets_of, request_of
+
+from tworeel.data.clips import Bucket
+from tworeel.engine.residency import Residency
+from tworeel.lora.targets import find_targets
+from tworeel.models.family import Component, ModelSource
+from tworeel.models.flux2.family import FLUX2
+from tworeel.models.flux2.variants import traits
+from tworeel.planning.cards import GIB
+from tworeel.planning.planner import Planner
+from tworeel.planning.plans import Plan
+from tworeel.planning.tracing import ModelTrace, TraceSettings, trace_model
+
+DOUBLE, SINGLE = FLUX2.block_lists
+SQUARE = Bucket(1, 1024, 1024)
+EDIT = Bucket(1, 1024, 1024, ((1024, 1024),))
+IMAGE, TEXT = 64 * 64, 512
+WIDTH = 4096
+CONFIG: dict[str, Any] = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+    "guidance_embeds": False,
+}
+"""FLUX.2-klein-9B."""
+
+
+def source_of() -> ModelSource:
+    transformer = Component(files=(), layout="diffusers", config={"in_channels": 128, **CONFIG})
+    return ModelSource(traits=traits("flux2-klein-9b"), transformer=transformer)
+
+
+@cache
+def settings_of() -> TraceSettings:
+    model = FLUX2.build_transformer(source_of().transformer)
+    return TraceSettings(
+        targets=tuple(find_targets(model, FLUX2.lora_presets["all-linear"], FLUX2.block_lists))
+    )
+
+
+@cache
+def traced(bucket: Bucket = SQUARE, compile: bool = True) -> ModelTrace:
+    return trace_model(FLUX2, source_of(), bucket, replace(settings_of(), compile=compile))
+
+
+def plan(gpus: str, **changes: Any) -> Plan:
+    request = request_of(
+        family=FLUX2,
+        source=source_of(),
+        buckets={SQUARE: 1.0},
+        trace=settings_of(),
+        budgets=budgets_of(gpus),
+    )
+    request = replace(request, **changes)
+    return Planner(request, traced(max(request.buckets))).best()
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_operations_of_both_kinds_are_those_of_the_formula(compile: bool) -> None:
+    blocks = traced(compile=compile).blocks
+    # A double block has 13 D² weights for each of its streams, a single one 13 D² for both.
+    for name, tokens in ((DOUBLE, IMAGE + TEXT), (SINGLE, IMAGE + TEXT)):
+        forward = blocks[name].forward
+        # The formula leaves out the LoRA, which is about 1 %.
+        assert sum(forward.products.values()) == pytest.approx(2 * tokens * 13 * WIDTH**2, rel=0.03)
+        assert forward.attention == pytest.approx(4 * tokens**2 * WIDTH, rel=1e-6)
+
+
+def test_blocks_of_both_kinds_hand_on_the_same_bytes_and_keep_different_ones() -> None:
+    double, single = (traced().blocks[name].footprints for name in (DOUBLE, SINGLE))
+    for footprints in (double, single):
+        assert footprints[Residency.KEEP].hidden == 2 * (IMAGE + TEXT) * WIDTH
+        assert footprints[Residency.RECOMPUTE].kept < footprints[Residency.SELECTIVE].kept
+        assert footprints[Residency.SELECTIVE].kept < footprints[Residency.KEEP].kept
+    assert double[Residency.KEEP].kept != single[Residency.KEEP].kept
+
+
+def test_reference_images_are_counted() -> None:
+    plain, edit = (traced(bucket).blocks[SINGLE] for bucket in (SQUARE, EDIT))
+    share = (2 * IMAGE + TEXT) / (IMAGE + TEXT)
+    assert sum(edit.forward.products.values()) == pytest.approx(
+        share * sum(plain.forward.products.values()), rel=1e-3
+    )
+    assert plan("2x RTX 4090", buckets={EDIT: 1.0}).tokens == 2 * IMAGE
+
+
+def test_a_plan_covers_both_lists() -> None:
+    found = plan("2x RTX 4090")
+    assert found.fits
+    assert (found.stages[0].first, found.stages[-1].last) == (0, 31)
+    # Double blocks hold twice the weights of single ones.
+    assert found.stages[0].num_blocks < found.stages[1].num_blocks
+    assert all(stage.peak < 24 * GIB for stage in found.stages)
+
+
+def test_a_small_card_streams_or_recomputes() -> None:
+    found = plan("RTX 4090")
+    assert found.fits
+    assert found.stages[0].streamed > 0 or found.stages[0].kept < found.stages[0].num_blocks
