@@ -202,8 +202,10 @@ class Sampling:
 
     frames: int
     """Frames of a preview where the user does not say: 1 is an image."""
-    guidance: float
-    """Guidance where the user does not say."""
+    guidance: Callable[[Traits], float]
+    """Guidance of a variant where the user does not say."""
+    takes_negative: Callable[[Traits], bool]
+    """Whether a variant's guidance above 1 takes a second pass, with the negative prompt."""
     experts: Callable[[Traits], tuple[str, ...]]
     """The experts that a variant needs for a whole rendering, in the order of their use; () if it has none.
     They take turns: never are two of them loaded."""

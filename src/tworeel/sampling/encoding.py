@@ -14,8 +14,9 @@ from tworeel.cache.store import CacheStore
 from tworeel.data.clips import Bucket
 from tworeel.data.images import read_image
 from tworeel.data.pixels import fit
-from tworeel.models.family import Family, ModelSource, Picture, TextOptions
-from tworeel.sampling.request import SampleRequest
+from tworeel.data.references import fit_references, load_reference
+from tworeel.models.family import Family, ModelSource, Picture, TextOptions, Traits
+from tworeel.sampling.request import REFERENCE, SampleRequest
 from tworeel.workers import Observer
 
 
@@ -45,7 +46,7 @@ def encode_request(
     return [
         Picture(
             text=texts[prompt],
-            negative=texts[request.negative_prompt] if request.guidance > 1 else None,
+            negative=texts[request.negative_prompt] if request.has_negative else None,
             images=images,
             width=request.width,
             height=request.height,
@@ -62,8 +63,9 @@ def _encode_images(
 ) -> dict[str, Tensor]:
     if not request.images:
         return {}
-    images = {name: _pixels(path, request) for name, path in request.images.items()}
-    first = next(iter(images.values()))
+    images = {name: _pixels(name, path, request, source.traits) for name, path in request.images.items()}
+    first = torch.zeros(3, request.height, request.width, dtype=torch.uint8)
+    first = images.get("first_image", first)
     # The encoders are those of training clips; of this one only what its images give is used.
     clip = first[:, None].expand(-1, request.frames, -1, -1)
     encoder = family.open_latent_encoder(source, device, dtype)
@@ -73,7 +75,10 @@ def _encode_images(
     return {name: tensor for name, tensor in encoded.items() if name != "latents"}
 
 
-def _pixels(path: Path, request: SampleRequest) -> Tensor:
+def _pixels(name: str, path: Path, request: SampleRequest, traits: Traits) -> Tensor:
+    if name == REFERENCE:
+        (reference,) = fit_references([path], traits, [])  # it was checked with the request
+        return load_reference(reference)
     bucket = Bucket(frames=1, height=request.height, width=request.width)
     return torch.from_numpy(fit(read_image(path), bucket)).permute(2, 0, 1).contiguous()
 

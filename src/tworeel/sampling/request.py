@@ -8,8 +8,11 @@ from pathlib import Path
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.images import read_image
+from tworeel.data.references import fit_references
 from tworeel.errors import UserError, collected
 from tworeel.models.family import Family, Sampling, Traits
+
+REFERENCE = "reference_image_0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +23,12 @@ class SampleRequest:
     strengths: tuple[float, ...]
     negative_prompt: str
     images: Mapping[str, Path]
-    """Condition images by the names of `Traits.image_inputs`."""
+    """Condition images by the names of `Traits.image_inputs`, or reference images."""
     seed: int
     steps: int
     guidance: float
+    has_negative: bool
+    """Whether the negative prompt is used."""
     width: int
     height: int
     frames: int
@@ -31,7 +36,7 @@ class SampleRequest:
     @property
     def captions(self) -> tuple[str, ...]:
         """Every text that has to be embedded."""
-        return (*self.prompts, self.negative_prompt) if self.guidance > 1 else self.prompts
+        return (*self.prompts, self.negative_prompt) if self.has_negative else self.prompts
 
 
 def require_sampling(family: Family) -> Sampling:
@@ -56,7 +61,8 @@ def make_request(
     sampling = require_sampling(family)
     asked = config.sample
     width, height = asked.size or _fitted(config.data.resolution, traits.spatial_multiple)
-    given = {"first_image": asked.image, "last_image": asked.last_image}
+    given = {_first_name(traits): asked.image, "last_image": asked.last_image}
+    guidance = sampling.guidance(traits) if asked.guidance is None else asked.guidance
     request = SampleRequest(
         prompts=asked.prompts,
         strengths=tuple(dict.fromkeys(asked.strengths or strengths)),
@@ -64,7 +70,8 @@ def make_request(
         images={name: path for name, path in given.items() if path is not None},
         seed=asked.seed,
         steps=asked.steps,
-        guidance=sampling.guidance if asked.guidance is None else asked.guidance,
+        guidance=guidance,
+        has_negative=guidance > 1 and sampling.takes_negative(traits),
         width=width,
         height=height,
         frames=sampling.frames if asked.frames is None else asked.frames,
@@ -72,6 +79,11 @@ def make_request(
     if problems := tuple(_problems(request, traits)):
         raise UserError(*problems)
     return request
+
+
+def _first_name(traits: Traits) -> str:
+    """What `sample.image` is to a model: the first frame, or a reference."""
+    return REFERENCE if traits.reference_images else "first_image"
 
 
 def _fitted(size: tuple[int, int], multiple: int) -> tuple[int, int]:
@@ -93,15 +105,18 @@ def _problems(request: SampleRequest, traits: Traits) -> Iterator[str]:
 
 
 def _image_problems(images: Mapping[str, Path], traits: Traits) -> Iterator[str]:
-    options = {"first_image": "sample.image", "last_image": "sample.last_image"}
+    options = {_first_name(traits): "sample.image", "last_image": "sample.last_image"}
     for name in traits.image_inputs:
         if name not in images and not traits.image_optional:
             yield f"{options[name]}: missing; {traits.variant} starts from images"
     for name, path in images.items():
-        if name not in traits.image_inputs:
+        if name not in traits.image_inputs and name != REFERENCE:
             yield f"{options[name]} = '{path}': {traits.variant} takes no such image; leave it out"
         else:
             found: list[str] = []
-            with collected(found):
-                read_image(path)
+            if name == REFERENCE:
+                fit_references([path], traits, found)
+            else:
+                with collected(found):
+                    read_image(path)
             yield from (f"{options[name]}: {problem}" for problem in found)

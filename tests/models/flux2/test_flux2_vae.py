@@ -13,7 +13,7 @@ from tworeel.demo.tiny_flux2 import tiny_vae, write_vae
 from tworeel.errors import UserError
 from tworeel.models.family import Component, ModelSource
 from tworeel.models.flux2.encoders import Flux2LatentEncoder, latent_identity
-from tworeel.models.flux2.vae import open_vae, parameter_name, vae_config
+from tworeel.models.flux2.vae import open_vae, vae_config, vae_parameter_name
 from tworeel.models.flux2.variants import traits
 from tworeel.models.network_files import read_json, weight_files
 from tworeel.weights.tensor_files import TensorFiles
@@ -60,11 +60,15 @@ def test_only_the_encoding_half_is_read(tmp_path, prefix):
     assert torch.equal(vae.encode(image()), of_the_pipeline(image(), tiny_vae()))
 
 
-def test_every_key_of_the_authors_file_is_a_parameter_of_diffusers(tmp_path):
-    names = {parameter_name(key) for key in load_file(write_vae(tmp_path, "native"))} - {None}
-    wanted = {name for name in tiny_vae().state_dict() if not name.startswith(("decoder.", "post_quant"))}
+@pytest.mark.parametrize(
+    ("half", "theirs"), [("encoder", ("decoder.", "post_quant")), ("decoder", ("encoder.", "quant"))]
+)
+def test_every_key_of_the_authors_file_is_a_parameter_of_diffusers(tmp_path, half, theirs):
+    keys = load_file(write_vae(tmp_path, "native"))
+    name_of = vae_parameter_name(keys, half)
+    wanted = {name for name in tiny_vae().state_dict() if not name.startswith(theirs)}
 
-    assert names == wanted - {"bn.num_batches_tracked"}
+    assert {name_of(key) for key in keys} - {None} == wanted - {"bn.num_batches_tracked"}
 
 
 def test_the_configuration_from_shapes_is_the_one_that_was_written(tmp_path):

@@ -15,6 +15,7 @@ from tworeel.models.flux2.lora_names import (
     native_parts,
     to_native,
 )
+from tworeel.models.flux2.sampling import SAMPLING
 from tworeel.models.flux2.text import open_text_encoder, text_identity
 from tworeel.models.flux2.text_placement import text_workers
 from tworeel.models.flux2.transformer import BLOCK_LISTS, KEEP_FP32, LORA_PRESETS, build_transformer
@@ -41,4 +42,5 @@ FLUX2 = Family(
     text_workers=text_workers,
     cached_shapes=cached_shapes,
     make_sample=make_sample,
+    sampling=SAMPLING,
 )

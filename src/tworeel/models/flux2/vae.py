@@ -1,13 +1,14 @@
-"""The encoder of FLUX.2's VAE: pixels to normalized latents of 2×2 patches.
+"""FLUX.2's VAE, one half at a time, and its encoder: pixels to normalized latents of 2×2 patches.
 
 Shape letters: C latent channels (of patches), H/W patches; pixels are 16 H × 16 W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -22,8 +23,13 @@ from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import RowRange, TensorFiles, TensorInfo
 
 _CPU = torch.device("cpu")
-_NOT_READ = ("decoder.", "post_quant_conv.", "bn.num_batches_tracked")
+Half = Literal["encoder", "decoder"]
+_NOT_READ = {
+    "encoder": ("decoder.", "post_quant_conv.", "bn.num_batches_tracked"),
+    "decoder": ("encoder.", "quant_conv.", "bn.num_batches_tracked"),
+}
 _PREFIXES = ("first_stage_model.", "vae.")
+_STAGE = re.compile(r"\bencoder\.down(?:_blocks)?\.(\d+)\.")
 _BUFFERS = ("running_mean", "running_var")
 _STATISTICS = tuple(f"bn.{name}" for name in _BUFFERS)
 
@@ -36,8 +42,7 @@ class Flux2Vae:
         self._device = device
         self._dtype = dtype
         self._patch = network.config["patch_size"][0]
-        mean, variance = (network.bn.get_buffer(name).view(-1, 1, 1) for name in _BUFFERS)
-        self._mean, self._std = mean, torch.sqrt(variance + network.config["batch_norm_eps"])
+        self._mean, self._std = statistics(network)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -74,39 +79,77 @@ def open_vae(component: Component, device: torch.device, dtype: torch.dtype) -> 
     Raises:
         UserError: a file is damaged or holds another network.
     """
+    return Flux2Vae(load_vae(component, "encoder", device, dtype), device, dtype)
+
+
+def load_vae(component: Component, half: Half, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load one half of a FLUX.2 VAE (`AutoencoderKLFlux2`) from any layout, and the latents' statistics.
+
+    Raises:
+        UserError: a file is damaged or holds another network.
+    """
     files = _Files(*component.files)
-    network = build_vae_encoder(vae_config(component, files.names))
+    network = build_vae(vae_config(component, files.names), half)
     load_weights(
         network,
         files,
-        parameter_name,
+        vae_parameter_name(files.names, half),
         device_of=lambda name: device,
         dtype_of=lambda name: torch.float32 if name in _STATISTICS else dtype,
     )
-    return Flux2Vae(network.eval(), device, dtype)
+    return network.eval()
 
 
-def build_vae_encoder(config: Mapping[str, Any]) -> Any:
-    """Make the VAE (`AutoencoderKLFlux2`) on the meta device, without its decoder."""
+def build_vae(config: Mapping[str, Any], half: Half) -> Any:
+    """Make one half of the VAE (`AutoencoderKLFlux2`) on the meta device."""
     with init_empty_weights(include_buffers=True):
         network: Any = AutoencoderKLFlux2.from_config(dict(config))
-    network.decoder = network.post_quant_conv = None
+    if half == "encoder":
+        network.decoder = network.post_quant_conv = None
+    else:
+        network.encoder = network.quant_conv = None
     network.bn.register_buffer("num_batches_tracked", None)
     return network
 
 
-def parameter_name(key: str) -> str | None:
-    """Turn a VAE file's key, in either spelling, into `AutoencoderKLFlux2`'s (None: not for encoding)."""
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    return None if key.startswith(_NOT_READ) else from_native(key)
+def statistics(network: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents by channel, fp32, (C, 1, 1)."""
+    mean, variance = (network.bn.get_buffer(name).view(-1, 1, 1) for name in _BUFFERS)
+    return mean, torch.sqrt(variance + network.config["batch_norm_eps"])
+
+
+def read_statistics(component: Component) -> dict[str, Tensor]:
+    """Read the batch norm's `running_mean` and `running_var` alone."""
+    with _Files(*component.files) as files:
+        name_of = vae_parameter_name(files.names)
+        keys = {name_of(key): key for key in files.names}
+        return {name: files.read(keys[f"bn.{name}"]).float() for name in _BUFFERS}
+
+
+def vae_parameter_name(names: Iterable[str], half: Half = "encoder") -> Callable[[str], str | None]:
+    """Return the function from a VAE file's keys to `AutoencoderKLFlux2`'s (None: the other half's).
+
+    Args:
+        names: all keys of the file; they tell how many resolutions there are.
+        half: that is wanted.
+    """
+    stages = 1 + max((int(found[1]) for name in names if (found := _STAGE.search(name))), default=0)
+
+    def parameter_name(key: str) -> str | None:
+        for prefix in _PREFIXES:
+            key = key.removeprefix(prefix)
+        name = from_native(key, stages)
+        return None if name.startswith(_NOT_READ[half]) else name
+
+    return parameter_name
 
 
 def vae_config(component: Component, names: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """Return `AutoencoderKLFlux2`'s arguments: the folder's config.json, or what the shapes tell."""
     if component.config:
         return dict(component.config)
-    shapes = {parameter_name(key): info.shape for key, info in names.items()}
+    name_of = vae_parameter_name(names)
+    shapes = {name_of(key): info.shape for key, info in names.items()}
     last, statistics = shapes.get("encoder.conv_out.weight"), shapes.get("bn.running_mean")
     widths = _widths(shapes)
     if last is None or statistics is None or not widths:

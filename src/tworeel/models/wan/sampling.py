@@ -116,7 +116,8 @@ class _KnownLatents(nn.Module):
 
 SAMPLING = Sampling(
     frames=17,
-    guidance=5.0,
+    guidance=lambda _traits: 5.0,
+    takes_negative=lambda _traits: True,
     experts=experts,
     make_pipeline=make_pipeline,
     arguments=arguments,
