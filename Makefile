@@ -1,4 +1,5 @@
 # make demo   a whole training run with a tiny model: no GPU, no download of a model
+# make demo-flux2   the same for FLUX.2, images with reference images
 # make test   everything that must hold before a change goes in
 #
 # Both work in .venv, which they create with PYTHON (3.11 or later):  make demo PYTHON=python3.12
@@ -18,6 +19,9 @@ help:
 demo: .venv/installed
 	$(BIN)/tworeel demo demo-output
 
+demo-flux2: .venv/installed
+	$(BIN)/tworeel demo demo-output-flux2 --family flux2
+
 # One thread each: the tests' models are tiny, and several tests run side by side.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
@@ -31,7 +35,7 @@ docs: .venv/installed
 	$(BIN)/python -m tworeel.config.reference > docs/config.md
 
 clean:
-	rm -rf .venv build demo-output .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf .venv build demo-output demo-output-flux2 .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,4 +52,4 @@ clean:
 	$(INSTALL) -e '.[dev]'
 	@touch .venv/installed $@
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo demo-flux2 test lint docs clean

@@ -1,7 +1,8 @@
-"""Draws a small dataset: shapes that move over a gradient, as real video files with captions."""
+"""Draws small datasets: shapes over a gradient, as video files with captions or as pairs of images."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -40,6 +41,34 @@ def write_clips(folder: Path, count: int = 6, seed: int = 0) -> list[Path]:
     rng = random.Random(seed)
     paths = [_write_video(folder / f"clip_{k}.mp4", FORMATS[k % len(FORMATS)], rng) for k in range(count)]
     return [*paths, _write_image(folder / "image.png", rng)]
+
+
+def write_edits(folder: Path, count: int = 5, seed: int = 0) -> list[Path]:
+    """Write `count` edited images beside what they were made of, and `metadata.jsonl`, which pairs them.
+
+    Each is a shape on a gradient; its reference image is the gradient alone. Returns the paths of the images
+    that are trained on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    rows = [_write_edit(folder, k, rng) for k in range(count)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    return [folder / row["path"] for row in rows]
+
+
+def _write_edit(folder: Path, number: int, rng: random.Random) -> dict[str, str]:
+    width, height, _, _ = FORMATS[number % len(FORMATS)]
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    before = _gradient(width, height, rng)
+    row = {
+        "path": f"image_{number}.png",
+        "caption": f"Put a {colour} {shape} on it.",
+        "edit_image": f"before_{number}.png",
+    }
+    before.save(folder / row["edit_image"])
+    _draw(before, shape, colour, (1, 1), 0.5).save(folder / row["path"])
+    return row
 
 
 def _write_video(path: Path, form: tuple[int, int, int, int], rng: random.Random) -> Path:

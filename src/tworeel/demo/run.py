@@ -1,16 +1,15 @@
-"""The demo: a tiny Wan model and drawn clips, and the commands that a user would give."""
+"""The demo: a tiny model and a drawn dataset, and the commands that a user would give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from tworeel.config.writing import toml_value
-from tworeel.demo.checkpoint import write_checkpoint
-from tworeel.demo.clips import write_clips
+from tworeel.demo.kinds import DEMOS, Demo
 from tworeel.errors import UserError
 from tworeel.files import remove, write_text_atomic
 from tworeel.report.console import console, say
@@ -19,22 +18,20 @@ from tworeel.training.space import require_space
 
 MARKER = ".tworeel-demo"
 """A folder with this file was made by the demo, which may replace what it wrote there."""
-VARIANT = "wan2.1-t2v-1.3b"
 
 CONTENTS = {
     "run/lora.safetensors": "the LoRA, as ComfyUI, diffusers and DiffSynth read it",
     "lora-diffusers.safetensors": "the same LoRA with diffusers' names, made by 'tworeel convert'",
     "run/loss.png": "the loss of each step: it falls, so the LoRA learns",
+    "previews/contact-sheet.png": "the prompt without and with the LoRA, made by 'tworeel sample'",
     "run/metrics.jsonl": "one line a step: loss, gradient norm, seconds, memory, how busy each stage was",
     "run/config.toml": "every option of the run, the defaults too; '--resume' starts from it",
     "run/checkpoints": "what a resumed run goes on from",
     "run/tensorboard": "the metrics for TensorBoard",
     "demo.toml": "what was asked of 'tworeel train'",
-    "clips": "the dataset: drawn clips, each with its caption in a .txt file",
-    "model": f"a tiny {VARIANT} with random weights, in the layout of Wan's own repository",
-    "cache": "the clips and captions as the model's encoders see them",
+    "cache": "the dataset as the model's encoders see it",
 }
-"""What the demo writes, and what each of it is; the most useful first."""
+"""What every demo writes, and what each of it is; the most useful first."""
 NOTE = "WHAT_IS_WHAT.txt"
 
 _NEEDED_SPACE = 32 * 1024**2
@@ -48,11 +45,10 @@ path = "model"
 dtype = "float32"
 
 [[data.sources]]
-path = "clips"
+path = "{path}"
 
 [data]
-resolution = [96, 64]
-frames = [1, 9, 17]
+{data}
 
 [lora]
 rank = 16
@@ -67,38 +63,58 @@ learning_rate = 1e-2
 [engine]
 # Two stages, with a part of the model's blocks each.
 devices = {devices}
+
+[sample]
+prompts = ["{prompt}"]
+size = [96, 64]
+steps = 8
+{sample}
 """
 
-_INTRODUCTION = f"""\
-This folder was written by 'tworeel demo': a whole training run with a tiny {VARIANT}.
+_INTRODUCTION = """\
+This folder was written by 'tworeel demo': a whole training run with a tiny {variant}.
 The model's weights are random, so the LoRA makes no pictures; its files are those of a real run.
 """
 
 
-def run_demo(folder: Path, run: Callable[[Sequence[str]], None]) -> None:
-    """Make a model and clips, check, cache, train on two stages and convert the LoRA; say what is where.
+def run_demo(folder: Path, run: Callable[[Sequence[str]], None], demo: Demo) -> None:
+    """Make a model and a dataset, check, cache, train on two stages, convert and sample; say what is where.
 
     Args:
         folder: that everything is written to. The results of an earlier demo in it are replaced.
         run: runs the program with these arguments, as a user would.
+        demo: which family's.
 
     Raises:
         UserError: the folder holds something that is not the demo's, or the disk has no room for it.
     """
+    contents = contents_of(demo)
     _clear(folder)
     require_space(folder, _NEEDED_SPACE, "the demo")
-    say(f"A tiny Wan model with random weights, and drawn clips with captions, in {folder}:")
-    write_checkpoint(folder / "model", variant=VARIANT, layout="native")
-    clips = write_clips(folder / "clips")
-    say(f"  {folder / 'model'}, {folder / 'clips'} ({len(clips)} files)")
+    say(f"A tiny {demo.variant} with random weights, and a drawn dataset with captions, in {folder}:")
+    demo.write_model(folder / "model")
+    data = folder / Path(demo.data).parts[0]
+    files = demo.write_data(data)
+    say(f"  {folder / 'model'}, {data} ({len(files)} files)")
     config = folder / "demo.toml"
-    write_text_atomic(config, _CONFIG.format(devices=toml_value(demo_devices())))
+    write_text_atomic(config, _config(demo))
     for command in _commands(folder, config):
         say(f"\n$ tworeel {_as_typed(command)}")
         run(command)
-    write_text_atomic(folder / NOTE, _note())
+    write_text_atomic(folder / NOTE, _note(demo, contents))
     console.print()
-    console.print(_table(folder))
+    console.print(_table(folder, contents))
+
+
+def contents_of(demo: Demo) -> dict[str, str]:
+    """What a demo writes, and what each of it is."""
+    return {**CONTENTS, **demo.contents}
+
+
+def _config(demo: Demo) -> str:
+    return _CONFIG.format(
+        path=demo.data, devices=toml_value(demo_devices()), prompt=demo.prompt, **demo.settings
+    )
 
 
 def demo_devices() -> list[str]:
@@ -117,7 +133,8 @@ def _clear(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
-        for name in {Path(path).parts[0] for path in (*CONTENTS, NOTE)}:
+        written = (*CONTENTS, *(name for demo in DEMOS.values() for name in demo.contents), NOTE)
+        for name in {Path(path).parts[0] for path in written}:
             if (folder / name).exists():
                 remove(folder / name)
     except OSError as error:
@@ -131,6 +148,7 @@ def _commands(folder: Path, config: Path) -> list[list[str]]:
         ["cache", str(config)],
         ["train", str(config)],
         ["convert", lora, converted, "--to", "diffusers"],
+        ["sample", str(folder / "run"), "--out", str(folder / "previews")],
     ]
 
 
@@ -138,18 +156,18 @@ def _as_typed(command: Sequence[str]) -> str:
     return " ".join(f'"{word}"' if " " in word else word for word in command)
 
 
-def _note() -> str:
-    width = max(map(len, CONTENTS))
-    lines = [f"{name:<{width}}  {meaning}" for name, meaning in CONTENTS.items()]
-    return "\n".join([_INTRODUCTION, *lines]) + "\n"
+def _note(demo: Demo, contents: Mapping[str, str]) -> str:
+    width = max(map(len, contents))
+    lines = [f"{name:<{width}}  {meaning}" for name, meaning in contents.items()]
+    return "\n".join([_INTRODUCTION.format(variant=demo.variant), *lines]) + "\n"
 
 
-def _table(folder: Path) -> Table:
+def _table(folder: Path, contents: Mapping[str, str]) -> Table:
     table = Table(title=f"What the demo left in {folder}", title_justify="left")
     table.add_column("file", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("what it is")
-    for name, meaning in CONTENTS.items():
+    for name, meaning in contents.items():
         table.add_row(name, _size(folder / name), meaning)
     table.add_row(NOTE, _size(folder / NOTE), "this table")
     return table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -96,6 +96,7 @@ class Renderer:
             StandIn(config, self._device, self._dtype, self._answer(number, place, turn, split))
             for place, config in enumerate(self._configs)
         ]
+        picture = _with_text_in(picture, self._dtype)
         pipeline = self._sampling.make_pipeline(self._source, stand_ins, picture)
         pipeline.set_progress_bar_config(disable=True)
         try:
@@ -116,3 +117,13 @@ class Renderer:
         if place > turn:
             return missing
         return loaded(split, self._poll, memory if turn + 1 < len(self._configs) else None)
+
+
+def _with_text_in(picture: Picture, dtype: torch.dtype) -> Picture:
+    """Embeddings come in the cache's dtype; not every pipeline casts them to the transformer's."""
+
+    def cast(text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(dtype) for name, tensor in text.items()}
+
+    negative = None if picture.negative is None else cast(picture.negative)
+    return replace(picture, text=cast(picture.text), negative=negative)
