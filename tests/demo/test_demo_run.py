@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from tworeel.cli.app import app
-from tworeel.demo.run import CONTENTS, MARKER, NOTE, demo_devices, run_demo
+from tworeel.demo.kinds import DEMOS, WAN, Demo
+from tworeel.demo.run import MARKER, NOTE, contents_of, demo_devices, run_demo
 from tworeel.errors import UserError
 
 
@@ -29,63 +30,70 @@ class Program:
         app([*arguments, *more], standalone_mode=False)
 
 
-@pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo of 20 steps."""
-    folder = tmp_path_factory.mktemp("demo") / "out"
+@pytest.fixture(scope="module", params=DEMOS)
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, Path]:
+    """Each family's demo of 20 steps, and its folder."""
+    demo, folder = DEMOS[request.param], tmp_path_factory.mktemp("demo") / "out"
     program = Program(20)
-    run_demo(folder, program)
-    assert [command[0] for command in program.commands] == ["check", "cache", "train", "convert"]
-    return folder
+    run_demo(folder, program, demo)
+    commands = ["check", "cache", "train", "convert", "sample"]
+    assert [command[0] for command in program.commands] == commands
+    return demo, folder
 
 
-def test_the_demo_leaves_what_it_says_and_nothing_else(demo_folder: Path) -> None:
-    assert all((demo_folder / name).exists() for name in CONTENTS)
-    tops = {Path(name).parts[0] for name in (*CONTENTS, NOTE, MARKER)}
-    assert {path.name for path in demo_folder.iterdir()} == tops
-    note = (demo_folder / NOTE).read_text(encoding="utf-8")
-    assert all(f"\n{name} " in note for name in CONTENTS)
+def test_a_demo_leaves_what_it_says_and_nothing_else(shown: tuple[Demo, Path]) -> None:
+    demo, folder = shown
+    contents = contents_of(demo)
+    assert all((folder / name).exists() for name in contents)
+    tops = {Path(name).parts[0] for name in (*contents, NOTE, MARKER)}
+    assert {path.name for path in folder.iterdir()} == tops
+    note = (folder / NOTE).read_text(encoding="utf-8")
+    assert demo.variant in note and all(f"\n{name} " in note for name in contents)
 
 
-def test_the_loss_of_the_demo_falls_visibly(demo_folder: Path) -> None:
-    lines = (demo_folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def test_the_loss_of_a_demo_falls_visibly(shown: tuple[Demo, Path]) -> None:
+    _, folder = shown
+    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert statistics.mean(losses[-5:]) < 0.75 * statistics.mean(losses[:3])
     assert all("busy/stage1" in json.loads(line) for line in lines)
-    with Image.open(demo_folder / "run" / "loss.png") as plot:
+    with Image.open(folder / "run" / "loss.png") as plot:
         assert plot.format == "PNG" and plot.width > 600
 
 
-def test_the_loras_of_the_demo_have_the_names_of_comfyui_and_of_diffusers(demo_folder: Path) -> None:
-    for name, prefix in {
-        "run/lora": "diffusion_model.blocks.",
-        "lora-diffusers": "transformer.blocks.",
-    }.items():
-        with safe_open(demo_folder / f"{name}.safetensors", "pt") as file:
-            assert all(key.startswith(prefix) for key in file.keys())  # noqa: SIM118  not a mapping
+def test_the_loras_of_a_demo_have_the_names_of_comfyui_and_of_diffusers(shown: tuple[Demo, Path]) -> None:
+    demo, folder = shown
+    prefixes = {"run/lora": "diffusion_model.", "lora-diffusers": "transformer."}
+    lists = ("blocks.",) if demo is WAN else ("double_", "single_", "transformer_")
+    for name, prefix in prefixes.items():
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            keys = list(file.keys())
+        assert keys and all(key.startswith(prefix) for key in keys)
+        assert all(key.removeprefix(prefix).startswith(lists) for key in keys)
 
 
-def test_a_second_demo_replaces_the_first_and_leaves_other_files(demo_folder: Path) -> None:
-    mine = demo_folder / "notes.txt"
+def test_a_second_demo_replaces_the_first_and_leaves_other_files(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run_demo(folder, Program(1), DEMOS["flux2"])
+    mine = folder / "notes.txt"
     mine.write_text("mine", encoding="utf-8")
-    before = (demo_folder / "run" / "lora.safetensors").stat().st_mtime_ns
-    run_demo(demo_folder, Program(2))
-    assert (demo_folder / "run" / "lora.safetensors").stat().st_mtime_ns > before
-    assert len((demo_folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    run_demo(folder, Program(2), WAN)
+    assert len((folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    assert not (folder / "images").exists()
     assert mine.read_text(encoding="utf-8") == "mine"
 
 
 def test_a_folder_that_is_not_the_demos_is_refused_unchanged(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("years of work", encoding="utf-8")
     with pytest.raises(UserError, match="is not empty and no demo's folder"):
-        run_demo(tmp_path, Program(1))
+        run_demo(tmp_path, Program(1), WAN)
     assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_file_in_the_demos_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; give the name of a folder"):
-        run_demo(tmp_path / "file", Program(1))
+        run_demo(tmp_path / "file", Program(1), WAN)
 
 
 def test_the_demo_has_two_stages_on_any_machine() -> None:
