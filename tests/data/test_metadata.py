@@ -47,6 +47,25 @@ def test_a_folder_is_read_recursively_and_sorted(folder: Path) -> None:
     assert not listing.broken and not listing.problems
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_with_a_table_of_the_usual_name_is_that_table(folder: Path, name: str) -> None:
+    rows = {
+        "metadata.jsonl": '{"path": "a.mp4", "caption": "one"}',
+        "metadata.csv": "path,caption\na.mp4,one",
+    }
+    write(folder / name, rows[name] + "\n")
+    listing = read_source(folder)
+    assert [(entry.name, entry.caption) for entry in listing.entries] == [("a.mp4", "one")]
+    assert listing == read_source(folder / name)
+
+
+def test_two_tables_in_a_folder_are_a_problem(folder: Path) -> None:
+    for name in ("metadata.jsonl", "metadata.csv"):
+        (folder / name).touch()
+    [problem] = read_source(folder).problems
+    assert "metadata.jsonl and metadata.csv are both there" in problem
+
+
 def test_a_folder_without_clips_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "readme.md").touch()
     [problem] = read_source(tmp_path).problems

@@ -26,6 +26,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "first_image": ("first_image", "input_image"),
     "last_image": ("last_image", "end_image"),
 }
+TABLES = ("metadata.jsonl", "metadata.csv")
+"""In a dataset's folder they list what is in it."""
 SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
@@ -55,14 +57,25 @@ class Listing:
 
 
 def read_source(path: Path) -> Listing:
-    """List the clips of a folder, a `.csv` or a `.jsonl` file, in a stable order."""
+    """List the clips of a folder, a `.csv` or a `.jsonl` file, in a stable order.
+
+    A folder with a table of a usual name in it is what that table lists.
+    """
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder_or_table(path)
     if not path.is_file():
         return Listing(problems=[f"{path}: no such file or folder (data.sources)"])
     if path.suffix.lower() not in (".csv", ".jsonl"):
         return Listing(problems=[f"{path}: a dataset is a folder, a .csv or a .jsonl file"])
     return _read_table(path)
+
+
+def _read_folder_or_table(folder: Path) -> Listing:
+    tables = [folder / name for name in TABLES if (folder / name).is_file()]
+    if len(tables) > 1:
+        found = " and ".join(table.name for table in tables)
+        return Listing(problems=[f"{folder}: {found} are both there; give the path of the one that counts"])
+    return _read_table(tables[0]) if tables else _read_folder(folder)
 
 
 def _read_folder(folder: Path) -> Listing:

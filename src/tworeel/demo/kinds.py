@@ -21,7 +21,7 @@ class Demo:
     """Writes the tiny checkpoint into a folder."""
     write_data: Callable[[Path], Any]
     data: str
-    """The dataset: a folder, or a table in one."""
+    """The dataset's folder."""
     settings: Mapping[str, str]
     """Lines of sections of the configuration."""
     prompt: str
@@ -46,7 +46,7 @@ FLUX2 = Demo(
     variant="flux2-klein-base-4b",
     write_model=lambda folder: write_flux2_checkpoint(folder, variant="flux2-klein-base-4b"),
     write_data=write_edits,
-    data="images/metadata.jsonl",
+    data="images",
     settings={"data": "resolution = [96, 64]", "sample": 'image = "images/before_0.png"'},
     prompt="Put a red circle on it.",
     contents={

@@ -93,7 +93,7 @@ def run_demo(folder: Path, run: Callable[[Sequence[str]], None], demo: Demo) -> 
     require_space(folder, _NEEDED_SPACE, "the demo")
     say(f"A tiny {demo.variant} with random weights, and a drawn dataset with captions, in {folder}:")
     demo.write_model(folder / "model")
-    data = folder / Path(demo.data).parts[0]
+    data = folder / demo.data
     files = demo.write_data(data)
     say(f"  {folder / 'model'}, {data} ({len(files)} files)")
     config = folder / "demo.toml"
