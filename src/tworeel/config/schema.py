@@ -198,7 +198,7 @@ class SampleConfig(Section):
     negative_prompt: str = ""
     """What guidance leads away from."""
     image: Path | None = None
-    """First frame, for models that start from an image."""
+    """First frame, for models that start from an image; a reference image for FLUX.2."""
     last_image: Path | None = None
     """Last frame, for Wan 2.1 FLF2V."""
     seed: NonNegativeInt = 0
