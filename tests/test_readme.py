@@ -32,6 +32,7 @@ SMALL = {
     "train.tensorboard": "false",
     "engine.devices": '["cpu","cpu"]',
 }
+CLIP_BENCH = "tworeel bench --shapes 480x832x49 --micro-batches 8"
 INSTALLS = "would change the environment that the tests run in"
 NOT_RUN = {
     "make demo": "runs what tests/demo/test_demo_run.py runs, after an installation",
@@ -46,7 +47,7 @@ NOT_RUN = {
     "python -m pytest -m gpu": "needs GPUs",
     "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
-    "tworeel bench --shapes 480x832x49 --micro-batches 8 --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",
+    f"{CLIP_BENCH} --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",
     'python -c "import torch; print(torch.__version__, torch.cuda.device_count())"': "nothing of ours",
     "tworeel check --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips": "needs a connection",
     "tworeel check --model black-forest-labs/FLUX.2-klein-base-4B --data pictures": "needs a connection",
