@@ -26,8 +26,8 @@ import torch
 from measuring import console, gib
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.shapes import TINY as TINY_SHAPE
 from tworeel.benchmarks.shapes import model_shape
+from tworeel.benchmarks.widths import TINY as TINY_SHAPE
 from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
@@ -226,7 +226,7 @@ def _measure(
     model = WAN.build_transformer(request.source.transformer)
     placement = place(model, devices, at=at, blocks=WAN.block_lists)
     quantize: Any = case.quantize
-    models.fill(model, placement, dtype=torch.bfloat16, rank=RANK, quantize=quantize)
+    models.fill(model, WAN, placement, dtype=torch.bfloat16, rank=RANK, quantize=quantize)
     machine.reset_peaks(devices)
     optimizer = torch.optim.AdamW(lora_parameters(model).values())
     division = split(
