@@ -67,7 +67,7 @@ def write(options: Options) -> dict[str, Any]:
         meter.begin("model")
         write_model(model, options.sizes)
         meter.begin("images")
-        write_images(_images(options), width=options.size, height=options.size, count=options.images)
+        _write_images(options)
     measuring.print_phases("write", meter.phases.values())
     return {"phases": measuring.as_json(meter.phases.values())}
 
@@ -75,6 +75,8 @@ def write(options: Options) -> dict[str, Any]:
 def run(options: Options) -> dict[str, Any]:
     """Check, cache and train from nothing."""
     whole_run.forget(options)
+    if not _images(options).exists():
+        _write_images(options)  # `write` may have been called with another size
     return whole_run.train_and_tell("run", run_config(options, options.steps), FLUX2, LOAD)
 
 
@@ -156,6 +158,10 @@ def _source(options: Options) -> ModelSource:
 
 def _images(options: Options) -> Path:
     return options.folder / f"images-{options.size}"
+
+
+def _write_images(options: Options) -> None:
+    write_images(_images(options), width=options.size, height=options.size, count=options.images)
 
 
 def read_options(arguments: argparse.Namespace) -> Options:
