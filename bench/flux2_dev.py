@@ -7,7 +7,7 @@
 
 Phases:
 
-- `write`: the transformer, Mistral-3, the VAE with random weights, and images (100 GB);
+- `write`: the transformer, Mistral-3, the VAE with random weights, and images (99 GB);
 - `run`: check, cache, train, checkpoint and LoRA;
 - `resume`: one more step from the checkpoint;
 - `text`: captions embedded by Mistral-3, spread over the devices.
@@ -38,7 +38,7 @@ from tworeel.training.loadable import torch_dtype
 from tworeel.training.space import require_space
 
 LOAD = Limit(bytes=8 * 2**30, of="peak")
-DISK = 105 * 2**30
+DISK = 100 * 2**30
 """What the model, the cache, checkpoints and the LoRA need at real size, in bytes."""
 QUANTIZE = ("fp8", "int8", "none")
 PLACEMENTS = ("auto", "each", "spread", "cpu")
