@@ -24,9 +24,10 @@ from torch import nn
 
 from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.naive import device_hooks
+from tworeel.benchmarks.preparing import Gradients, gradients_of
 from tworeel.benchmarks.results import Agreement, agreement_of
-from tworeel.benchmarks.run import Gradients, gradients_of
-from tworeel.benchmarks.shapes import TINY, TINY_TOKENS, WAN_14B, Case, square_grid
+from tworeel.benchmarks.shapes import Case, square_grid
+from tworeel.benchmarks.widths import TINY, TINY_TOKENS, WAN_14B
 from tworeel.engine import Pipeline, Placement, split
 from tworeel.engine.attention import AttentionBackend, attention_backend, before_first_product
 
@@ -39,6 +40,7 @@ class Step:
 
     def __init__(self, case: Case, blocks: int, devices: Sequence[torch.device]) -> None:
         self._case, self._blocks, self._devices = case, blocks, devices
+        self._family = models.family_of(case.model)
         self._batches = models.make_batches(case, torch.bfloat16, devices[0])
 
     def one_at_a_time(self, *, fp32: bool) -> Gradients:
@@ -57,15 +59,15 @@ class Step:
         """Through the engine, with the residency that fits."""
         model, placement = self._model()
         at = placement.boundaries[1:-1]
-        division = split(model, self._devices, at=at, blocks=models.WAN.block_lists, compile=compile)
+        division = split(model, self._devices, at=at, blocks=self._family.block_lists, compile=compile)
         with attention_backend(attention, self._devices):
             Pipeline(division).step(self._batches, lambda output, _: models.mean_square(output))
         return self._taken(model)
 
     def _model(self) -> tuple[nn.Module, Placement]:
         model = models.build(self._case.model, self._blocks)
-        placement = models.place_model(model, self._devices, None)
-        models.fill(model, placement, dtype=torch.bfloat16, rank=RANK)
+        placement = models.place_model(model, self._family, self._devices, None)
+        models.fill(model, self._family, placement, dtype=torch.bfloat16, rank=RANK)
         return model, placement
 
     def _taken(self, model: nn.Module) -> Gradients:

@@ -25,8 +25,9 @@ from torch import nn
 
 from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.naive import recomputed
-from tworeel.benchmarks.run import Prepared, Settings, prepare
-from tworeel.benchmarks.shapes import TINY, WAN_14B, make_cases
+from tworeel.benchmarks.preparing import Prepared, Settings, prepare
+from tworeel.benchmarks.shapes import make_cases
+from tworeel.benchmarks.widths import TINY, WAN_14B
 from tworeel.engine import Pipeline, split
 
 BLOCKS = 4

@@ -26,15 +26,17 @@ import torch
 from measuring import console, gib
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.shapes import TINY as TINY_SHAPE
 from tworeel.benchmarks.shapes import model_shape
+from tworeel.benchmarks.widths import FLUX2_DEV, TINY_FLUX2
+from tworeel.benchmarks.widths import TINY as TINY_SHAPE
 from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
 from tworeel.lora.state import lora_parameters
 from tworeel.lora.targets import find_targets
-from tworeel.models.family import Component, ModelSource, Traits
-from tworeel.models.wan.family import WAN
+from tworeel.models.family import Component, Family, ModelSource, Traits
+from tworeel.models.flux2 import variants
+from tworeel.models.registry import FAMILIES
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.measuring import measured
@@ -47,7 +49,6 @@ from tworeel.training.planned import budgets_of_cards, budgets_of_devices
 STEPS = 2
 """The first one compiles and decides what blocks leave behind; the last one is timed."""
 EDGE_STEPS = 3
-RANK = 32
 WITHIN = 0.05
 """Of a measured peak, or half a GiB: what a plan may be off."""
 
@@ -57,8 +58,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "i2v-14b": {**WAN_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
     "ti2v-5b": models.config_of(model_shape("wan-5b")),
     "tiny": models.config_of(TINY_SHAPE),
+    "flux2-dev": models.config_of(FLUX2_DEV),
+    "tiny-flux2": models.config_of(TINY_FLUX2),
 }
-SIZES = {"480p": (480, 832), "720p": (704, 1280), "tiny": (64, 64)}
+SIZES = {
+    "480p": (480, 832),
+    "720p": (704, 1280),
+    "512x512": (512, 512),
+    "1024x1024": (1024, 1024),
+    "tiny": (64, 64),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +85,7 @@ class Case:
     compile: bool = True
     micro_batches: int = 3
     at: tuple[int, ...] | None = None
+    rank: int = 32
 
     @property
     def name(self) -> str:
@@ -132,6 +142,11 @@ CASES = (
         micro_batches=2,
     ),
     Case(model="t2v-a14b", size="480p", frames=49, stages=4),
+    Case(model="flux2-dev", size="512x512", frames=1, rank=16, quantize="fp8", caps=(22.5,)),
+    Case(model="flux2-dev", size="512x512", frames=1, rank=16, quantize="fp8"),
+    Case(model="flux2-dev", size="1024x1024", frames=1, rank=16, quantize="fp8", caps=(22.5,)),
+    Case(model="flux2-dev", size="1024x1024", frames=1, rank=16, quantize="fp8", caps=(30,)),
+    Case(model="flux2-dev", size="1024x1024", frames=1, rank=16),
 )
 EDGES = (
     Case(model="ti2v-5b", size="720p", frames=81, caps=(12,), micro_batches=2),
@@ -151,6 +166,7 @@ SPLITS = (
     Case(model="ti2v-5b", size="720p", frames=17, caps=(15, 11)),
 )
 TINY = (Case(model="tiny", size="tiny", frames=5, micro_batches=2, compile=False),)
+TINY_CASES = (*TINY, replace(TINY[0], model="tiny-flux2", frames=1))
 _timed: dict[str, Budget] = {}
 """Devices with the speed that a second's measurement gave them, as a run plans with it."""
 _compiled_for: list[tuple[Any, ...]] = []
@@ -168,6 +184,9 @@ class Measured:
 
 def source_of(case: Case) -> ModelSource:
     """The model as if it had been found on disk."""
+    transformer = Component(files=(), layout="native", config=CONFIGS[case.model])
+    if "flux2" in case.model:
+        return ModelSource(traits=variants.traits("flux2-dev"), transformer=transformer)
     five = case.model == "ti2v-5b"
     traits = Traits(
         family="wan",
@@ -179,20 +198,25 @@ def source_of(case: Case) -> ModelSource:
         image_inputs=("first_image",) if five or case.model == "i2v-14b" else (),
         image_optional=five,
     )
-    transformer = Component(files=(), layout="native", config=CONFIGS[case.model])
     return ModelSource(traits=traits, transformer=transformer)
+
+
+def family_of(source: ModelSource) -> Family:
+    """The family that a model is of."""
+    return FAMILIES[source.traits.family]
 
 
 def request_of(case: Case, devices: Sequence[torch.device]) -> Request:
     """What is to be planned."""
     source = source_of(case)
-    model = WAN.build_transformer(source.transformer)
-    targets = tuple(find_targets(model, WAN.lora_presets["all-linear"], WAN.block_lists))
+    family = family_of(source)
+    model = family.build_transformer(source.transformer)
+    targets = tuple(find_targets(model, family.lora_presets["all-linear"], family.block_lists))
     return Request(
-        family=WAN,
+        family=family,
         source=source,
         buckets={case.bucket: 1.0},
-        trace=TraceSettings(targets=targets, quantize=case.quantize, compile=case.compile, rank=RANK),
+        trace=TraceSettings(targets=targets, quantize=case.quantize, compile=case.compile, rank=case.rank),
         budgets=_budgets(devices),
         may_reorder=False,
         micro_batches=case.micro_batches,
@@ -223,17 +247,18 @@ def _measure(
     case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int], steps: int
 ) -> Measured:
     _forget_compiled(case)
-    model = WAN.build_transformer(request.source.transformer)
-    placement = place(model, devices, at=at, blocks=WAN.block_lists)
+    family = request.family
+    model = family.build_transformer(request.source.transformer)
+    placement = place(model, devices, at=at, blocks=family.block_lists)
     quantize: Any = case.quantize
-    models.fill(model, placement, dtype=torch.bfloat16, rank=RANK, quantize=quantize)
+    models.fill(model, family, placement, dtype=torch.bfloat16, rank=case.rank, quantize=quantize)
     machine.reset_peaks(devices)
     optimizer = torch.optim.AdamW(lora_parameters(model).values())
     division = split(
         model,
         devices,
         at=at,
-        blocks=WAN.block_lists,
+        blocks=family.block_lists,
         residency=case.residency,
         compile=case.compile,
         host_limit=request.host_free,
@@ -264,11 +289,12 @@ def _forget_compiled(case: Case) -> None:
 
 def _batches(case: Case, request: Request) -> Iterator[dict[str, Any]]:
     bucket, generator = case.bucket, torch.Generator().manual_seed(0)
-    shapes = WAN.cached_shapes(request.source, bucket.frames, bucket.height, bucket.width)
+    family = request.family
+    shapes = family.cached_shapes(request.source, bucket.frames, bucket.height, bucket.width)
     for _ in range(case.micro_batches):
         cached = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         noise = torch.randn(shapes["latents"], generator=generator)
-        sample = WAN.make_sample(request.source.traits, cached, noise, 0.9, dtype=torch.bfloat16)
+        sample = family.make_sample(request.source.traits, cached, noise, 0.9, dtype=torch.bfloat16)
         yield sample.inputs
 
 
@@ -323,7 +349,7 @@ def _figures(peaks: dict[str, int], seconds: float) -> str:
 
 def run_cases(options: argparse.Namespace) -> None:
     """Each case as it is planned."""
-    for case, devices in _wanted(options, CASES):
+    for case, devices in _wanted(options, CASES, TINY_CASES):
         limit(case, devices)
         request = request_of(case, devices)
         begin = time.perf_counter()
@@ -377,10 +403,10 @@ def run_splits(options: argparse.Namespace) -> None:
 
 
 def _wanted(
-    options: argparse.Namespace, cases: Sequence[Case]
+    options: argparse.Namespace, cases: Sequence[Case], tiny: Sequence[Case] = TINY
 ) -> Iterator[tuple[Case, tuple[torch.device, ...]]]:
     devices = measuring.devices_from(options.devices) if options.devices else _all_devices()
-    for case in TINY if options.tiny else cases:
+    for case in tiny if options.tiny else cases:
         if options.cases in case.name and case.stages <= len(devices):
             yield case, tuple(devices[: case.stages])
 

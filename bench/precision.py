@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.shapes import TINY, TINY_TOKENS, WAN_14B, Case, square_grid
+from tworeel.benchmarks.shapes import Case, square_grid
+from tworeel.benchmarks.widths import TINY, TINY_TOKENS, WAN_14B
 from tworeel.lora.state import lora_parameters
 from tworeel.quant import KINDS
 
@@ -53,8 +54,9 @@ class Difference:
 def make_model(case: Case, blocks: int, kind: Any, device: torch.device, rank: int) -> nn.Module:
     """Make the transformer on its device with a LoRA in it; the same values for each kind, None for bf16."""
     model = models.build(case.model, blocks)
-    placement = models.place_model(model, [device], None)
-    models.fill(model, placement, dtype=torch.bfloat16, rank=rank, quantize=kind)
+    family = models.family_of(case.model)
+    placement = models.place_model(model, family, [device], None)
+    models.fill(model, family, placement, dtype=torch.bfloat16, rank=rank, quantize=kind)
     return model
 
 

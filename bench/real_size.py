@@ -121,18 +121,23 @@ def transformer_config(sizes: Sizes) -> dict[str, object]:
 
 def write_transformer(folder: Path, sizes: Sizes) -> Path:
     """Write the shards one after the other, their index and the authors' config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     model = build_transformer(Component(files=(), layout="native", config=transformer_config(sizes)))
-    shapes = {to_native(name): parameter.to(torch.bfloat16) for name, parameter in model.state_dict().items()}
-    plan = split_torch_state_dict_into_shards(shapes, filename_pattern=SHARD_NAMES, max_shard_size=SHARD_SIZE)
-    noise = Noise()
-    for file, names in plan.filename_to_tensors.items():
-        tensors = {name: noise.weight(name, tuple(shapes[name].shape)) for name in names}
+    shapes = {to_native(name): tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    write_shards(folder, shapes, SHARD_NAMES, Noise())
+    write_json(folder / "config.json", _native_config(sizes))
+    return folder
+
+
+def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]], names: str, noise: Noise) -> None:
+    """Write random bf16 weights in shards and their index; memory holds one shard at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    plan = split_torch_state_dict_into_shards(empty, filename_pattern=names, max_shard_size=SHARD_SIZE)
+    for file, inside in plan.filename_to_tensors.items():
+        tensors = {name: noise.weight(name, shapes[name]) for name in inside}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    _write_json(folder / f"{SHARD_NAMES.format(suffix='')}.index.json", index)
-    _write_json(folder / "config.json", _native_config(sizes))
-    return folder
+    write_json(folder / f"{names.format(suffix='')}.index.json", index)
 
 
 def write_text_encoder(folder: Path, sizes: Sizes) -> Path:
@@ -211,5 +216,6 @@ def _native_config(sizes: Sizes) -> dict[str, object]:
     }
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a table as JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

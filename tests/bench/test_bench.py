@@ -71,9 +71,11 @@ def test_the_plan_is_held_against_what_is_measured(tmp_path: Path) -> None:
     printed = run("planning.py", "--devices", "cpu,cpu", *phases, "--json", tmp_path / "planning.json")
     results = read(tmp_path / "planning.json")
     kinds = [name.split()[0] for name in results if name != "machine"]
-    assert kinds == ["case", "edge", "edge", "splits"]
-    (case,) = [value for name, value in results.items() if name.startswith("case")]
-    assert case["plan"]["fits"] and case["measured"]["seconds"] > 0
+    assert kinds == ["case", "case", "edge", "edge", "splits"]
+    cases = [value for name, value in results.items() if name.startswith("case")]
+    assert ["flux2" in case["case"] for case in cases] == [False, True]
+    for case in cases:
+        assert case["plan"]["fits"] and case["measured"]["seconds"] > 0
     assert "planned in" in printed and "fastest at" in printed
 
 

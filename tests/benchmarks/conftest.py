@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tworeel.benchmarks.run import Prepared, Settings, prepare
-from tworeel.benchmarks.shapes import TINY, Case, make_cases
+from tworeel.benchmarks.preparing import Prepared, Settings, prepare
+from tworeel.benchmarks.shapes import Case, make_cases
+from tworeel.benchmarks.widths import TINY
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tworeel.benchmarks import run
-from tworeel.benchmarks.run import Bench, Settings
+from tworeel.benchmarks import baseline, run
+from tworeel.benchmarks.preparing import Settings
+from tworeel.benchmarks.run import Bench
 from tworeel.benchmarks.shapes import Case
 from tworeel.errors import UserError
 
@@ -61,7 +62,7 @@ def test_a_naive_run_that_does_not_fit_leaves_the_pipeline_to_measure(
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run, "device_hooks", refuse)
+    monkeypatch.setattr(baseline, "device_hooks", refuse)
     result = Bench(RATES, Listener()).run(case, replace(settings, compare_naive=True, check=True))
     assert result.naive and result.naive.seconds_per_clip is None
     assert result.measured and result.measured.agreement is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tworeel.benchmarks.models import make_batches, mean_square
-from tworeel.benchmarks.run import Prepared, Settings, prepare
+from tworeel.benchmarks.preparing import Prepared, Settings, prepare
 from tworeel.benchmarks.shapes import Case
 from tworeel.errors import UserError
 from tworeel.lora.state import lora_parameters

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from tworeel.benchmarks.models import mean_square
 from tworeel.benchmarks.naive import device_hooks
-from tworeel.benchmarks.run import Prepared, gradients_of
+from tworeel.benchmarks.preparing import Prepared, gradients_of
 from tworeel.engine import split
 
 

@@ -2,15 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tworeel.benchmarks.shapes import (
-    MODELS,
-    MOST_POSITIONS,
-    TINY,
-    WAN_14B,
-    make_cases,
-    model_shape,
-    square_grid,
-)
+from tworeel.benchmarks.shapes import MOST_POSITIONS, make_cases, model_shape, square_grid
+from tworeel.benchmarks.widths import MODELS, TINY, WAN_14B
 from tworeel.errors import UserError
 
 TI2V_5B = MODELS["wan-5b"]
@@ -38,7 +31,11 @@ def test_the_published_widths_have_heads_of_128() -> None:
         "wan-14b": 40,
         "wan-1.3b": 12,
         "wan-5b": 24,
+        "flux2-dev": 48,
+        "flux2-klein-4b": 24,
+        "flux2-klein-9b": 32,
         "tiny": 2,
+        "tiny-flux2": 2,
     }
 
 

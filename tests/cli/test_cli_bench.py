@@ -82,3 +82,15 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(run: 
 
 def test_an_unknown_choice_exits_with_2(run: Run) -> None:
     assert run("bench", "--compare", "nothing").code == 2
+
+
+def test_a_tiny_flux2_is_measured_against_the_naive_run(run: Run, tmp_path: Path) -> None:
+    options = ("--devices", "cpu,cpu", "--eager", "--rounds", "1", "--compare", "naive", "--check")
+    files = ("--json", tmp_path / "bench.json", "--timeline", tmp_path / "steps")
+    done = run("bench", "--model", "flux2-dev", "--tiny", "--precision", "fp8", *options, *files)
+    assert done.code == 0, done.err
+    (case,) = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["cases"]
+    assert case["case"]["model"]["name"] == "tiny-flux2" and case["settings"]["rank"] == 16
+    assert case["speedup"] > 0 and case["naive"]["precision"] == "bf16"
+    assert "s an image; " in done.out and "images a step" in done.out
+    assert (tmp_path / "steps" / "tiny-flux2-64-tokens-4-a-step-fp8.png").is_file()

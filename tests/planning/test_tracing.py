@@ -9,7 +9,7 @@ import torch
 from real_models import CLIP, VARIANTS, settings_of, source_of
 
 from tworeel.benchmarks.flops import work_of
-from tworeel.benchmarks.shapes import WAN_14B
+from tworeel.benchmarks.widths import WAN_14B
 from tworeel.engine.residency import Residency
 from tworeel.models.wan.family import WAN
 from tworeel.planning.tracing import BlockTrace, trace_model

@@ -6,7 +6,8 @@ from rich.console import Console
 
 from tworeel.benchmarks.machine import Peak
 from tworeel.benchmarks.results import Agreement, CaseResult, Limit, Measured, Naive
-from tworeel.benchmarks.shapes import WAN_14B, make_cases
+from tworeel.benchmarks.shapes import make_cases
+from tworeel.benchmarks.widths import FLUX2_DEV, WAN_14B
 from tworeel.report.benchmark import benchmark_tables, closing_lines, fact_lines
 
 GIB = 2**30
@@ -83,3 +84,14 @@ def test_a_naive_run_that_does_not_fit_is_told() -> None:
 
 def test_facts_are_lines() -> None:
     assert fact_lines({"devices": ["a", "b"], "cores": 2}) == ["devices: a, b", "cores: 2"]
+
+
+def test_images_are_called_so_and_a_baseline_in_8_bits_is_told() -> None:
+    naive = Naive(seconds_per_clip=6.4, peaks=PEAKS, precision="fp8")
+    result = replace(RESULT, case=make_cases(FLUX2_DEV)[0], precision="fp8", naive=naive)
+    assert any(line.endswith("in fp8: in bf16 that does not fit") for line in closing_lines(result))
+    assert "4 s an image" in closing_lines(result)[0]
+    text = printed(result)
+    assert row(text, "seconds an image") == ["4"] and row(text, "naive: precision") == [
+        "fp8, bf16 does not fit"
+    ]

@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tworeel.benchmarks.shapes import HEAD_DIM, PATCH, TEXT_TOKENS, Case, ModelShape
+from tworeel.benchmarks.shapes import Case
+from tworeel.benchmarks.widths import TEXT_TOKENS, Flux2Shape, ModelShape, WanShape
 from tworeel.engine import Placement, place
 from tworeel.errors import UserError
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
-from tworeel.models.family import Component
-from tworeel.models.wan.family import WAN
+from tworeel.models.family import Component, Family
+from tworeel.models.flux2 import conditioning, variants
+from tworeel.models.registry import FAMILIES
 
 Quantization = Literal["fp8", "int8", "nf4"]
 SCALE = 0.02
@@ -25,35 +27,34 @@ TIMESTEP = 900.0
 
 def config_of(shape: ModelShape) -> dict[str, Any]:
     """The arguments of the transformer's class."""
-    return {
-        "num_attention_heads": shape.heads,
-        "attention_head_dim": HEAD_DIM,
-        "in_channels": shape.channels,
-        "out_channels": shape.channels,
-        "text_dim": shape.text_dim,
-        "freq_dim": 256,
-        "ffn_dim": shape.ffn_dim,
-        "num_layers": shape.blocks,
-    }
+    return shape.config()
+
+
+def family_of(shape: ModelShape) -> Family:
+    """What the package knows of the model's kind."""
+    return FAMILIES[shape.family]
 
 
 def build(shape: ModelShape, blocks: int) -> nn.Module:
     """The transformer on the meta device."""
-    config = config_of(shape) | {"num_layers": blocks}
-    return WAN.build_transformer(Component(files=(), layout="native", config=config))
+    component = Component(files=(), layout="native", config=shape.config(blocks))
+    return family_of(shape).build_transformer(component)
 
 
-def place_model(model: nn.Module, devices: Sequence[torch.device], at: Sequence[int] | None) -> Placement:
+def place_model(
+    model: nn.Module, family: Family, devices: Sequence[torch.device], at: Sequence[int] | None
+) -> Placement:
     """Which block goes where.
 
     Raises:
         ValueError: as `tworeel.engine.place`.
     """
-    return place(model, devices, at=at, blocks=WAN.block_lists)
+    return place(model, devices, at=at, blocks=family.block_lists)
 
 
 def fill(
     model: nn.Module,
+    family: Family,
     placement: Placement,
     *,
     dtype: torch.dtype,
@@ -69,6 +70,7 @@ def fill(
 
     Args:
         model: on the meta device.
+        family: of the model.
         placement: which device holds what.
         dtype: of the weights.
         rank: of the LoRA.
@@ -79,7 +81,7 @@ def fill(
         UserError: this machine cannot quantize so.
     """
     noise = Noise()
-    keep = set(WAN.keep_fp32)
+    keep = set(family.keep_fp32)
     blocks = tuple(unit.name for unit in placement.units if unit.is_block)
 
     def make(names: Iterable[str]) -> None:
@@ -96,9 +98,8 @@ def fill(
             _quantize(model, block, quantize)
         if block in waiting:
             model.get_submodule(block).to("cpu")
-    inject_lora(
-        model, rank=rank, alpha=rank, targets=WAN.lora_presets["all-linear"], block_lists=WAN.block_lists
-    )
+    targets = family.lora_presets["all-linear"]
+    inject_lora(model, rank=rank, alpha=rank, targets=targets, block_lists=family.block_lists)
     for parameter in lora_parameters(model).values():
         parameter.data = noise.normal(tuple(parameter.shape), parameter.device, parameter.dtype)
 
@@ -118,27 +119,45 @@ class Noise:
         return values.normal_(std=SCALE, generator=self._generators[device])
 
 
-def make_batches(case: Case, dtype: torch.dtype, device: torch.device) -> list[dict[str, Tensor]]:
-    """Random inputs of the transformer on the first stage's device.
-
-    Returns:
-        For each micro-batch `hidden_states` (1, C, F, H, W), `timestep` (1,) and `encoder_hidden_states`
-        (1, 512, text width).
-    """
-    frames, height, width = case.grid
+def make_batches(case: Case, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    """Random inputs of the transformer, for each micro-batch, on the first stage's device."""
     generator = torch.Generator().manual_seed(0)
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+    def inputs() -> dict[str, Any]:
+        match case.model:
+            case WanShape():
+                return _wan_inputs(case.model, case.grid, dtype, generator)
+            case Flux2Shape():
+                return _flux2_inputs(case.model, case.grid, dtype, generator)
+        raise NotImplementedError(f"no inputs for a {type(case.model).__name__}")
 
     return [
-        {
-            "hidden_states": randn(1, case.model.channels, frames, PATCH * height, PATCH * width),
-            "timestep": torch.full((1,), TIMESTEP, device=device),
-            "encoder_hidden_states": randn(1, TEXT_TOKENS, case.model.text_dim),
-        }
+        {name: value if value is None else value.to(device) for name, value in inputs().items()}
         for _ in range(case.micro_batches)
     ]
+
+
+def _wan_inputs(
+    model: WanShape, grid: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    """`hidden_states` (1, C, F, H, W), `timestep` (1,) and `encoder_hidden_states` (1, 512, text width)."""
+    frames, height, width = grid
+    latents = (1, model.channels, frames, model.patch * height, model.patch * width)
+    return {
+        "hidden_states": torch.randn(latents, generator=generator).to(dtype),
+        "timestep": torch.full((1,), TIMESTEP),
+        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, model.text_dim, generator=generator).to(dtype),
+    }
+
+
+def _flux2_inputs(
+    model: Flux2Shape, grid: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Any]:
+    """What training gives the transformer for an image of this size."""
+    traits = variants.traits("flux2-dev" if model.guidance else "flux2-klein-4b")
+    latents, noise = torch.randn(2, model.channels, *grid, generator=generator)
+    cached = {"latents": latents, "text": torch.randn(TEXT_TOKENS, model.text_dim, generator=generator)}
+    return conditioning.make_sample(traits, cached, noise, TIMESTEP / 1000, dtype=dtype).inputs
 
 
 def mean_square(output: Any) -> Tensor:

@@ -63,6 +63,8 @@ class Naive:
     seconds_per_clip: float | None
     """Median over the rounds; None if it does not fit."""
     peaks: Mapping[str, Peak]
+    precision: str = "bf16"
+    """Of the frozen weights: bf16 if that fits."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tworeel.benchmarks.shapes import DEFAULT_MODEL, MODELS, TINY, Case, make_cases, model_shape
+from tworeel.benchmarks.shapes import Case, make_cases, model_shape
+from tworeel.benchmarks.widths import DEFAULT_MODEL, MODELS, tiny_shape
 from tworeel.cli import options
 from tworeel.cli.watching import ConsoleObserver, watching
 from tworeel.errors import UserError
@@ -21,8 +22,8 @@ from tworeel.report.console import console, say
 
 if TYPE_CHECKING:
     from tworeel.benchmarks.models import Quantization
+    from tworeel.benchmarks.preparing import Settings
     from tworeel.benchmarks.results import CaseResult
-    from tworeel.benchmarks.run import Settings
 
 
 Residency = Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"]
@@ -63,8 +64,9 @@ def bench(
     shapes: Annotated[
         list[str] | None,
         typer.Option(
-            help="A clip as WIDTHxHEIGHTxFRAMES, or image-1024, image-1536. Repeat it for more. "
-            "'standard', the default, is 480x832x49 and image-1024.",
+            help="A clip as WIDTHxHEIGHTxFRAMES, or image-1024, image-1536; for FLUX.2 WIDTHxHEIGHT. Repeat "
+            "it for more. 'standard', the default, is 480x832x49 and image-1024, for FLUX.2 512x512 and "
+            "1024x1024.",
             metavar="SHAPE",
             rich_help_panel=WHAT,
         ),
@@ -81,14 +83,22 @@ def bench(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Clips of an optimizer step; 8 by default, 16 for images. Repeat it for more.",
+            help="Clips or images of an optimizer step; 8 by default, 16 for images of Wan. Repeat it for "
+            "more.",
             rich_help_panel=WHAT,
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.", rich_help_panel=WHAT)] = 32,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rank of the LoRA; 32 by default, 16 for FLUX.2.", rich_help_panel=WHAT),
+    ] = None,
     tiny: Annotated[
         bool,
-        typer.Option("--tiny", help="A tiny model: seconds, to see that it works.", rich_help_panel=WHAT),
+        typer.Option(
+            "--tiny",
+            help="A tiny model of the same family: seconds, to see that it works.",
+            rich_help_panel=WHAT,
+        ),
     ] = False,
     devices: Annotated[
         str | None,
@@ -189,10 +199,14 @@ def bench(
     tworeel bench --precision bf16 --precision fp8 --micro-batches 4 --micro-batches 8
 
     tworeel bench --shapes 832x480x81 --cap-gib 22.5 --timeline steps
+
+    tworeel bench --model flux2-dev --precision fp8 --compare naive
     """
     if check and compare is None:
         raise UserError("--check: needs --compare naive")
-    shape = TINY if tiny else model_shape(model or DEFAULT_MODEL)
+    shape = model_shape(model or DEFAULT_MODEL)
+    tiny_model = tiny_shape(shape)
+    shape = tiny_model if tiny else shape
     cases = make_cases(shape, shapes=shapes or (), tokens=tokens or (), micro_batches=micro_batches or ())
     numbers = {"--split-at": _numbers("--split-at", split_at), "--streamed": _numbers("--streamed", streamed)}
     if tiny:
@@ -203,7 +217,7 @@ def bench(
         import torch
 
         from tworeel.benchmarks.machine import devices_of
-        from tworeel.benchmarks.run import Settings
+        from tworeel.benchmarks.preparing import Settings
         from tworeel.engine.attention import before_first_product
 
         before_first_product(attention)
@@ -213,7 +227,7 @@ def bench(
             say(
                 "There is no GPU: a tiny model on cpu,cpu shows that it works; its figures mean nothing else."
             )
-            cases = make_cases(TINY, micro_batches=micro_batches or ())
+            cases = make_cases(tiny_model, micro_batches=micro_batches or ())
             torch.set_num_threads(1)
         settings = Settings(
             devices=found,
@@ -225,7 +239,7 @@ def bench(
             attention=attention,
             slack=slack,
             streamed=numbers["--streamed"],
-            rank=rank,
+            rank=rank or shape.rank,
             rounds=rounds,
             cap_gib=cap_gib,
             compare_naive=compare is not None,

@@ -87,7 +87,7 @@ def write_transformer(
     if layout == "diffusers":
         _save_shards(folder / "transformer", tensors)
         model.save_config(folder / "transformer")
-        _write_model_index(folder, variant)
+        write_model_index(folder, variant)
         return folder
     native = dict(native_tensors(tensors))
     if fp8_scaled:
@@ -190,7 +190,8 @@ def _save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     )
 
 
-def _write_model_index(folder: Path, variant: str) -> None:
+def write_model_index(folder: Path, variant: str) -> None:
+    """Write what says which classes a folder's networks are of."""
     is_dev = variant == "flux2-dev"
     text = ("Mistral3ForConditionalGeneration", "PixtralProcessor")
     text_encoder, tokenizer = text if is_dev else ("Qwen3ForCausalLM", "Qwen2TokenizerFast")

@@ -51,13 +51,16 @@ def _benchmark_table(results: Sequence[CaseResult], title: str) -> Table:
 
 def closing_lines(result: CaseResult) -> list[str]:
     """What is to say of a case in words."""
-    measured, naive, name = result.measured, result.naive, result.label
-    clip = f"{measured.seconds_per_clip:.4g} s a clip; {measured.limit.words}" if measured else "does not fit"
+    measured, naive, name, sample = result.measured, result.naive, result.label, result.case.model.sample
+    clip = (
+        f"{measured.seconds_per_clip:.4g} s {sample}; {measured.limit.words}" if measured else "does not fit"
+    )
     lines = [f"{name}: {clip}"]
     if naive and naive.seconds_per_clip is None:
         lines.append(f"  {NAIVE} does not fit")
-    if result.speedup is not None:
-        lines.append(f"  {result.speedup:.2f} times as fast as {NAIVE}")
+    if naive and result.speedup is not None:
+        fallback = "" if naive.precision == "bf16" else f" in {naive.precision}: in bf16 that does not fit"
+        lines.append(f"  {result.speedup:.2f} times as fast as {NAIVE}{fallback}")
     if measured and measured.agreement:
         lines.append(f"  gradients against it: {measured.agreement.in_words}")
     return lines
@@ -70,24 +73,28 @@ def percent(shares: Iterable[float]) -> str:
 
 def _cells(result: CaseResult) -> dict[str, str]:
     """Figures by the name of their row, in the order in which they are shown."""
-    cells = {"clips a step": str(result.case.micro_batches), "precision": result.precision}
-    cells |= _measured_cells(result.measured) if result.measured else {"seconds a clip": "does not fit"}
+    sample = result.case.model.sample
+    seconds = f"seconds {sample}"
+    cells = {f"{sample.split()[-1]}s a step": str(result.case.micro_batches), "precision": result.precision}
+    cells |= _measured_cells(result.measured, seconds) if result.measured else {seconds: "does not fit"}
     cells["floor in bf16, seconds"] = f"{result.floor_seconds:.3g}"
     cells |= _peak_cells("peak", result.peaks)
     if result.pinned_peak:
         cells["pinned host memory"] = f"{result.pinned_peak / GIB:.1f} GiB"
     if result.naive:
         clip = result.naive.seconds_per_clip
-        cells["naive: seconds a clip"] = "does not fit" if clip is None else f"{clip:.4g}"
+        if result.naive.precision != "bf16":
+            cells["naive: precision"] = f"{result.naive.precision}, bf16 does not fit"
+        cells[f"naive: {seconds}"] = "does not fit" if clip is None else f"{clip:.4g}"
         cells |= _peak_cells("naive: peak", result.naive.peaks)
     if result.speedup is not None:
         cells["faster than naive"] = f"{result.speedup:.2f}×"
     return cells
 
 
-def _measured_cells(measured: Measured) -> dict[str, str]:
+def _measured_cells(measured: Measured, seconds: str) -> dict[str, str]:
     cells = {
-        "seconds a clip": f"{measured.seconds_per_clip:.4g}",
+        seconds: f"{measured.seconds_per_clip:.4g}",
         "each stage busy": percent(measured.busy),
         "bubble": percent([measured.bubble]),
         "of 1F1B's ideal": percent([measured.ideal_share]),

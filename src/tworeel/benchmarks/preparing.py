@@ -1,0 +1,145 @@
+"""What a case is run with: settings, and a model on its devices with its micro-batches."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tworeel.benchmarks import machine, models
+from tworeel.benchmarks.shapes import Case
+from tworeel.engine import Placement
+from tworeel.engine.attention import AttentionBackend
+from tworeel.engine.split import streamed_positions
+from tworeel.errors import UserError
+from tworeel.lora.state import lora_parameters
+from tworeel.models.family import Family
+
+T = TypeVar("T")
+Gradients = dict[str, Tensor]
+
+
+class Observer(Protocol):
+    """Hears what goes on."""
+
+    def say(self, line: str) -> None:
+        """Something begins."""
+
+    def poll(self) -> None:
+        """Called in each micro-batch; may raise to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the cases are run."""
+
+    devices: tuple[torch.device, ...]
+    """One a stage, once over."""
+    stages_per_device: int = 1
+    """How often `devices` is repeated: more than once interleaves."""
+    split_at: tuple[int, ...] | None = None
+    blocks: int | None = None
+    """Of the model; as many as the real one has by default."""
+    quantize: models.Quantization | None = None
+    """fp8, int8 or nf4; bf16 by default, and fp32 for a tiny model."""
+    residency: str = "auto"
+    compile: bool = False
+    attention: AttentionBackend = "auto"
+    slack: int = 1
+    streamed: tuple[int, ...] | None = None
+    rank: int = 32
+    rounds: int = 3
+    cap_gib: float | None = None
+    compare_naive: bool = False
+    check: bool = False
+    """Compare the gradients with the naive run's too."""
+
+    @property
+    def precision(self) -> str:
+        """Of the frozen weights, in one word."""
+        return self.quantize or "bf16"
+
+    @property
+    def stages(self) -> tuple[torch.device, ...]:
+        """The device of each stage."""
+        return self.devices * self.stages_per_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model on its devices, and its micro-batches."""
+
+    family: Family
+    model: nn.Module
+    placement: Placement
+    batches: list[dict[str, Any]]
+
+
+def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
+    """Build the model on its devices, and the micro-batches on the first.
+
+    Raises:
+        UserError: the model cannot be split or quantized so.
+    """
+    dtype = torch.float32 if case.model.tiny else torch.bfloat16
+    family, model = models.family_of(case.model), models.build(case.model, blocks)
+    try:
+        placement = models.place_model(model, family, settings.stages, settings.split_at)
+    except ValueError as error:
+        raise UserError(f"--devices, --split-at: {error}") from None
+    try:
+        streamed = streamed_positions(placement, settings.streamed)
+    except ValueError as error:
+        raise refusal(error) from None
+    models.fill(
+        model,
+        family,
+        placement,
+        dtype=dtype,
+        rank=settings.rank,
+        quantize=settings.quantize,
+        streamed=streamed,
+    )
+    batches = models.make_batches(case, dtype, settings.devices[0])
+    return Prepared(family=family, model=model, placement=placement, batches=batches)
+
+
+def refusal(error: ValueError) -> UserError:
+    """What the engine refuses, in the command's words."""
+    return UserError(str(error).replace("streamed=", "--streamed ", 1))
+
+
+def gradients_of(model: nn.Module) -> Gradients:
+    """Copy the LoRA's gradients to the CPU, by name."""
+    found = {}
+    for name, parameter in lora_parameters(model).items():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        found[name] = parameter.grad.to("cpu", copy=True)
+    return found
+
+
+def timed(prepared: Prepared, work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of `work` from idle devices to idle devices, with gradients that begin at nothing."""
+    devices = prepared.placement.devices
+    prepared.model.zero_grad(set_to_none=True)
+    machine.synchronize(devices)
+    begin = time.perf_counter()
+    result = work()
+    machine.synchronize(devices)
+    return time.perf_counter() - begin, result
+
+
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """The result of `work`, or None if a device is too small for it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        # The error's frames hold tensors
+        traceback.clear_frames(error.__traceback__)
+    machine.free()
+    return None
