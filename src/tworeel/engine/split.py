@@ -33,6 +33,7 @@ def split(
     *,
     at: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
+    first: Sequence[str] = (),
     residency: Residency | str | Sequence[Residency | str] = Residency.KEEP,
     compile: bool = False,
     streamed: Sequence[int] | None = None,
@@ -51,6 +52,7 @@ def split(
         devices: one device a stage, for example `["cuda:0", "cuda:1"]`; a device may stand more than once.
         at: first block of each stage after the first, for example `[20]`; even shares by default.
         blocks: dotted names of the block lists, for example `["blocks"]`; found by themselves by default.
+        first: names of modules that run before the blocks although the model lists them behind.
         residency: what each block leaves behind for its backward; one for all, or one a block. `auto` keeps
             as much as the devices have room for, found out before the first step of a `Pipeline`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
@@ -74,7 +76,7 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
-    placement = place(model, devices, at=at, blocks=blocks)
+    placement = place(model, devices, at=at, blocks=blocks, first=first)
     positions = streamed_positions(placement, streamed)
     _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
     _move(model, placement, positions)
@@ -309,6 +311,11 @@ class Split:
             if passage is None:
                 args, kwargs = self._recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
+            if unit.is_block and unit.stage < passage.stage and not passage.is_alone:
+                raise RuntimeError(
+                    f"{unit.name} of stage {unit.stage} runs after a module of stage {passage.stage}: name "
+                    "what runs before the blocks, tworeel.split(..., first=[...])"
+                )
             args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
             if position is not None:
                 return self._run_block(unit, position, passage, args, kwargs)
