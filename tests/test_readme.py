@@ -52,7 +52,14 @@ NOT_RUN = {
     "tworeel check --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips": "needs a connection",
     "tworeel check --model black-forest-labs/FLUX.2-klein-base-4B --data pictures": "needs a connection",
 }
-EXAMPLES_NOT_RUN = {"WanPipeline.from_pretrained": "needs a model of many gigabytes"}
+EXAMPLES_NOT_RUN = {
+    "WanPipeline.from_pretrained": "needs a model of many gigabytes",
+    "transformer.to(weight_dtype)": "run by tests/trainers/test_diffusers_loop.py",
+    'batch["target"].to(output[0].device)': "run by tests/trainers/test_diffusers_loop.py",
+    "musubi_tuner": "run by tests/trainers/test_musubi_recipe.py",
+    "flux2_model.py": "run by tests/trainers/test_aitoolkit_recipe.py",
+    "BaseFlux2Setup.py": "run by tests/trainers/test_onetrainer_recipe.py",
+}
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -93,3 +93,14 @@ def test_a_model_without_block_lists_is_refused():
 
 def test_a_device_without_a_number_is_the_first_of_its_kind(wan):
     assert [str(d) for d in place(wan, ["cuda", "meta", "cpu"]).devices] == ["cuda:0", "meta:0", "cpu"]
+
+
+def test_modules_that_are_listed_behind_the_blocks_but_run_before_can_be_named():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    model.modulation, model.head = nn.Linear(2, 2), nn.Linear(2, 2)
+    placement = place(model, ["cpu", "cpu"], first=["modulation"])
+    assert placement.stage_of("modulation.weight") == 0
+    assert placement.stage_of("head.weight") == 1
+    with pytest.raises(ValueError, match=r"no module beside the blocks is named blocks\.1"):
+        place(model, ["cpu", "cpu"], first=["blocks.1"])

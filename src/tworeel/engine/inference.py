@@ -44,6 +44,7 @@ def random_state_kept(devices: Sequence[torch.device]) -> Iterator[None]:
 def infer(split: Split, *args: Any, **kwargs: Any) -> Any:
     """Run the model's forward without gradients; what it returns is on the first stage's device."""
     devices = split.placement.devices
+    split.place_adapters()
     with _current_device(devices[0]), split.passage(_Follow(devices)):
         output = split.model(*args, **kwargs)
         return tree_map_only(Tensor, lambda tensor: tensor.to(devices[0]), output)

@@ -67,6 +67,11 @@ class Passage:
         self._leaves: list[list[Cut]] = [[] for _ in devices]
         self._prologue: list[list[Cut]] = []
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other micro-batch runs at the same time."""
+        return self._gate is None
+
     def arrive(self, stage: int, inputs: Any, *, block: bool) -> Any:
         """Go on to `stage` if it is a later one, and return `inputs` as they stand on its device.
 

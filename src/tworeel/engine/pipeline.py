@@ -122,6 +122,7 @@ class Pipeline:
         if not micro_batches:
             raise ValueError("a step needs at least one micro-batch")
         self.split.refuse_dropout()
+        self.split.place_adapters()
         devices = self.split.placement.devices
         if self.split.is_auto:
             self._fit(micro_batches)

@@ -67,6 +67,7 @@ def place(
     *,
     at: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
+    first: Sequence[str] = (),
 ) -> Placement:
     """Decide which stage runs which part of `model`. Nothing is moved; parameters may be on meta.
 
@@ -77,19 +78,22 @@ def place(
             bytes by default.
         blocks: dotted names of the block lists in the order of the forward. Found by themselves by default:
             every `nn.ModuleList` of at least two modules of one class that is not inside of a block.
+        first: dotted names of modules that run before the blocks although the model lists them behind.
 
     Raises:
-        ValueError: no block lists, more stages than blocks, or boundaries out of order; all problems of
-            one kind in one message.
+        ValueError: no block lists, a name in `first` that is no module beside the blocks, more stages than
+            blocks, or boundaries out of order; all problems of one kind in one message.
     """
     lists = tuple(blocks) if blocks is not None else tuple(find_block_lists(model))
     block_names = _block_names(model, lists)
     boundaries = _boundaries(model, block_names, len(devices), at)
+    if unknown := set(first) - {name for name, _ in model.named_modules() if name not in block_names}:
+        raise ValueError(f"first={list(first)}: no module beside the blocks is named {', '.join(unknown)}")
     stage_of_block = {n: bisect.bisect_right(boundaries, i) - 1 for i, n in enumerate(block_names)}
     return Placement(
         tuple(_with_index(torch.device(d)) for d in devices),
         boundaries,
-        tuple(_units(model, lists, stage_of_block)),
+        tuple(_units(model, lists, stage_of_block, first)),
     )
 
 
@@ -150,7 +154,9 @@ def _even_shares(model: nn.Module, blocks: list[str], num_stages: int) -> tuple[
     return tuple(cuts)
 
 
-def _units(model: nn.Module, lists: tuple[str, ...], stage_of_block: dict[str, int]) -> Iterator[Unit]:
+def _units(
+    model: nn.Module, lists: tuple[str, ...], stage_of_block: dict[str, int], first: Sequence[str]
+) -> Iterator[Unit]:
     """Walk the modules in the order of registration; what lies between blocks follows the last block."""
     stage = 0
 
@@ -164,6 +170,6 @@ def _units(model: nn.Module, lists: tuple[str, ...], stage_of_block: dict[str, i
             elif path in lists or any(n.startswith(f"{path}.") for n in lists):
                 yield from visit(child, f"{path}.")
             else:
-                yield Unit(path, stage, False)
+                yield Unit(path, 0 if path in first else stage, False)
 
     return visit(model, "")

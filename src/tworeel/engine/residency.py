@@ -121,8 +121,7 @@ def _recomputing(forward: Callable[..., Any], block: nn.Module, args: Any, kwarg
     inputs = [leaves[i] for i in changing]
     for i in changing:
         leaves[i] = None
-    # The pipeline refuses dropout, so there is no random state to carry (see `refuse_dropout`).
-    return checkpoint(rerun, *inputs, use_reentrant=False, preserve_rng_state=False, **how)
+    return checkpoint(rerun, *inputs, use_reentrant=False, **{"preserve_rng_state": False, **how})
 
 
 def run_block(
@@ -133,6 +132,7 @@ def run_block(
     residency: Residency,
     berth: Berth | None = None,
     compiler: BlockCompiler | None = None,
+    redraws: bool = False,
 ) -> Any:
     """Run a block's forward so that it leaves behind what `residency` says.
 
@@ -142,6 +142,8 @@ def run_block(
         residency: what is kept for the backward.
         berth: where it waits, if that is host memory.
         compiler: runs the block compiled.
+        redraws: a recomputation draws the random numbers of its forward again. A pipeline cannot do that, as
+            its threads share one generator, and refuses dropout instead (see `refuse_dropout`).
     """
     if not torch.is_grad_enabled():
         residency = Residency.KEEP
@@ -156,11 +158,11 @@ def run_block(
             return call(block, *args, **kwargs)
         if not residency.is_selective:
             # Outside of what is compiled: compiled with it, the backward takes a third more memory.
-            return _recomputing(call, block, args, kwargs)
+            return _recomputing(call, block, args, kwargs, preserve_rng_state=redraws)
         if compiler is not None and selective not in compiler.failed:
             return compiler(selective, block, *args, **kwargs)
         contexts = berth.contexts(is_kept) if berth and residency.is_parked else selective_contexts
-        return _recomputing(plain, block, args, kwargs, context_fn=contexts)
+        return _recomputing(plain, block, args, kwargs, context_fn=contexts, preserve_rng_state=redraws)
 
 
 def _shared_storages(block: nn.Module, args: Any, kwargs: Any) -> set[int]:

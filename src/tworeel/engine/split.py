@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.fitting import Probe
+from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters, refuse_replaced
 from tworeel.engine.parking import Berth, HostPool
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, Unit, place
@@ -31,11 +33,13 @@ def split(
     *,
     at: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
+    first: Sequence[str] = (),
     residency: Residency | str | Sequence[Residency | str] = Residency.KEEP,
     compile: bool = False,
     streamed: Sequence[int] | None = None,
     host_limit: int | None = None,
     run_ahead: int | None = None,
+    io_same_device: bool = False,
 ) -> Split:
     """Spread `model`'s blocks over `devices`; its forward and backward then work as before.
 
@@ -48,6 +52,7 @@ def split(
         devices: one device a stage, for example `["cuda:0", "cuda:1"]`; a device may stand more than once.
         at: first block of each stage after the first, for example `[20]`; even shares by default.
         blocks: dotted names of the block lists, for example `["blocks"]`; found by themselves by default.
+        first: names of modules that run before the blocks although the model lists them behind.
         residency: what each block leaves behind for its backward; one for all, or one a block. `auto` keeps
             as much as the devices have room for, found out before the first step of a `Pipeline`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
@@ -56,6 +61,8 @@ def split(
             residency `auto`, as many as are needed.
         host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
+        io_same_device: bring what the forward returns back to the first device, where a loop that knows
+            nothing of the split has its targets. A `Pipeline` computes its loss on the last one all the same.
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
@@ -69,7 +76,7 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
-    placement = place(model, devices, at=at, blocks=blocks)
+    placement = place(model, devices, at=at, blocks=blocks, first=first)
     positions = streamed_positions(placement, streamed)
     _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
     _move(model, placement, positions)
@@ -81,12 +88,18 @@ def split(
         compile=compile,
         host_limit=host_limit,
         run_ahead=run_ahead,
+        io_same_device=io_same_device,
     )
 
 
 def find_split(model: nn.Module) -> Split | None:
-    """The split that `model` runs under, if any."""
-    return getattr(model.__dict__.get("forward"), "split", None)
+    """The split that `model` runs under, if any, also behind another library's wrappers."""
+    forward = model.__dict__.get("forward")
+    while forward is not None:
+        if isinstance(found := getattr(forward, "split", None), Split):
+            return found
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 class Split:
@@ -101,6 +114,7 @@ class Split:
         compiler: runs the blocks compiled; None runs them as they are.
         host_pool: pinned host memory for activations.
         run_ahead: bounds how many blocks are queued on a device.
+        io_same_device: whether the forward's result comes back to the first device.
     """
 
     def __init__(
@@ -113,6 +127,7 @@ class Split:
         compile: bool = False,
         host_limit: int | None = None,
         run_ahead: int | None = None,
+        io_same_device: bool = False,
     ) -> None:
         self.model = model
         self.placement = placement
@@ -121,19 +136,22 @@ class Split:
         self.compiler = BlockCompiler() if compile else None
         self.host_pool = HostPool(host_limit)
         self.run_ahead = RunAhead(run_ahead)
+        self.io_same_device = io_same_device
         self._probe: Probe | None = None
         self._here = threading.local()
         self._open: set[Passage] = set()
-        self._wrapped: list[nn.Module] = []
+        self._wrapped: list[tuple[nn.Module, Any, Any]] = []
         self._streamed = tuple(streamed or ())
         self.may_stream = streamed is None
         self._streamers = [
             _streamer(model, placement, stage, self._streamed) for stage in range(placement.num_stages)
         ]
-        positions = {name: i for i, name in enumerate(placement.block_names)}
-        for unit in placement.units:
-            self._wrap(model.get_submodule(unit.name), partial(self._staged, unit, positions.get(unit.name)))
-        self._wrap(model, self._rooted)
+        self._take_over()
+
+    @property
+    def device_map(self) -> dict[str, torch.device]:
+        """Device of each part by its name; also the model's `hf_device_map`, so that accelerate leaves it."""
+        return {unit.name: self.placement.devices[unit.stage] for unit in self.placement.units}
 
     @property
     def streamed_bytes(self) -> int:
@@ -196,15 +214,33 @@ class Split:
     def remove(self) -> None:
         """Let the model's modules run as they did before; they stay on their devices."""
         self.rest()
-        for module in self._wrapped:
-            del module.forward
+        for module, ours, before in self._wrapped:
+            if module is self.model or module.__dict__["forward"] is ours:
+                del module.forward
+                if before is not None:
+                    module.forward = before
         self._wrapped.clear()
+        del self.model._apply, self.model.hf_device_map
+
+    def place_adapters(self) -> None:
+        """Bring LoRA modules that stand outside of the model to the devices of the layers they stand for.
+
+        Every forward does it, too. Call it before the state of an optimizer is loaded.
+        """
+        place_adapters(self.model, self.placement.device_of)
 
     def refuse_dropout(self) -> None:
         """Raise ValueError if a block draws random numbers that a recomputation would not draw again."""
-        for name, residency in zip(self.placement.block_names, self.residencies, strict=True):
-            if residency.recomputes:
-                refuse_dropout(name, self.model.get_submodule(name))
+        blocks = zip(self.placement.block_names, self.residencies, strict=True)
+        recomputed = [name for name, residency in blocks if residency.recomputes]
+        for name in recomputed:
+            refuse_dropout(name, self.model.get_submodule(name))
+        prefixes = tuple(f"{name}." for name in recomputed)
+        for adapter, layer in adapters_of(self.model).items():
+            for p in dropouts_of(adapter) if layer.startswith(prefixes) else ():
+                raise ValueError(
+                    f"{layer}: dropout of {p} in its adapter cannot be recomputed; use residency 'keep'"
+                )
 
     @contextmanager
     def passage(self, gate: Gate | None = None) -> Iterator[Passage]:
@@ -218,20 +254,40 @@ class Split:
             self._here.passage = None
             self._open.discard(passage)
 
+    def _take_over(self) -> None:
+        """Let the model's forward, and those of its parts, run by this split."""
+        positions = {name: i for i, name in enumerate(self.placement.block_names)}
+        units = [(unit, self.model.get_submodule(unit.name)) for unit in self.placement.units]
+        for unit, module in units:
+            refuse_replaced(unit.name, module, is_block=unit.is_block)
+        refuse_replaced(type(self.model).__name__, self.model, is_block=True)
+        for unit, module in units:
+            self._wrap(module, partial(self._staged, unit, positions.get(unit.name)))
+        self._wrap(self.model, self._rooted)
+        keep_spread(self.model, self._homes)
+        self.model.hf_device_map = self.device_map  # type: ignore[assignment]
+
+    def _homes(self) -> dict[int, torch.device]:
+        """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
+        homes = {}
+        for tensor, device in _lodgers(self.model, self.placement, self._streamed):
+            homes[id(tensor)] = device
+            if tensor.grad is not None:
+                homes[id(tensor.grad)] = device
+        return homes
+
     def _wrap(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        if "forward" in module.__dict__:
-            raise ValueError(
-                f"{type(module).__name__}.forward is replaced already, by another library's hooks"
-            )
+        before = module.__dict__.get("forward")
         module.forward = make(module.forward)
-        self._wrapped.append(module)
+        self._wrapped.append((module, module.forward, before))
 
     def _rooted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def root(*args: Any, **kwargs: Any) -> Any:
+        def root(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
             passage = self._current()
             if passage is None:
+                self.place_adapters()
                 with self.passage() as alone:
-                    return run(alone, args, kwargs)
+                    return self._bring_home(run(alone, args, kwargs))
             return run(passage, args, kwargs)
 
         def run(passage: Passage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -241,7 +297,13 @@ class Split:
             return forward(*args, **kwargs)
 
         root.split = self  # type: ignore[attr-defined]
-        return root
+        # A method, as accelerate takes its wrappers off and on.
+        return MethodType(root, self.model)
+
+    def _bring_home(self, outputs: Any) -> Any:
+        if not self.io_same_device:
+            return outputs
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.placement.devices[0]), outputs)
 
     def _staged(self, unit: Unit, position: int | None, forward: Callable[..., Any]) -> Callable[..., Any]:
         def staged(*args: Any, **kwargs: Any) -> Any:
@@ -249,11 +311,17 @@ class Split:
             if passage is None:
                 args, kwargs = self._recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
+            if unit.is_block and unit.stage < passage.stage and not passage.is_alone:
+                raise RuntimeError(
+                    f"{unit.name} of stage {unit.stage} runs after a module of stage {passage.stage}: name "
+                    "what runs before the blocks, tworeel.split(..., first=[...])"
+                )
             args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
             if position is not None:
                 return self._run_block(unit, position, passage, args, kwargs)
             return passage.leave_prologue(forward(*args, **kwargs))
 
+        staged.__wrapped__ = forward  # type: ignore[attr-defined]
         return staged
 
     def _run_block(self, unit: Unit, position: int, passage: Passage, args: Any, kwargs: Any) -> Any:
@@ -264,7 +332,15 @@ class Split:
         block = self.model.get_submodule(unit.name)
         if self._probe is not None:
             return self._run_probed(self._probe, unit, block, args, kwargs)
-        outputs = run_block(block, args, kwargs, residency=residency, berth=berth, compiler=self.compiler)
+        outputs = run_block(
+            block,
+            args,
+            kwargs,
+            residency=residency,
+            berth=berth,
+            compiler=self.compiler,
+            redraws=passage.is_alone,
+        )
         copies = berth is not None or position in self._streamed
         self.run_ahead.block_queued(device, copies=copies, leaving=berth is not None)
         if berth is not None:
@@ -357,6 +433,14 @@ def _streamer(model: nn.Module, placement: Placement, stage: int, streamed: Sequ
 
 def _move(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> None:
     """Move every parameter and buffer to its stage's device, but for those that are streamed."""
+    for tensor, device in _lodgers(model, placement, streamed):
+        tensor.data = tensor.data.to(device)
+
+
+def _lodgers(
+    model: nn.Module, placement: Placement, streamed: Sequence[int]
+) -> Iterator[tuple[Tensor, torch.device]]:
+    """Parameters and buffers with the devices that they live on; those that are streamed live on none."""
     waiting = {
         id(parameter)
         for i in streamed
@@ -364,4 +448,4 @@ def _move(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> No
     }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in waiting:
-            tensor.data = tensor.data.to(placement.device_of(name))
+            yield tensor, placement.device_of(name)
