@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, Unit, place
 from tworeel.engine.residency import Residency, refuse_dropout, run_block
 from tworeel.engine.run_ahead import RunAhead
+from tworeel.engine.strays import Strays
 from tworeel.engine.weight_streaming import WeightStreamer, frozen_parameters, spread
 
 AUTO = "auto"
@@ -36,6 +37,8 @@ def split(
     streamed: Sequence[int] | None = None,
     host_limit: int | None = None,
     run_ahead: int | None = None,
+    beside: Mapping[str, str] | None = None,
+    between: bool = False,
 ) -> Split:
     """Spread `model`'s blocks over `devices`; its forward and backward then work as before.
 
@@ -56,6 +59,10 @@ def split(
             residency `auto`, as many as are needed.
         host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
+        beside: names of modules that the forward calls between blocks, each with the block that it follows:
+            they live on that block's device and leave behind what it does.
+        between: whether the forward's own code between the blocks may use tensors from before an earlier
+            block, which are then brought to where it runs. Costs microseconds an operation.
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
@@ -69,7 +76,7 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
-    placement = place(model, devices, at=at, blocks=blocks)
+    placement = place(model, devices, at=at, blocks=blocks, beside=beside)
     positions = streamed_positions(placement, streamed)
     _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
     _move(model, placement, positions)
@@ -81,6 +88,7 @@ def split(
         compile=compile,
         host_limit=host_limit,
         run_ahead=run_ahead,
+        between=between,
     )
 
 
@@ -113,8 +121,10 @@ class Split:
         compile: bool = False,
         host_limit: int | None = None,
         run_ahead: int | None = None,
+        between: bool = False,
     ) -> None:
         self.model = model
+        self._between = between
         self.placement = placement
         self.residencies = _one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
@@ -132,7 +142,8 @@ class Split:
         ]
         positions = {name: i for i, name in enumerate(placement.block_names)}
         for unit in placement.units:
-            self._wrap(model.get_submodule(unit.name), partial(self._staged, unit, positions.get(unit.name)))
+            position = positions.get(unit.beside or unit.name)
+            self._wrap(model.get_submodule(unit.name), partial(self._staged, unit, position))
         self._wrap(model, self._rooted)
 
     @property
@@ -238,7 +249,8 @@ class Split:
             if passage.stage > 0:
                 raise RuntimeError("the model ran twice in one micro-batch: give each run its own")
             args, kwargs = passage.arrive(0, (args, kwargs), block=False)
-            return forward(*args, **kwargs)
+            with Strays(passage) if self._between else nullcontext():
+                return forward(*args, **kwargs)
 
         root.split = self  # type: ignore[attr-defined]
         return root
@@ -250,9 +262,13 @@ class Split:
                 args, kwargs = self._recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
             args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
-            if position is not None:
-                return self._run_block(unit, position, passage, args, kwargs)
-            return passage.leave_prologue(forward(*args, **kwargs))
+            with passage.within():
+                if position is None:
+                    outputs = passage.leave_prologue(forward(*args, **kwargs))
+                else:
+                    outputs = self._run_block(unit, position, passage, args, kwargs)
+            passage.own(outputs, unit.stage)
+            return outputs
 
         return staged
 
