@@ -17,7 +17,7 @@ def offer_torchvision() -> None:
     if importlib.util.find_spec("torchvision") is not None:
         return
     # These ask once, and have to find that there is none: the stand-in is DiffSynth's alone.
-    import diffusers.utils
+    import diffusers.utils  # noqa: F401
     import peft  # noqa: F401
     from transformers.utils import is_torchvision_available
 

@@ -15,6 +15,7 @@ from variants import VARIANTS, Toy, model_function
 from tworeel.diffsynth.settings import Settings
 from tworeel.diffsynth.splitting import split_pipeline
 from tworeel.engine import Pipeline
+from tworeel.engine.passage import Passage
 
 pytestmark = pytest.mark.usefixtures("diffsynth_package")
 WRONG_WITH_ITS_CHECKPOINTING = {"s2v"}
@@ -82,6 +83,18 @@ def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         scale = gradient.abs().max()
         assert scale > 0, f"{key} has no gradient, which shows nothing"
         assert (ours[key] - gradient).abs().max() <= 1e-5 * scale, key
+
+
+@pytest.fixture(autouse=True)
+def _modules_run_in_the_order_of_their_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not would keep a stage from being busy with another micro-batch."""
+    arrive = Passage.arrive
+
+    def checked(self: Passage, stage: int, inputs: Any, *, block: bool) -> Any:
+        assert stage >= self.stage, "the forward went back to an earlier stage"
+        return arrive(self, stage, inputs, block=block)
+
+    monkeypatch.setattr(Passage, "arrive", checked)
 
 
 @pytest.mark.parametrize("stages", [2, 3])

@@ -145,6 +145,8 @@ def wantodance(*, fps: float = 30.0) -> Toy:
     own = {f"wantodance_enable_{name}": True for name in switches}
     dit = wan(has_image_input=True, in_dim=36, wantodance_music_inject_layers=[0, 2, 4], **own)
     inputs = {**basic(), "clip_feature": clip(), "y": latents(20), "wantodance_fps": fps}
+    # The music has eight steps a frame, and the tokens of each have to be as many.
+    inputs |= {"latents": torch.randn(1, 16, FRAMES, 8, 8), "y": torch.randn(1, 20, FRAMES, 8, 8)}
     inputs |= {"wantodance_refimage_feature": clip(), "music_feature": torch.randn(16, 35)}
     return Toy({"dit": dit}, inputs)
 

@@ -12,6 +12,7 @@ from tworeel.errors import UserError
 
 MODELS = ("dit", "vace", "vap", "animate_adapter", "motion_controller")
 """Names in DiffSynth's pipelines of what runs at each step; the transformer is `dit`."""
+_HEADS = ("head", "head_global", "final_layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class Layout:
     """How many of these blocks come before the transformer's own."""
     beside: Mapping[str, str] = field(default_factory=dict)
     """Modules between blocks, and the block that each of them follows."""
+    after: tuple[str, ...] = ()
+    """Modules that run after the blocks; whatever else there is runs before them."""
     one_at_a_time: str = ""
     """Why micro-batches cannot overlap, if they cannot."""
 
@@ -42,7 +45,8 @@ def layout_of(models: Mapping[str, nn.Module]) -> Layout:
             "blocks share it; train it without DIFFSYNTH_DUAL_GPU"
         )
     if kind == "Flux2DiT":
-        return Layout(lists=("dit.transformer_blocks", "dit.single_transformer_blocks"))
+        lists = ("dit.transformer_blocks", "dit.single_transformer_blocks")
+        return Layout(lists=lists, after=("dit.norm_out", "dit.proj_out"))
     if kind not in ("WanModel", "WanS2VModel", "LongCatVideoTransformer3DModel"):
         raise UserError(f"{kind} is not known here: only the transformers of Wan and FLUX.2 can be split")
     vace = models.get("vace")
@@ -52,7 +56,8 @@ def layout_of(models: Mapping[str, nn.Module]) -> Layout:
     # The music of a micro-batch is an attribute of the model, which the next one would overwrite.
     keeps_state = bool(getattr(dit, "wantodance_enable_music_inject", False))
     why = "the model keeps the music of one micro-batch at a time" if keeps_state else ""
-    return Layout(lists=lists, before=before, beside=beside, one_at_a_time=why)
+    after = tuple(f"dit.{name}" for name in _HEADS if hasattr(dit, name))
+    return Layout(lists=lists, before=before, beside=beside, after=after, one_at_a_time=why)
 
 
 def _list(module: nn.Module, name: str) -> nn.ModuleList:

@@ -47,8 +47,7 @@ def split_pipeline(
         raise UserError("no transformer was loaded: name its files in --model_paths")
     raise_if_any(_bound_to_one_device(models))
     layout = layout_of(models)
-    # What the transformer is mixed with comes before it: what is not beside a block is on the first device.
-    together = StepModels({name: models[name] for name in (*MODELS[1:], "dit") if name in models})
+    together = StepModels(models)
     if settings.fp8:
         quantize_blocks(together, "fp8", block_linears(together, (*layout.lists, *layout.beside)))
     residency = settings.residency or _residency(checkpointing, offload)
@@ -61,6 +60,7 @@ def split_pipeline(
         blocks=layout.lists,
         residency=residency,
         beside=layout.beside,
+        after=layout.after,
         between=True,
     )
     for model in models.values():

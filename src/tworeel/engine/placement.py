@@ -60,6 +60,7 @@ def place(
     at: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
     beside: Mapping[str, str] | None = None,
+    after: Sequence[str] | None = None,
 ) -> Placement:
     """Decide which stage runs which part of `model`. Nothing is moved; parameters may be on meta.
 
@@ -71,6 +72,8 @@ def place(
         blocks: dotted names of the block lists in the order of the forward. Found by themselves by default:
             every `nn.ModuleList` of at least two modules of one class that is not inside of a block.
         beside: names of modules that run between the blocks, each with the block that it has to live with.
+        after: names of the modules that run after the blocks; all others then run before them. By default
+            those that are registered behind the blocks.
 
     Raises:
         ValueError: no block lists, more stages than blocks, or boundaries out of order; all problems of
@@ -85,7 +88,7 @@ def place(
     return Placement(
         tuple(_with_index(torch.device(d)) for d in devices),
         boundaries,
-        tuple(_units(model, lists, stage_of_block, beside)),
+        tuple(_units(model, lists, stage_of_block, beside, after)),
     )
 
 
@@ -164,10 +167,15 @@ def _even_shares(
 
 
 def _units(
-    model: nn.Module, lists: tuple[str, ...], stage_of_block: dict[str, int], beside: Mapping[str, str]
+    model: nn.Module,
+    lists: tuple[str, ...],
+    stage_of_block: dict[str, int],
+    beside: Mapping[str, str],
+    after: Sequence[str] | None,
 ) -> Iterator[Unit]:
     """Walk the modules in the order of registration; what lies between blocks follows the last block."""
-    opened = (*lists, *beside)
+    opened = (*lists, *beside, *(after or ()))
+    last = max(stage_of_block.values())
     stage = 0
 
     def visit(module: nn.Module, prefix: str) -> Iterator[Unit]:
@@ -181,7 +189,9 @@ def _units(
                 yield Unit(path, stage_of_block[beside[path]], False, beside[path])
             elif path in lists or any(n.startswith(f"{path}.") for n in opened):
                 yield from visit(child, f"{path}.")
-            else:
+            elif after is None:
                 yield Unit(path, stage, False)
+            else:
+                yield Unit(path, last if path in after else 0, False)
 
     return visit(model, "")

@@ -38,6 +38,7 @@ def split(
     host_limit: int | None = None,
     run_ahead: int | None = None,
     beside: Mapping[str, str] | None = None,
+    after: Sequence[str] | None = None,
     between: bool = False,
 ) -> Split:
     """Spread `model`'s blocks over `devices`; its forward and backward then work as before.
@@ -61,6 +62,8 @@ def split(
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
         beside: names of modules that the forward calls between blocks, each with the block that it follows:
             they live on that block's device and leave behind what it does.
+        after: names of the modules that run after the blocks, if those registered behind the blocks are
+            not the ones.
         between: whether the forward's own code between the blocks may use tensors from before an earlier
             block, which are then brought to where it runs. Costs microseconds an operation.
 
@@ -76,7 +79,7 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
-    placement = place(model, devices, at=at, blocks=blocks, beside=beside)
+    placement = place(model, devices, at=at, blocks=blocks, beside=beside, after=after)
     positions = streamed_positions(placement, streamed)
     _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
     _move(model, placement, positions)

@@ -1,5 +1,4 @@
-"""As much of torchvision as DiffSynth needs to import and to resize pictures: there is no build of it for every
-torch that the tests run with."""
+"""As much of torchvision as DiffSynth needs to import and to resize: not every torch has a build of it."""
 
 from torchvision import transforms
 
