@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,10 +13,9 @@ _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE))
 
 
-def offer_torchvision() -> None:
-    """Let DiffSynth import without torchvision, of which there is not a build for every torch."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return
+def offer_stand_ins() -> None:
+    """Let DiffSynth import without librosa, and torchvision, which not every torch has a build of."""
+    missing = [name for name in ("torchvision", "librosa") if importlib.util.find_spec(name) is None]
     # These ask once, and have to find that there is none: the stand-in is DiffSynth's alone.
     import diffusers.utils  # noqa: F401
     import peft  # noqa: F401
@@ -23,14 +23,14 @@ def offer_torchvision() -> None:
 
     is_torchvision_available()
     sys.path.insert(0, str(_HERE / "stand_ins"))
-    import torchvision  # noqa: F401
-
+    for name in missing:
+        importlib.import_module(name)
     sys.path.remove(str(_HERE / "stand_ins"))
 
 
 INSTALLED = importlib.util.find_spec("diffsynth") is not None
 if INSTALLED:
-    offer_torchvision()
+    offer_stand_ins()
 
 
 @pytest.fixture

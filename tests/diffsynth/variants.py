@@ -134,7 +134,7 @@ def s2v() -> Toy:
 
     given = {"dim": D, "in_dim": 16, "ffn_dim": FFN, "out_dim": 16, "text_dim": TEXT, "freq_dim": 32}
     given |= {"eps": 1e-6, "patch_size": (1, 2, 2), "num_heads": HEADS, "num_layers": BLOCKS, "cond_dim": 16}
-    dit = WanS2VModel(**given, audio_dim=16, num_audio_token=4, audio_inject_layers=[0, 2, 4])
+    dit = WanS2VModel(**given, audio_dim=16, num_audio_token=4, audio_inject_layers=[0, 2, 5])
     large = {"latents": torch.randn(1, 16, 3, 8, 8), "motion_latents": torch.randn(1, 16, 19, 8, 8)}
     own = {"audio_embeds": torch.randn(1, 25, 16, 8), "drop_motion_frames": False, "s2v_pose_latents": None}
     return Toy({"dit": dit}, {**basic(), **large, **own})

@@ -50,7 +50,8 @@ def layout_of(models: Mapping[str, nn.Module]) -> Layout:
     if kind not in ("WanModel", "WanS2VModel", "LongCatVideoTransformer3DModel"):
         raise UserError(f"{kind} is not known here: only the transformers of Wan and FLUX.2 can be split")
     vace = models.get("vace")
-    lists = ("dit.blocks",) if vace is None else ("vace.vace_blocks", "dit.blocks")
+    own: tuple[str, ...] = ("dit.blocks",)
+    lists = own if vace is None else ("vace.vace_blocks", *own)
     before = 0 if vace is None else len(_list(vace, "vace_blocks"))
     beside = {name: f"dit.blocks.{block}" for name, block in _between(models)}
     # The music of a micro-batch is an attribute of the model, which the next one would overwrite.

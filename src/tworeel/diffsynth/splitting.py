@@ -102,7 +102,7 @@ def _check_range(together: nn.Module, layout: Layout, settings: Settings) -> Non
         raise UserError(f"{len(settings.devices)} devices for {count} blocks: at most one device a block")
 
 
-def stay(model: nn.Module, division: Split) -> None:
+def stay(model: Any, division: Split) -> None:
     """Keep a split model's parts where they are when the whole pipeline is moved to a device.
 
     `hf_device_map` is what accelerate looks at; `_apply` is what a parent's `.to()` calls.
@@ -110,10 +110,10 @@ def stay(model: nn.Module, division: Split) -> None:
     placement = division.placement
     model.hf_device_map = {unit.name: placement.devices[unit.stage] for unit in placement.units}
 
-    def keep(_function: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    def keep(_function: Callable[..., Any], recurse: bool = True) -> Any:
         return model
 
-    model._apply = keep  # type: ignore[assignment]
+    model._apply = keep
 
 
 def without_checkpointing(model_fn: Callable[..., Any]) -> Callable[..., Any]:

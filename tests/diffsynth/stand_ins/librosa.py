@@ -1,0 +1,1 @@
+"""Imported by a reader of sound files that the tests do not use."""
