@@ -45,8 +45,8 @@ def layout_of(models: Mapping[str, nn.Module]) -> Layout:
             "blocks share it; train it without DIFFSYNTH_DUAL_GPU"
         )
     if kind == "Flux2DiT":
-        lists = ("dit.transformer_blocks", "dit.single_transformer_blocks")
-        return Layout(lists=lists, after=("dit.norm_out", "dit.proj_out"))
+        both = ("dit.transformer_blocks", "dit.single_transformer_blocks")
+        return Layout(lists=both, after=("dit.norm_out", "dit.proj_out"))
     if kind not in ("WanModel", "WanS2VModel", "LongCatVideoTransformer3DModel"):
         raise UserError(f"{kind} is not known here: only the transformers of Wan and FLUX.2 can be split")
     vace = models.get("vace")
