@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tworeel.lora.convert import convert_lora
 from tworeel.lora.files import save_lora
+from tworeel.lora.naming import Naming
 from tworeel.lora.tensors import LoraFile, LoraTensors
 from tworeel.models.registry import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("diffsynth_package")
-NAMING = FAMILIES["wan"].naming
+NAMING = Naming.of(FAMILIES["wan"])
 
 
 def written_by_diffsynth(path: Path) -> dict[str, Tensor]:
