@@ -95,7 +95,7 @@ class Passage:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """A module of the placement runs: what it uses has arrived with its inputs."""
+        """A module of the placement runs, or its inputs are on their way: that is not code between blocks."""
         self.inside += 1
         try:
             yield

@@ -264,8 +264,8 @@ class Split:
             if passage is None:
                 args, kwargs = self._recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
-            args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
             with passage.within():
+                args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
                 if position is None:
                     outputs = passage.leave_prologue(forward(*args, **kwargs))
                 else:
