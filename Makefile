@@ -47,9 +47,11 @@ clean:
 	$(INSTALL) -e .
 	@touch $@
 
-.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt requirements-diffsynth.txt
 	@echo "Installing into .venv: the first time takes minutes, most of it for torch."
 	$(INSTALL) -e '.[dev]'
+# Without what it depends on: its tests need neither torchvision nor a torch of its choice.
+	$(INSTALL) --no-deps -r requirements-diffsynth.txt
 	@touch .venv/installed $@
 
 .PHONY: help demo demo-flux2 test lint docs clean

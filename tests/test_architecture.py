@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "tworeel"
 ROOMS = (
     "cli",
+    "diffsynth",
     "benchmarks",
     "demo",
     "training",

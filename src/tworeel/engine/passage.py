@@ -11,7 +11,8 @@ A stage is a number, not a device: two stages may share one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +56,8 @@ class Passage:
     def __init__(self, devices: Sequence[torch.device], gate: Gate | None = None) -> None:
         self.stage = 0
         self.done = False
+        self.inside = 0
+        """How deep in modules of the placement the forward is; 0 in the code between them."""
         self.berths: dict[int, Berth] = {}
         """What the last block on each stage has parked in host memory."""
         self._devices = devices
@@ -94,6 +97,37 @@ class Passage:
         inputs = tree_map_only(Tensor, lambda tensor: self._bring(tensor, stage), inputs)
         self._under_way.clear()
         return inputs
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """A module of the placement runs, or its inputs are on their way: that is not code between blocks."""
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    def own(self, outputs: Any, stage: int) -> None:
+        """Remember that `outputs` were made on `stage`: used on a later one, they are cut."""
+        if self._gate is None:
+            return
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                self._owner.setdefault(tensor, stage)
+
+    def gather(self, inputs: Any) -> Any:
+        """Return `inputs` of an operation between the blocks as they stand on the stage where it runs.
+
+        A tensor on a device of no stage, say a scheduler's table in host memory, stays there.
+        """
+
+        def bring(tensor: Tensor) -> Tensor:
+            if tensor.device not in self._devices and not tensor.requires_grad:
+                return tensor
+            self._owner.setdefault(tensor, self.stage)
+            return self._bring(tensor, self.stage)
+
+        return tree_map_only(Tensor, bring, inputs) if self.stage > 0 else inputs
 
     def leave_prologue(self, outputs: Any) -> Any:
         """Cut what a module before the blocks has made, so that several stages can use it.

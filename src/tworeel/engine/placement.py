@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -18,6 +18,8 @@ class Unit:
     name: str
     stage: int
     is_block: bool
+    beside: str | None = None
+    """The block that it lives with and whose residency it shares, if it was put there."""
 
     @property
     def kind(self) -> str:
@@ -68,6 +70,7 @@ def place(
     at: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
     first: Sequence[str] = (),
+    beside: Mapping[str, str] | None = None,
 ) -> Placement:
     """Decide which stage runs which part of `model`. Nothing is moved; parameters may be on meta.
 
@@ -79,21 +82,24 @@ def place(
         blocks: dotted names of the block lists in the order of the forward. Found by themselves by default:
             every `nn.ModuleList` of at least two modules of one class that is not inside of a block.
         first: dotted names of modules that run before the blocks although the model lists them behind.
+        beside: names of modules that run between the blocks, each with the block that it has to live with.
 
     Raises:
         ValueError: no block lists, a name in `first` that is no module beside the blocks, more stages than
             blocks, or boundaries out of order; all problems of one kind in one message.
     """
     lists = tuple(blocks) if blocks is not None else tuple(find_block_lists(model))
+    beside = dict(beside or {})
     block_names = _block_names(model, lists)
-    boundaries = _boundaries(model, block_names, len(devices), at)
+    _check_beside(model, block_names, beside)
+    boundaries = _boundaries(model, block_names, len(devices), at, beside)
     if unknown := set(first) - {name for name, _ in model.named_modules() if name not in block_names}:
         raise ValueError(f"first={list(first)}: no module beside the blocks is named {', '.join(unknown)}")
     stage_of_block = {n: bisect.bisect_right(boundaries, i) - 1 for i, n in enumerate(block_names)}
     return Placement(
         tuple(_with_index(torch.device(d)) for d in devices),
         boundaries,
-        tuple(_units(model, lists, stage_of_block, first)),
+        tuple(_units(model, lists, stage_of_block, beside, first)),
     )
 
 
@@ -126,14 +132,25 @@ def _block_names(model: nn.Module, lists: tuple[str, ...]) -> list[str]:
     return [f"{name}.{i}" for name in lists for i in range(len(modules[name]))]
 
 
+def _check_beside(model: nn.Module, blocks: list[str], beside: Mapping[str, str]) -> None:
+    modules = dict(model.named_modules())
+    wrong = [
+        f"{name} beside {block}"
+        for name, block in beside.items()
+        if name not in modules or block not in blocks
+    ]
+    if wrong:
+        raise ValueError(f"{type(model).__name__} has no such module or block: {', '.join(wrong)}")
+
+
 def _boundaries(
-    model: nn.Module, blocks: list[str], num_stages: int, at: Sequence[int] | None
+    model: nn.Module, blocks: list[str], num_stages: int, at: Sequence[int] | None, beside: Mapping[str, str]
 ) -> tuple[int, ...]:
     if num_stages < 1:
         raise ValueError("at least one device is needed")
     if num_stages > len(blocks):
         raise ValueError(f"{num_stages} stages for {len(blocks)} blocks: at most one stage a block")
-    inner = tuple(at) if at is not None else _even_shares(model, blocks, num_stages)
+    inner = tuple(at) if at is not None else _even_shares(model, blocks, num_stages, beside)
     boundaries = (0, *inner, len(blocks))
     if len(inner) != num_stages - 1:
         raise ValueError(f"at={list(inner)}: {num_stages} stages need {num_stages - 1} boundaries")
@@ -142,9 +159,15 @@ def _boundaries(
     return boundaries
 
 
-def _even_shares(model: nn.Module, blocks: list[str], num_stages: int) -> tuple[int, ...]:
+def _even_shares(
+    model: nn.Module, blocks: list[str], num_stages: int, beside: Mapping[str, str]
+) -> tuple[int, ...]:
     """Cut where the running sum of the blocks' bytes is nearest to the stage's share; no stage is empty."""
-    sizes = [sum(p.nbytes for p in model.get_submodule(n).parameters()) for n in blocks]
+
+    def size(name: str) -> int:
+        return sum(p.nbytes for p in model.get_submodule(name).parameters())
+
+    sizes = [size(n) + sum(size(other) for other, block in beside.items() if block == n) for n in blocks]
     running = [0, *accumulate(sizes)]
     cuts: list[int] = []
     for stage in range(1, num_stages):
@@ -155,9 +178,14 @@ def _even_shares(model: nn.Module, blocks: list[str], num_stages: int) -> tuple[
 
 
 def _units(
-    model: nn.Module, lists: tuple[str, ...], stage_of_block: dict[str, int], first: Sequence[str]
+    model: nn.Module,
+    lists: tuple[str, ...],
+    stage_of_block: dict[str, int],
+    beside: Mapping[str, str],
+    first: Sequence[str],
 ) -> Iterator[Unit]:
     """Walk the modules in the order of registration; what lies between blocks follows the last block."""
+    opened = (*lists, *beside)
     stage = 0
 
     def visit(module: nn.Module, prefix: str) -> Iterator[Unit]:
@@ -167,7 +195,9 @@ def _units(
             if path in stage_of_block:
                 stage = stage_of_block[path]
                 yield Unit(path, stage, True)
-            elif path in lists or any(n.startswith(f"{path}.") for n in lists):
+            elif path in beside:
+                yield Unit(path, stage_of_block[beside[path]], False, beside[path])
+            elif path in lists or any(n.startswith(f"{path}.") for n in opened):
                 yield from visit(child, f"{path}.")
             else:
                 yield Unit(path, 0 if path in first else stage, False)

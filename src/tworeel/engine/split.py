@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -22,6 +22,7 @@ from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, Unit, place
 from tworeel.engine.residency import Residency, refuse_dropout, run_block
 from tworeel.engine.run_ahead import RunAhead
+from tworeel.engine.strays import Strays
 from tworeel.engine.weight_streaming import WeightStreamer, frozen_parameters, spread
 
 AUTO = "auto"
@@ -40,6 +41,8 @@ def split(
     host_limit: int | None = None,
     run_ahead: int | None = None,
     io_same_device: bool = False,
+    beside: Mapping[str, str] | None = None,
+    between: bool = False,
 ) -> Split:
     """Spread `model`'s blocks over `devices`; its forward and backward then work as before.
 
@@ -63,6 +66,10 @@ def split(
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
         io_same_device: bring what the forward returns back to the first device, where a loop that knows
             nothing of the split has its targets. A `Pipeline` computes its loss on the last one all the same.
+        beside: names of modules that the forward calls between blocks, each with the block that it follows:
+            they live on that block's device and leave behind what it does.
+        between: whether the forward's own code between the blocks may use tensors from before an earlier
+            block, which are then brought to where it runs. Costs microseconds an operation.
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
@@ -76,7 +83,7 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
-    placement = place(model, devices, at=at, blocks=blocks, first=first)
+    placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
     _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
     _move(model, placement, positions)
@@ -89,6 +96,7 @@ def split(
         host_limit=host_limit,
         run_ahead=run_ahead,
         io_same_device=io_same_device,
+        between=between,
     )
 
 
@@ -128,8 +136,10 @@ class Split:
         host_limit: int | None = None,
         run_ahead: int | None = None,
         io_same_device: bool = False,
+        between: bool = False,
     ) -> None:
         self.model = model
+        self._between = between
         self.placement = placement
         self.residencies = _one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
@@ -262,7 +272,7 @@ class Split:
             refuse_replaced(unit.name, module, is_block=unit.is_block)
         refuse_replaced(type(self.model).__name__, self.model, is_block=True)
         for unit, module in units:
-            self._wrap(module, partial(self._staged, unit, positions.get(unit.name)))
+            self._wrap(module, partial(self._staged, unit, positions.get(unit.beside or unit.name)))
         self._wrap(self.model, self._rooted)
         keep_spread(self.model, self._homes)
         self.model.hf_device_map = self.device_map  # type: ignore[assignment]
@@ -294,7 +304,8 @@ class Split:
             if passage.stage > 0:
                 raise RuntimeError("the model ran twice in one micro-batch: give each run its own")
             args, kwargs = passage.arrive(0, (args, kwargs), block=False)
-            return forward(*args, **kwargs)
+            with Strays(passage) if self._between else nullcontext():
+                return forward(*args, **kwargs)
 
         root.split = self  # type: ignore[attr-defined]
         # A method, as accelerate takes its wrappers off and on.
@@ -316,10 +327,14 @@ class Split:
                     f"{unit.name} of stage {unit.stage} runs after a module of stage {passage.stage}: name "
                     "what runs before the blocks, tworeel.split(..., first=[...])"
                 )
-            args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
-            if position is not None:
-                return self._run_block(unit, position, passage, args, kwargs)
-            return passage.leave_prologue(forward(*args, **kwargs))
+            with passage.within():
+                args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
+                if position is None:
+                    outputs = passage.leave_prologue(forward(*args, **kwargs))
+                else:
+                    outputs = self._run_block(unit, position, passage, args, kwargs)
+            passage.own(outputs, unit.stage)
+            return outputs
 
         staged.__wrapped__ = forward  # type: ignore[attr-defined]
         return staged

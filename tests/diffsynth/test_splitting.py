@@ -1,0 +1,116 @@
+"""Where the parts of DiffSynth's models go, that they stay there, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_variants import made, pipe_of
+from torch import nn
+
+from tworeel.diffsynth.layouts import layout_of
+from tworeel.diffsynth.settings import Settings
+from tworeel.diffsynth.splitting import split_pipeline
+from tworeel.engine.residency import Residency
+from tworeel.errors import UserError
+from tworeel.quant.frozen import FrozenLinear
+
+TWO = Settings(devices=("cpu", "cpu"))
+
+
+def split_toy(name: str, settings: Settings = TWO, **how: bool) -> tuple[Any, Any, Any]:
+    toy = made(name)
+    pipe = pipe_of(name, toy)
+    checkpointing = {"checkpointing": True, "offload": False, **how}
+    division, layout = split_pipeline(pipe, settings, **checkpointing)
+    return pipe, division, layout
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_modules_between_blocks_live_with_the_block_that_they_follow() -> None:
+    for name, module, block in [
+        ("s2v", "dit.audio_injector.injector.1", "dit.blocks.2"),
+        ("wantodance", "dit.music_injector.injector.2", "dit.blocks.4"),
+        ("animate", "animate_adapter.face_adapter.fuser_blocks.1", "dit.blocks.5"),
+        ("video_as_prompt", "vap.blocks.2", "dit.blocks.4"),
+    ]:
+        _, division, _ = split_toy(name, Settings(devices=("cpu",) * 3))
+        placement = division.placement
+        assert placement.stage_of(module) == placement.stage_of(block) > 0
+        assert placement.stage_of("dit.patch_embedding") == 0 and placement.stage_of("dit.head") == 2
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_a_boundary_counts_the_transformers_own_blocks() -> None:
+    _, division, layout = split_toy("vace", Settings(devices=("cpu", "cpu"), split_at=(4,)))
+    assert layout.before == 3
+    assert division.placement.boundaries == (0, 7, 9)
+    with pytest.raises(UserError, match="SPLIT_AT=6: the transformer has 6 blocks, allowed are 1 to 5"):
+        split_toy("vace", Settings(devices=("cpu", "cpu"), split_at=(6,)))
+    with pytest.raises(UserError, match="7 devices for 6 blocks"):
+        split_toy("t2v", Settings(devices=("cpu",) * 7))
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_the_scripts_checkpointing_options_say_what_blocks_leave_behind() -> None:
+    for how, expected in [
+        ({"checkpointing": True, "offload": False}, Residency.RECOMPUTE),
+        ({"checkpointing": True, "offload": True}, Residency.OFFLOAD),
+        ({"checkpointing": False, "offload": False}, Residency.KEEP),
+    ]:
+        _, division, _ = split_toy("t2v", **how)
+        assert set(division.residencies) == {expected}
+    _, division, _ = split_toy("t2v", Settings(devices=("cpu", "cpu"), residency="selective"))
+    assert set(division.residencies) == {Residency.SELECTIVE}
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_a_split_transformer_stays_when_its_pipeline_is_moved_and_accelerate_leaves_it_too() -> None:
+    from accelerate import Accelerator
+
+    toy = made("t2v")
+    pipe = pipe_of("t2v", toy)
+    split_pipeline(pipe, TWO, checkpointing=True, offload=False)
+    whole = nn.Module()
+    whole.dit, whole.vae = pipe.dit, nn.Linear(2, 2)
+    whole.to("meta")
+    assert whole.vae.weight.is_meta and not any(p.is_meta for p in pipe.dit.parameters())
+    assert Accelerator(cpu=True).verify_device_map(whole)
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_frozen_weights_go_to_fp8_and_the_loras_layers_do_not() -> None:
+    pipe, division, _ = split_toy("t2v", Settings(devices=("cpu", "cpu"), fp8=True))
+    block = pipe.dit.blocks[0]
+    assert isinstance(block.self_attn.q.base_layer, FrozenLinear)
+    assert block.self_attn.q.base_layer.weight.dtype == torch.float8_e4m3fn
+    assert type(block.self_attn.q.lora_A["default"]) is nn.Linear
+    toy = made("t2v")
+    loss = division.model(lambda: pipe.model_fn(dit=pipe.dit, **toy.inputs).square().mean())
+    loss.backward()
+    gradients = [p.grad for p in pipe.dit.parameters() if p.requires_grad]
+    assert len(gradients) == 120 and all(g is not None and g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ["vram_management_enabled", "quantize_config"])
+@pytest.mark.usefixtures("diffsynth_package")
+def test_layers_that_diffsynth_binds_to_one_device_are_refused(name: str) -> None:
+    toy = made("t2v")
+    setattr(toy.models["dit"], name, True)
+    with pytest.raises(UserError, match=r"--fp8_models|--quant_options"):
+        split_pipeline(pipe_of("t2v", toy), TWO, checkpointing=True, offload=False)
+
+
+def test_a_transformer_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="Linear is not known here"):
+        layout_of({"dit": nn.Linear(2, 2)})
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_animate_2_is_refused_with_the_reason() -> None:
+    from diffsynth.models.wan_animate_2_dit import WanAnimate2Transformer
+
+    dit = WanAnimate2Transformer(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
+    with pytest.raises(UserError, match=r"Wan-Animate-2 cannot be split: its attention mask"):
+        layout_of({"dit": dit})
