@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("diffsynth_package")
 
 
+@pytest.mark.slow
 def test_every_way_to_run_the_script_is_timed(tmp_path: Path) -> None:
     command = [sys.executable, str(HERE.parents[1] / "bench" / "diffsynth_scripts.py"), "--tiny"]
     command += ["--script", str(HERE / "script.py"), "--folder", str(tmp_path / "bench")]
