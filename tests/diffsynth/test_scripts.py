@@ -17,9 +17,9 @@ from tiny import BLOCKS, arguments, write, write_flux2
 from tworeel.demo.tiny_encoders import write_tokenizer
 
 HERE = Path(__file__).parent
-OWN = (
-    Path(os.environ.get("DIFFSYNTH_REPOSITORY", "")) / "examples" / "wanvideo" / "model_training" / "train.py"
-)
+EXAMPLES = Path(os.environ.get("DIFFSYNTH_REPOSITORY", "")) / "examples"
+OWN = EXAMPLES / "wanvideo" / "model_training" / "train.py"
+OWN_FLUX2 = EXAMPLES / "flux2" / "model_training" / "train.py"
 SCRIPTS = [
     HERE / "script.py",
     pytest.param(OWN, marks=pytest.mark.skipif(not OWN.is_file(), reason="DIFFSYNTH_REPOSITORY is not set")),
