@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import BLOCKS, arguments, write
+from tiny import BLOCKS, arguments, write, write_flux2
 
 from tworeel.demo.tiny_encoders import write_tokenizer
 
 HERE = Path(__file__).parent
-OWN = (
-    Path(os.environ.get("DIFFSYNTH_REPOSITORY", "")) / "examples" / "wanvideo" / "model_training" / "train.py"
-)
+EXAMPLES = Path(os.environ.get("DIFFSYNTH_REPOSITORY", "")) / "examples"
+OWN = EXAMPLES / "wanvideo" / "model_training" / "train.py"
+OWN_FLUX2 = EXAMPLES / "flux2" / "model_training" / "train.py"
 SCRIPTS = [
     HERE / "script.py",
     pytest.param(OWN, marks=pytest.mark.skipif(not OWN.is_file(), reason="DIFFSYNTH_REPOSITORY is not set")),
@@ -104,3 +104,21 @@ def test_a_split_run_has_the_losses_and_the_lora_of_one_that_is_not(
     assert lora.keys() == our_lora.keys() and len(lora) == BLOCKS * 10 * 2
     for key, tensor in lora.items():
         assert (our_lora[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key
+
+
+@pytest.mark.skipif(not OWN_FLUX2.is_file(), reason="DIFFSYNTH_REPOSITORY is not set")
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_flux2s_own_script_split_has_the_losses_of_one_that_is_not(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, accumulation: int
+) -> None:
+    folder = tmp_path_factory.mktemp("flux2")
+    write_flux2(folder)
+    write_tokenizer(folder, "diffusers")
+    more = ["--lora_target_modules", "to_q,to_k,to_v,to_out.0,to_qkv_mlp_proj", *steps_of(accumulation)]
+    results = []
+    for way, variables in (("plain", {}), ("tworeel", SPLIT)):
+        done = run(way, folder, OWN_FLUX2, arguments(folder, tmp_path / way, *more), variables)
+        results.append(trained(done, tmp_path / way))
+    (losses, lora), (our_losses, our_lora) = results
+    assert len(losses) == 12 and our_losses == pytest.approx(losses, rel=1e-5)
+    assert lora.keys() == our_lora.keys() and len(lora) > 20

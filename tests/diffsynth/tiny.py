@@ -43,17 +43,46 @@ def write(folder: Path) -> None:
         torch.save(sample, folder / "cache" / "0" / f"{number}.pth")
 
 
+FLUX2 = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": TEXT,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
+
+
+def write_flux2(folder: Path) -> None:
+    """Write a tiny FLUX.2 as `dit.safetensors`, and cached samples."""
+    from diffsynth.models.flux2_dit import Flux2DiT
+
+    torch.manual_seed(0)
+    dit = Flux2DiT(**FLUX2)
+    save_file(
+        {key: value.contiguous() for key, value in dit.state_dict().items()}, folder / "dit.safetensors"
+    )
+    (folder / "cache" / "0").mkdir(parents=True)
+    ids = torch.arange(6).float()[None, :, None].expand(1, 6, 4)
+    for number in range(6):
+        shared = {"input_latents": torch.randn(1, 6, 16), "image_ids": ids, "embedded_guidance": 1.0}
+        shared |= {"use_gradient_checkpointing": True, "cfg_scale": 1}
+        text = {"prompt_embeds": torch.randn(1, 5, TEXT), "text_ids": ids[:, :5]}
+        torch.save((shared, text, {}), folder / "cache" / "0" / f"{number}.pth")
+
+
 def register(folder: Path) -> None:
     """Let DiffSynth recognize the tiny transformer: it knows files by a hash of their keys and shapes."""
     from diffsynth.configs import MODEL_CONFIGS
     from diffsynth.core.loader import hash_model_file
 
-    entry = {
-        "model_hash": hash_model_file(str(folder / "dit.safetensors")),
-        "model_name": "wan_video_dit",
-        "model_class": "diffsynth.models.wan_video_dit.WanModel",
-        "extra_kwargs": OPTIONS,
-    }
+    hashed = hash_model_file(str(folder / "dit.safetensors"))
+    wan_entry = ("wan_video_dit", "diffsynth.models.wan_video_dit.WanModel", OPTIONS)
+    flux2_entry = ("flux2_dit", "diffsynth.models.flux2_dit.Flux2DiT", FLUX2)
+    name, kind, options = flux2_entry if folder.name.startswith("flux2") else wan_entry
+    entry = {"model_hash": hashed, "model_name": name, "model_class": kind, "extra_kwargs": options}
     if entry not in MODEL_CONFIGS:
         MODEL_CONFIGS.append(entry)
 

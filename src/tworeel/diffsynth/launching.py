@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from tworeel.diffsynth.loop import train_in_micro_batches
 from tworeel.diffsynth.package import check_package, replace_launcher
 from tworeel.diffsynth.settings import Settings, read_settings
@@ -62,8 +64,7 @@ def launcher(launch: Callable[..., None], settings: Settings) -> Callable[..., N
             checkpointing=getattr(model, "use_gradient_checkpointing", False),
             offload=getattr(model, "use_gradient_checkpointing_offload", False),
         )
-        # Encoders that were loaded to host memory with layers of DiffSynth's own compute on the first device.
-        model.pipe.flush_vram_management_device(accelerator.device)
+        _bring_managed_layers(model.pipe, accelerator.device)
         accelerator.print(_in_words(division))
         overlaps = accelerator.gradient_accumulation_steps > 1 and not layout.one_at_a_time
         if overlaps and not rest and named.get("args") is not None:
@@ -73,6 +74,15 @@ def launcher(launch: Callable[..., None], settings: Settings) -> Callable[..., N
         launch(accelerator, dataset, model, model_logger, *rest, **named)
 
     return launch_split
+
+
+def _bring_managed_layers(pipe: Any, device: torch.device) -> None:
+    """Let encoders in fp8, whose layers hold the device they were loaded to, compute on the first device.
+
+    Layers that are read from disk for each use are left alone.
+    """
+    if not any(getattr(module, "offload_device", None) == "disk" for module in pipe.modules()):
+        pipe.flush_vram_management_device(device)
 
 
 def run_through(model: Any, division: Split) -> None:

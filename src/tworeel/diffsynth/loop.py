@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def train_in_micro_batches(
     """
     if accelerator.scaler is not None:
         raise UserError("--mixed_precision fp16: its scaled losses cannot overlap; allowed are no, bf16")
-    runner: Any = __import__("diffsynth.diffusion.runner", fromlist=["runner"])
+    runner: Any = importlib.import_module("diffsynth.diffusion.runner")
     runner.save_training_args(args)
     optimizer = runner.get_optimizer_class(args.customized_optimizer)(
         model.trainable_modules(), lr=args.learning_rate, weight_decay=args.weight_decay

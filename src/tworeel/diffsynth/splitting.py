@@ -10,7 +10,11 @@ from torch import nn
 
 from tworeel.diffsynth.layouts import MODELS, Layout, layout_of
 from tworeel.diffsynth.settings import Settings
+<<<<<<< HEAD
 from tworeel.engine.placement import place
+=======
+from tworeel.engine.placement import Placement
+>>>>>>> diffsynth
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split, split
 from tworeel.errors import UserError, raise_if_any
@@ -65,7 +69,7 @@ def split_pipeline(
         between=True,
     )
     for model in models.values():
-        stay(model, division)
+        stay(model, division.placement)
     pipe.model_fn = without_checkpointing(pipe.model_fn)
     return division, layout
 
@@ -110,12 +114,11 @@ def _check_range(together: nn.Module, layout: Layout, settings: Settings) -> Non
         raise UserError(f"{len(settings.devices)} devices for {count} blocks: at most one device a block")
 
 
-def stay(model: Any, division: Split) -> None:
+def stay(model: Any, placement: Placement) -> None:
     """Keep a split model's parts where they are when the whole pipeline is moved to a device.
 
     `hf_device_map` is what accelerate looks at; `_apply` is what a parent's `.to()` calls.
     """
-    placement = division.placement
     model.hf_device_map = {unit.name: placement.devices[unit.stage] for unit in placement.units}
 
     def keep(_function: Callable[..., Any], recurse: bool = True) -> Any:

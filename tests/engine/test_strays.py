@@ -1,0 +1,112 @@
+"""A forward whose own code between the blocks uses what was made before earlier blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tworeel import Pipeline, split
+from tworeel.engine import place
+
+WIDTH, BLOCKS = 6, 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.layer(hidden).tanh()
+
+
+class Hinted(nn.Module):
+    """Hints from before the blocks are added behind each; `head` is registered first, `embed` last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.injectors = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.embed = nn.Linear(3, WIDTH)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first = self.embed(inputs)
+        hints = torch.stack([first * i for i in range(BLOCKS)]).unbind()
+        hidden = first
+        for i, block in enumerate(self.blocks):
+            hidden = block(hidden) + hints[i]
+            if i % 2:
+                hidden = hidden + self.injectors[i // 2](hidden)
+                hidden[:, :1] = hidden[:, :1] * 2  # a write to what is here
+        return self.head(hidden + first.mean())
+
+
+HOW: dict[str, Any] = {
+    "blocks": ["blocks"],
+    "beside": {"injectors.0": "blocks.1", "injectors.1": "blocks.3"},
+    "after": ["head"],
+}
+
+
+def made() -> Hinted:
+    torch.manual_seed(0)
+    return Hinted().double()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def unsplit() -> dict[str, Tensor]:
+    model = made()
+    for batch in batches():
+        model(batch).square().sum().backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("residency", ["keep", "recompute"])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_gradients_through_hints_are_those_of_the_model_that_is_not_split(
+    stages: int, residency: str
+) -> None:
+    expected, alone, overlapping = unsplit(), made(), made()
+    split(alone, ["cpu"] * stages, residency=residency, between=True, **HOW)
+    for batch in batches():
+        alone(batch).square().sum().backward()
+    division = split(overlapping, ["cpu"] * stages, residency=residency, between=True, **HOW)
+    Pipeline(division).step([(batch,) for batch in batches()], lambda output, _: output.square().sum())
+    for ours in (gradients(alone), gradients(overlapping)):
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_without_asking_for_it_such_a_forward_is_an_error_and_not_a_wrong_gradient() -> None:
+    division = split(made(), ["cpu", "cpu"], **HOW)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        Pipeline(division).step([(batch,) for batch in batches()], lambda output, _: output.square().sum())
+
+
+def test_modules_live_with_their_block_and_what_is_not_behind_the_blocks_is_before_them() -> None:
+    placement = place(made(), ["cpu", "cpu"], at=[2], **HOW)
+    stages = {unit.name: unit.stage for unit in placement.units if not unit.is_block}
+    assert stages == {"head": 1, "injectors.0": 0, "injectors.1": 1, "embed": 0}
+
+
+def test_even_shares_count_what_is_beside_a_block() -> None:
+    heavy = {**HOW, "beside": {"injectors.0": "blocks.0", "injectors.1": "blocks.0"}}
+    assert place(made(), ["cpu", "cpu"], **heavy).boundaries == (0, 1, 4)
+
+
+def test_a_module_or_block_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no such module or block: injectors\.9 beside blocks\.1"):
+        place(made(), ["cpu", "cpu"], blocks=["blocks"], beside={"injectors.9": "blocks.1"})
