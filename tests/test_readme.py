@@ -47,16 +47,13 @@ NOT_RUN = {
     "python -m pytest -m gpu": "needs GPUs",
     "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
-<<<<<<< HEAD
     f"{CLIP_BENCH} --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",
-=======
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
         "tests/diffsynth runs it where DiffSynth's repository is"
     ),
     "python bench/diffsynth_scripts.py --script train.py --json diffsynth.json": (
         "needs GPUs; tests/diffsynth runs it with --tiny"
     ),
->>>>>>> diffsynth
     'python -c "import torch; print(torch.__version__, torch.cuda.device_count())"': "nothing of ours",
     "tworeel check --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --data clips": "needs a connection",
     "tworeel check --model black-forest-labs/FLUX.2-klein-base-4B --data pictures": "needs a connection",

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Whether every tensor is on the device of the module that uses it; of two devices, the second is `meta`.
-=======
 """Whether each tensor is on the device of the module that uses it, without two devices: the second is `meta`.
->>>>>>> diffsynth
 
 Its tensors have no values. Every operation is watched: torch mixes the two where it would not mix two GPUs.
 """

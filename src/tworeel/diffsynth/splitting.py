@@ -10,11 +10,7 @@ from torch import nn
 
 from tworeel.diffsynth.layouts import MODELS, Layout, layout_of
 from tworeel.diffsynth.settings import Settings
-<<<<<<< HEAD
-from tworeel.engine.placement import place
-=======
-from tworeel.engine.placement import Placement
->>>>>>> diffsynth
+from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split, split
 from tworeel.errors import UserError, raise_if_any
