@@ -115,7 +115,7 @@ def _hook(stack: ExitStack) -> None:
     from tworeel.diffsynth.layouts import MODELS, layout_of
     from tworeel.diffsynth.package import replace_launcher
     from tworeel.diffsynth.settings import visible_devices
-    from tworeel.diffsynth.splitting import StepModels, stay, without_checkpointing
+    from tworeel.diffsynth.splitting import StepModels, runs_first, stay, without_checkpointing
     from tworeel.engine import place
 
     def make(launch: Callable[..., None]) -> Callable[..., None]:
@@ -124,8 +124,8 @@ def _hook(stack: ExitStack) -> None:
             models = {name: one for name, one in found.items() if one is not None}
             layout = layout_of(models)
             together, devices = StepModels(models), visible_devices() or ["cpu", "cpu"]
-            how = {"blocks": layout.lists, "beside": layout.beside, "after": layout.after}
-            placement = place(together, devices, **how)
+            first = runs_first(together, layout)
+            placement = place(together, devices, blocks=layout.lists, beside=layout.beside, first=first)
             for name, tensor in [*together.named_parameters(), *together.named_buffers()]:
                 tensor.data = tensor.data.to(placement.device_of(name))
             stack.enter_context(device_hooks(together, placement))

@@ -69,7 +69,10 @@ def write(folder: Path, size: str) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for number in range(4):
         video = torch.randn(1, 16, *shape.latents, dtype=torch.bfloat16)
-        shared = {"input_latents": video, "y": torch.randn(1, 20, *shape.latents, dtype=torch.bfloat16)}
+        shared: dict[str, Any] = {
+            "input_latents": video,
+            "y": torch.randn(1, 20, *shape.latents, dtype=torch.bfloat16),
+        }
         shared |= {"use_gradient_checkpointing": True, "cfg_scale": 1, "max_timestep_boundary": 0.9}
         text = torch.randn(1, shape.text_tokens, shape.model["text_dim"], dtype=torch.bfloat16)
         torch.save((shared, {"context": text}, {}), cache / f"{number}.pth")

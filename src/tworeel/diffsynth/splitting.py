@@ -61,7 +61,7 @@ def split_pipeline(
         blocks=layout.lists,
         residency=residency,
         beside=layout.beside,
-        first=_first(together, layout),
+        first=runs_first(together, layout),
         between=True,
     )
     for model in models.values():
@@ -70,7 +70,7 @@ def split_pipeline(
     return division, layout
 
 
-def _first(together: nn.Module, layout: Layout) -> list[str]:
+def runs_first(together: nn.Module, layout: Layout) -> list[str]:
     """What runs before the blocks, wherever it is registered: all that is named nowhere in the layout."""
     units = place(together, ["cpu"], blocks=layout.lists, beside=layout.beside).units
     others = (unit.name for unit in units if not unit.is_block and unit.beside is None)
