@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_variants import assert_alike, gradients_of, inputs_of, loss_of, made
+from test_diffsynth_variants import assert_alike, gradients_of, inputs_of, loss_of, made
 from torch import nn
 from variants import basic, model_function, wan
 

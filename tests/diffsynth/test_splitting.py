@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_variants import made, pipe_of
+from test_diffsynth_variants import made, pipe_of
 from torch import nn
 
 from tworeel.diffsynth.layouts import layout_of

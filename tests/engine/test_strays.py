@@ -24,13 +24,13 @@ class Block(nn.Module):
 
 
 class Hinted(nn.Module):
-    """Hints from before the blocks are added behind each; `head` is registered first, `embed` last."""
+    """Hints from before the blocks are added behind each; `embed`, which runs first, is registered last."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.head = nn.Linear(WIDTH, 2)
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
         self.injectors = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 2)
         self.embed = nn.Linear(3, WIDTH)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Hinted(nn.Module):
 HOW: dict[str, Any] = {
     "blocks": ["blocks"],
     "beside": {"injectors.0": "blocks.1", "injectors.1": "blocks.3"},
-    "after": ["head"],
+    "first": ["embed"],
 }
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.fitting import Probe
+from tworeel.engine.moving import lodgers, move
 from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters, refuse_replaced
 from tworeel.engine.parking import Berth, HostPool
 from tworeel.engine.passage import Gate, Passage
@@ -23,7 +24,7 @@ from tworeel.engine.placement import Placement, Unit, place
 from tworeel.engine.residency import Residency, refuse_dropout, run_block
 from tworeel.engine.run_ahead import RunAhead
 from tworeel.engine.strays import Strays
-from tworeel.engine.weight_streaming import WeightStreamer, frozen_parameters, spread
+from tworeel.engine.weight_streaming import refuse_kept_streamed, spread, streamed_positions, streamer_of
 
 AUTO = "auto"
 
@@ -85,8 +86,8 @@ def split(
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
-    _refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
-    _move(model, placement, positions)
+    refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
+    move(model, placement, positions)
     return Split(
         model,
         placement,
@@ -154,7 +155,7 @@ class Split:
         self._streamed = tuple(streamed or ())
         self.may_stream = streamed is None
         self._streamers = [
-            _streamer(model, placement, stage, self._streamed) for stage in range(placement.num_stages)
+            streamer_of(model, placement, stage, self._streamed) for stage in range(placement.num_stages)
         ]
         self._take_over()
 
@@ -171,7 +172,7 @@ class Split:
     def set_residency(self, residency: Residency | str | Sequence[Residency | str]) -> None:
         """Change what the blocks leave behind, from the next forward on; as for `split`."""
         residencies = _one_a_block(residency, self.placement.boundaries[-1])
-        _refuse_kept_streamed(residencies, self._streamed)
+        refuse_kept_streamed(residencies, self._streamed)
         self.residencies = residencies
         self.is_auto = self._chooses(residency)
 
@@ -198,7 +199,7 @@ class Split:
         blocks = self.placement.blocks_of(stage)
         others = [position for position in self._streamed if position not in blocks]
         self._streamed = tuple(sorted([*others, *spread(blocks, count)]))
-        self._streamers[stage] = _streamer(self.model, self.placement, stage, self._streamed)
+        self._streamers[stage] = streamer_of(self.model, self.placement, stage, self._streamed)
 
     def residency_in_words(self) -> str:
         """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""
@@ -280,7 +281,7 @@ class Split:
     def _homes(self) -> dict[int, torch.device]:
         """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
         homes = {}
-        for tensor, device in _lodgers(self.model, self.placement, self._streamed):
+        for tensor, device in lodgers(self.model, self.placement, self._streamed):
             homes[id(tensor)] = device
             if tensor.grad is not None:
                 homes[id(tensor.grad)] = device
@@ -412,55 +413,3 @@ def _one_a_block(residency: Residency | str | Sequence[Residency | str], num_blo
     if len(residency) != num_blocks:
         raise ValueError(f"{len(residency)} residencies for {num_blocks} blocks: give one, or one a block")
     return [Residency(one) for one in residency]
-
-
-def _refuse_kept_streamed(residencies: Sequence[Residency], streamed: Sequence[int]) -> None:
-    for position in streamed:
-        if not residencies[position].recomputes:
-            raise ValueError(f"block {position}: its weights are streamed, so its residency cannot be 'keep'")
-
-
-def streamed_positions(placement: Placement, counts: Sequence[int] | None) -> list[int]:
-    """Positions of the blocks whose weights are streamed, spread evenly over each stage.
-
-    Raises:
-        ValueError: not one count a stage, or more than the stage has blocks.
-    """
-    if counts is None:
-        return []
-    stages = [placement.blocks_of(stage) for stage in range(placement.num_stages)]
-    if len(counts) != len(stages):
-        raise ValueError(f"streamed={list(counts)}: {len(stages)} stages need as many numbers")
-    for stage, (blocks, count) in enumerate(zip(stages, counts, strict=True)):
-        if not 0 <= count <= len(blocks):
-            raise ValueError(f"streamed={list(counts)}: stage {stage} has {len(blocks)} blocks")
-    return [i for blocks, count in zip(stages, counts, strict=True) for i in spread(blocks, count)]
-
-
-def _streamer(model: nn.Module, placement: Placement, stage: int, streamed: Sequence[int]) -> WeightStreamer:
-    """That of one stage; without streamed blocks it does nothing."""
-    blocks = [position for position in placement.blocks_of(stage) if position in streamed]
-    names = placement.block_names
-    return WeightStreamer(
-        placement.devices[stage], {position: model.get_submodule(names[position]) for position in blocks}
-    )
-
-
-def _move(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> None:
-    """Move every parameter and buffer to its stage's device, but for those that are streamed."""
-    for tensor, device in _lodgers(model, placement, streamed):
-        tensor.data = tensor.data.to(device)
-
-
-def _lodgers(
-    model: nn.Module, placement: Placement, streamed: Sequence[int]
-) -> Iterator[tuple[Tensor, torch.device]]:
-    """Parameters and buffers with the devices that they live on; those that are streamed live on none."""
-    waiting = {
-        id(parameter)
-        for i in streamed
-        for parameter in frozen_parameters(model.get_submodule(placement.block_names[i]))
-    }
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in waiting:
-            yield tensor, placement.device_of(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_variants import made
+from test_diffsynth_variants import made
 from torch import Tensor
 
 from tworeel.lora.convert import convert_lora

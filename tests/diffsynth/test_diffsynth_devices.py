@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_variants import inputs_of, made, pipe_of
+from test_diffsynth_variants import inputs_of, made, pipe_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -45,7 +45,7 @@ def _weights_may_lose_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
                 moved, requires_grad=parameter.requires_grad
             )
 
-    monkeypatch.setattr(sys.modules["tworeel.engine.split"], "_move", move)
+    monkeypatch.setattr(sys.modules["tworeel.engine.split"], "move", move)
     # Without streams: there is no accelerator.
     plain = lambda tensor, device: Arrival(tensor.to(device))  # noqa: E731
     monkeypatch.setattr("tworeel.engine.passage.start_copy", plain)
