@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from torch import Tensor
+
 from tworeel.demo.tiny_encoders import (
     write_image_encoder,
     write_text_encoder,
@@ -24,6 +27,7 @@ from tworeel.demo.tiny_encoders import (
     write_vae,
 )
 from tworeel.models.family import Component, Layout
+from tworeel.sampling.files import Sheet, write_takes
 
 LAYOUTS: tuple[Layout, ...] = ("native", "diffusers", "comfyui")
 
@@ -85,3 +89,16 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout
         return write_tokenizer(folder / layout, layout)
 
     return tokenizer
+
+
+@pytest.fixture
+def latents(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was rendered last, before it was decoded."""
+    kept: list[Tensor] = []
+
+    def keep(folder: Path, prompts: Any, takes: Any, found: list[Tensor], *rest: Any) -> Sheet:
+        kept[:] = found
+        return write_takes(folder, prompts, takes, found, *rest)
+
+    monkeypatch.setattr("tworeel.training.sample.write_takes", keep)
+    return kept

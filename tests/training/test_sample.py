@@ -22,7 +22,6 @@ from tworeel.errors import UserError
 from tworeel.models.wan.sampling import make_scheduler
 from tworeel.models.wan.vae import load_vae
 from tworeel.models.wan.variants import traits
-from tworeel.sampling.files import Sheet, write_takes
 from tworeel.signals import Stopped
 from tworeel.training.assembly import load_transformer
 from tworeel.training.run import train
@@ -50,19 +49,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "stills" / "image.png"
     Image.open(path).resize((64, 32)).save(path)
     return path
-
-
-@pytest.fixture
-def latents(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was rendered last, before it was decoded."""
-    kept: list[Tensor] = []
-
-    def keep(folder: Path, prompts: Any, takes: Any, found: list[Tensor], *rest: Any) -> Sheet:
-        kept[:] = found
-        return write_takes(folder, prompts, takes, found, *rest)
-
-    monkeypatch.setattr("tworeel.training.sample.write_takes", keep)
-    return kept
 
 
 def with_engine(config: RunConfig, **engine: Any) -> RunConfig:

@@ -20,7 +20,6 @@ from tworeel.models.flux2.layouts import locate
 from tworeel.models.flux2.sampling import SAMPLING, is_distilled, make_scheduler
 from tworeel.models.flux2.text import open_text_encoder
 from tworeel.models.flux2.variants import traits
-from tworeel.sampling.files import Sheet, write_takes
 from tworeel.training.run import train
 from tworeel.training.sample import sample
 
@@ -43,19 +42,6 @@ def picture(tmp_path: Path) -> Path:
     path = tmp_path / "stills" / "image.png"
     Image.open(path).resize((64, 80)).save(path)
     return path
-
-
-@pytest.fixture
-def latents(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was rendered last, before it was decoded."""
-    kept: list[Tensor] = []
-
-    def keep(folder: Path, prompts: Any, takes: Any, found: list[Tensor], *rest: Any) -> Sheet:
-        kept[:] = found
-        return write_takes(folder, prompts, takes, found, *rest)
-
-    monkeypatch.setattr("tworeel.training.sample.write_takes", keep)
-    return kept
 
 
 def config_of(path: Path, picture: Path, output: Path, stages: int, **asked: Any) -> RunConfig:
