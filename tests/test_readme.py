@@ -105,6 +105,8 @@ def run_command(command: str) -> None:
     if "--steps" in words:
         value = words.index("--steps") + 1
         words[value] = str(int(words[value]) // 100)
+    elif words[1] == "sample":
+        words += ["--steps", "2"]
     if words[1] in ("train", "check", "cache", "plan"):
         words += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     app(words[1:], standalone_mode=False)
