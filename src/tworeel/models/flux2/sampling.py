@@ -93,8 +93,8 @@ def _packed(references: Sequence[Tensor], device: torch.device, dtype: torch.dty
     return tokens[None].to(device, dtype), torch.cat(ids)[None].to(device)
 
 
-class _Dev(Flux2Pipeline):
-    """Takes its reference images as given."""
+class _KnownReferences:
+    """Takes a pipeline's reference images as given."""
 
     # No constructor of its own: diffusers reads the parts of a pipeline from the constructor's signature.
     known_references: Sequence[Tensor] = ()
@@ -105,15 +105,12 @@ class _Dev(Flux2Pipeline):
         return _packed(self.known_references, device, dtype)
 
 
-class _Klein(Flux2KleinPipeline):
-    """Takes its reference images as given."""
+class _Dev(_KnownReferences, Flux2Pipeline):
+    """FLUX.2-dev's."""
 
-    known_references: Sequence[Tensor] = ()
 
-    def prepare_image_latents(
-        self, images: Any, batch_size: int, generator: Any, device: Any, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        return _packed(self.known_references, device, dtype)
+class _Klein(_KnownReferences, Flux2KleinPipeline):
+    """klein's, distilled or not."""
 
 
 class _Statistics(nn.Module):
