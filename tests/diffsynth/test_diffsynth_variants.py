@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from variants import VARIANTS, Toy, model_function
 
 from tworeel.diffsynth.settings import Settings
@@ -42,29 +43,31 @@ def made(name: str, seed: int = 0) -> Toy:
     return toy
 
 
-def inputs_of(toy: Toy, number: int = 0) -> dict[str, Any]:
+def inputs_of(toy: Toy, number: int = 0, device: str = "cpu") -> dict[str, Any]:
     """The inputs of a micro-batch; each has latents of its own."""
     copied = copy.deepcopy(toy.inputs)
     copied["latents"] = copied["latents"] + number
-    return copied
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), copied)
 
 
 def loss_of(output: Tensor) -> Tensor:
     torch.manual_seed(1)
-    return nn.functional.mse_loss(output.float(), torch.randn(output.shape))
+    return nn.functional.mse_loss(output.float(), torch.randn(output.shape).to(output.device))
 
 
 def gradients_of(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     named = ((f"{name}.{key}", p) for name, model in models.items() for key, p in model.named_parameters())
-    return {key: p.grad.clone() for key, p in named if p.requires_grad and p.grad is not None}
+    return {key: p.grad.cpu() for key, p in named if p.requires_grad and p.grad is not None}
 
 
-def unsplit(name: str, micro_batches: int = 1) -> tuple[list[float], dict[str, Tensor]]:
+def unsplit(name: str, micro_batches: int = 1, device: str = "cpu") -> tuple[list[float], dict[str, Tensor]]:
     toy, function, losses = made(name), model_function(name), []
+    for model in toy.models.values():
+        model.to(device)
     for number in range(micro_batches):
         output = function(
             **toy.models,
-            **inputs_of(toy, number),
+            **inputs_of(toy, number, device),
             use_gradient_checkpointing=name not in WRONG_WITH_ITS_CHECKPOINTING,
         )
         loss = loss_of(output)
@@ -85,6 +88,37 @@ def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert (ours[key] - gradient).abs().max() <= 1e-5 * scale, key
 
 
+def assert_split_is_alike(name: str, devices: tuple[str, ...]) -> None:
+    """Over `devices`, one micro-batch, against DiffSynth's own on the first of them."""
+    losses, theirs = unsplit(name, device=devices[0])
+    toy = made(name)
+    pipe = pipe_of(name, toy)
+    division, _ = split_pipeline(pipe, Settings(devices=devices), checkpointing=True, offload=False)
+    given = inputs_of(toy, device=devices[0])
+    loss = division.model(
+        lambda: loss_of(pipe.model_fn(**toy.models, **given, use_gradient_checkpointing=True))
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(losses[0], rel=1e-5)
+    assert_alike(gradients_of(toy.models), theirs)
+
+
+def assert_overlapping_is_alike(name: str, devices: tuple[str, ...]) -> None:
+    """Over `devices`, three micro-batches in flight, against DiffSynth's own one after the other."""
+    losses, theirs = unsplit(name, micro_batches=3, device=devices[0])
+    toy = made(name)
+    pipe = pipe_of(name, toy)
+    division, layout = split_pipeline(pipe, Settings(devices=devices), checkpointing=True, offload=False)
+    assert not layout.one_at_a_time
+    pipeline = Pipeline(
+        division, forward=lambda models, given: models(lambda: loss_of(pipe.model_fn(**toy.models, **given)))
+    )
+    batches = [inputs_of(toy, number, devices[0]) for number in range(3)]
+    result = pipeline.step(batches, lambda loss, _: loss)
+    assert [loss.item() for loss in result.losses] == pytest.approx(losses, rel=1e-5)
+    assert_alike(gradients_of(toy.models), theirs)
+
+
 @pytest.fixture(autouse=True)
 def _modules_run_in_the_order_of_their_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that does not would keep a stage from being busy with another micro-batch."""
@@ -100,17 +134,7 @@ def _modules_run_in_the_order_of_their_stages(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_split_variant_has_the_loss_and_gradients_of_diffsynths_own(name: str, stages: int) -> None:
-    losses, theirs = unsplit(name)
-    toy = made(name)
-    pipe = pipe_of(name, toy)
-    division, _ = split_pipeline(pipe, Settings(devices=("cpu",) * stages), checkpointing=True, offload=False)
-    given = inputs_of(toy)
-    loss = division.model(
-        lambda: loss_of(pipe.model_fn(**toy.models, **given, use_gradient_checkpointing=True))
-    )
-    loss.backward()
-    assert loss.item() == pytest.approx(losses[0], rel=1e-5)
-    assert_alike(gradients_of(toy.models), theirs)
+    assert_split_is_alike(name, ("cpu",) * stages)
 
 
 @pytest.mark.parametrize("stages", [2, 3])
@@ -118,19 +142,7 @@ def test_a_split_variant_has_the_loss_and_gradients_of_diffsynths_own(name: str,
 def test_micro_batches_that_overlap_have_the_losses_and_gradients_of_one_after_the_other(
     name: str, stages: int
 ) -> None:
-    losses, theirs = unsplit(name, micro_batches=3)
-    toy = made(name)
-    pipe = pipe_of(name, toy)
-    division, layout = split_pipeline(
-        pipe, Settings(devices=("cpu",) * stages), checkpointing=True, offload=False
-    )
-    assert not layout.one_at_a_time
-    pipeline = Pipeline(
-        division, forward=lambda models, given: models(lambda: loss_of(pipe.model_fn(**toy.models, **given)))
-    )
-    result = pipeline.step([inputs_of(toy, number) for number in range(3)], lambda loss, _: loss)
-    assert [loss.item() for loss in result.losses] == pytest.approx(losses, rel=1e-5)
-    assert_alike(gradients_of(toy.models), theirs)
+    assert_overlapping_is_alike(name, ("cpu",) * stages)
 
 
 @pytest.mark.parametrize("name", sorted(ONE_AT_A_TIME))

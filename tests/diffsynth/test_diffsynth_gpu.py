@@ -1,0 +1,34 @@
+"""DiffSynth's variants over two GPUs: the losses and gradients of its own model function on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_diffsynth_variants import ONE_AT_A_TIME, assert_overlapping_is_alike, assert_split_is_alike
+from variants import VARIANTS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("diffsynth_package")]
+PLACES = {2: ("cuda:0", "cuda:1"), 3: ("cuda:0", "cuda:1", "cuda:0")}
+"""Stages and their devices."""
+
+
+@pytest.fixture(autouse=True)
+def _two_gpus_without_tf32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("stages", PLACES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_over_two_gpus_has_the_loss_and_gradients_of_one(name: str, stages: int) -> None:
+    assert_split_is_alike(name, PLACES[stages])
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ONE_AT_A_TIME])
+def test_overlapping_micro_batches_over_two_gpus_have_those_of_one_after_the_other(name: str) -> None:
+    assert_overlapping_is_alike(name, PLACES[2])
