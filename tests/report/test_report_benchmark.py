@@ -95,3 +95,9 @@ def test_images_are_called_so_and_a_baseline_in_8_bits_is_told() -> None:
     assert row(text, "seconds an image") == ["4"] and row(text, "naive: precision") == [
         "fp8, bf16 does not fit"
     ]
+
+
+def test_a_limit_of_memory_is_told_in_words_and_in_the_table() -> None:
+    limited = replace(RESULT, cap_gib=22.5)
+    assert closing_lines(limited)[0].startswith("480x832x49, 8 a step, bf16, 22.5 GiB: 4 s a clip")
+    assert row(printed(RESULT, limited), "GiB a stage may use") == ["-", "22.5"]

@@ -114,6 +114,8 @@ class CaseResult:
     blocks: int
     precision: str
     """Of the frozen weights."""
+    cap_gib: float | None = None
+    """What each stage may use; None for all that the devices have."""
     floor_seconds: float
     """Operations of a clip over the sum of the devices' bf16 matmul rates: no schedule is faster in bf16."""
     peaks: Mapping[str, Peak]
@@ -127,7 +129,8 @@ class CaseResult:
     @property
     def label(self) -> str:
         """What tells the case from others of the same command."""
-        return f"{self.case.name}, {self.case.micro_batches} a step, {self.precision}"
+        cap = "" if self.cap_gib is None else f", {self.cap_gib:g} GiB"
+        return f"{self.case.name}, {self.case.micro_batches} a step, {self.precision}{cap}"
 
     @property
     def speedup(self) -> float | None:

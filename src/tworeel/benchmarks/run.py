@@ -87,6 +87,7 @@ class Bench:
             case=case,
             blocks=blocks,
             precision=settings.precision,
+            cap_gib=settings.cap_gib,
             floor_seconds=work_of(case.model, case.tokens, blocks).total / sum(self._rates.values()),
             peaks=machine.peaks(devices),
             pinned_peak=machine.pinned_memory(),

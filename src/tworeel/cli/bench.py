@@ -151,9 +151,11 @@ def bench(
         ),
     ] = None,
     cap_gib: Annotated[
-        float | None,
+        list[float] | None,
         typer.Option(
-            min=0.1, help="GiB that may be used for each stage, as on a smaller card.", rich_help_panel=HOW
+            min=0.1,
+            help="GiB that may be used for each stage, as on a smaller card. Repeat it for more.",
+            rich_help_panel=HOW,
         ),
     ] = None,
     rounds: Annotated[
@@ -241,17 +243,20 @@ def bench(
             streamed=numbers["--streamed"],
             rank=rank or shape.rank,
             rounds=rounds,
-            cap_gib=cap_gib,
             compare_naive=compare is not None,
             check=check,
         )
-        variants = [replace(settings, quantize=QUANTIZE[one]) for one in precision or [Precision.BF16]]
+        caps: list[float | None] = [*cap_gib] if cap_gib else [None]
+        variants = [
+            [replace(settings, quantize=QUANTIZE[one], cap_gib=cap) for cap in caps]
+            for one in precision or [Precision.BF16]
+        ]
         _measure(cases, variants, observer, json_file, timeline)
 
 
 def _measure(
     cases: Sequence[Case],
-    variants: Sequence[Settings],
+    variants: Sequence[Sequence[Settings]],
     observer: ConsoleObserver,
     json_file: Path | None,
     timeline: Path | None,
@@ -262,7 +267,7 @@ def _measure(
 
     for option, folder in (("--json", json_file and json_file.parent), ("--timeline", timeline)):
         _make_folder(option, folder)
-    settings = variants[0]
+    settings = variants[0][0]
     facts = machine.facts(dict.fromkeys(settings.devices))
     for line in fact_lines(facts):
         say(line)
@@ -270,8 +275,9 @@ def _measure(
     machine.wake(settings.devices)
     rates = machine.matmul_rates(settings.devices)
     bench, results, figures = Bench(rates, observer), [], []
-    # What is compiled for one precision serves all its cases.
-    for variant, case in itertools.product(variants, cases):
+    # What is compiled for a precision and a shape serves all limits of memory.
+    runs = ((case, one) for capped, case in itertools.product(variants, cases) for one in capped)
+    for case, variant in runs:
         result = bench.run(case, variant)
         results.append(result)
         figures.append({**result.as_json(), "settings": asdict(variant)})

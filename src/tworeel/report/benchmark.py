@@ -76,6 +76,8 @@ def _cells(result: CaseResult) -> dict[str, str]:
     sample = result.case.model.sample
     seconds = f"seconds {sample}"
     cells = {f"{sample.split()[-1]}s a step": str(result.case.micro_batches), "precision": result.precision}
+    if result.cap_gib is not None:
+        cells["GiB a stage may use"] = f"{result.cap_gib:g}"
     cells |= _measured_cells(result.measured, seconds) if result.measured else {seconds: "does not fit"}
     cells["floor in bf16, seconds"] = f"{result.floor_seconds:.3g}"
     cells |= _peak_cells("peak", result.peaks)
