@@ -30,6 +30,7 @@ from tworeel.benchmarks.shapes import Case, square_grid
 from tworeel.benchmarks.widths import TINY, TINY_TOKENS, WAN_14B
 from tworeel.engine import Pipeline, Placement, split
 from tworeel.engine.attention import AttentionBackend, attention_backend, before_first_product
+from tworeel.engine.releasing import release_memory
 
 TOKENS = 7800
 RANK = 32
@@ -73,7 +74,7 @@ class Step:
     def _taken(self, model: nn.Module) -> Gradients:
         found = gradients_of(model)
         model.to("meta")
-        machine.free()
+        release_memory()
         return found
 
 

@@ -32,6 +32,7 @@ from tworeel.benchmarks.widths import TINY as TINY_SHAPE
 from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
+from tworeel.engine.releasing import release_memory
 from tworeel.lora.state import lora_parameters
 from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, Family, ModelSource, Traits
@@ -240,7 +241,7 @@ def measure(
     except torch.OutOfMemoryError:
         return None
     finally:
-        machine.free()
+        release_memory()
 
 
 def _measure(

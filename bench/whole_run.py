@@ -18,6 +18,7 @@ from measuring import Meter, console, gib
 from tworeel.benchmarks import machine
 from tworeel.config.schema import EngineConfig, RunConfig, TrainConfig
 from tworeel.engine import Pipeline, attention_backend
+from tworeel.engine.releasing import release_memory
 from tworeel.errors import UserError
 from tworeel.lora.files import load_lora
 from tworeel.lora.naming import Naming
@@ -236,6 +237,6 @@ def run_phases(options: Options, wanted: Sequence[str], phases: Mapping[str, Pha
             results = phases[name](options)
             measuring.add_results(options.json, {name: {"machine": facts, "options": settings, **results}})
             # The model of a phase hangs in cycles: the next one needs its memory.
-            machine.free()
+            release_memory()
     except UserError as error:
         raise SystemExit(str(error)) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import platform
 import time
@@ -15,6 +14,7 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity
 
+from tworeel.engine.releasing import release_memory
 from tworeel.errors import UserError, raise_if_any
 from tworeel.training.devices import available_devices, resolve_devices
 
@@ -163,18 +163,11 @@ def peaks(devices: Iterable[torch.device]) -> dict[str, Peak]:
 
 def reset_peaks(devices: Iterable[torch.device]) -> None:
     """Let go of what is cached, and count peaks from here on."""
-    free()
+    release_memory()
     for device in accelerators(devices):
         torch.accelerator.reset_peak_memory_stats(device)
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_host_memory_stats()
-
-
-def free() -> None:
-    """Collect what hangs in cycles, as a model with hooks does, and give the allocator's cache back."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def pinned_memory() -> int:

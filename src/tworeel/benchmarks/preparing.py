@@ -15,6 +15,7 @@ from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.shapes import Case
 from tworeel.engine import Placement
 from tworeel.engine.attention import AttentionBackend
+from tworeel.engine.releasing import release_memory
 from tworeel.engine.weight_streaming import streamed_positions
 from tworeel.errors import UserError
 from tworeel.lora.state import lora_parameters
@@ -141,5 +142,5 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
     except torch.OutOfMemoryError as error:
         # The error's frames hold tensors
         traceback.clear_frames(error.__traceback__)
-    machine.free()
+    release_memory()
     return None

@@ -36,6 +36,7 @@ from tworeel.benchmarks.results import (
 from tworeel.benchmarks.shapes import Case
 from tworeel.engine import Pipeline, split
 from tworeel.engine.attention import attention_backend
+from tworeel.engine.releasing import release_memory
 from tworeel.engine.timeline import Span, busy_shares
 from tworeel.training.assembly import HOST_SHARE
 
@@ -95,7 +96,7 @@ class Bench:
             naive=baseline.naive if baseline else None,
         )
         del prepared, baseline
-        machine.free()
+        release_memory()
         return result
 
     def _forget_compiled(self, case: Case, settings: Settings) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tworeel.cache.store import CacheStore
+from tworeel.engine.releasing import release_memory
 from tworeel.models.family import BatchTextEncoder, LatentEncoder, TextEncoder
 from tworeel.workers import Observer, SharedJobs, Worker, run_ahead, run_workers
 
@@ -57,9 +57,7 @@ def encode_all(
         workers = [_encoding_worker(store, opening) for opening in chosen]
         run_workers(f"{title} ({how})" if how else title, jobs, workers, observer)
     finally:
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        release_memory()
 
 
 def _encoding_worker(store: CacheStore, opening: Opening) -> Worker[Job, str]:

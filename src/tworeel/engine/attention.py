@@ -13,6 +13,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from tworeel.engine.attention_layout import keep_gradient_layouts
+
 AttentionBackend = Literal["auto", "cudnn", "flash", "efficient", "deterministic"]
 
 _NAMED = {
@@ -50,6 +52,7 @@ def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -
     if not accelerators:
         yield
         return
+    keep_gradient_layouts()
     if name == "deterministic":
         first = [SDPBackend.FLASH_ATTENTION]
     else:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from tworeel.engine.attention_layout import keep_gradient_layouts
+
 MOST_COMPILATIONS = 64
 """Of one function, before torch would silently run it as it is; its own limit is 8."""
 
@@ -28,6 +30,7 @@ class BlockCompiler:
     """
 
     def __init__(self) -> None:
+        keep_gradient_layouts()
         # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
         # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
         torch._functorch.config.enable_autograd_cache = False

@@ -17,6 +17,7 @@ from tworeel.engine.fitting import (
     fit_stages,
 )
 from tworeel.engine.footprints import StageFootprints
+from tworeel.engine.releasing import release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split
 from tworeel.engine.weight_streaming import frozen_parameters
@@ -115,7 +116,7 @@ def _stream_more(split: Split) -> None:
     for stage in _accelerated(split):
         streamed, blocks = len(split.streamed_on(stage)), len(split.placement.blocks_of(stage))
         split.stream(stage, streamed + -(-(blocks - streamed) // 2))
-    torch.accelerator.empty_cache()
+    release_memory()
 
 
 def _blocks_for(split: Split, stage: int, missing: int) -> int:

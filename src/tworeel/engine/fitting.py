@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.placement import Placement
+from tworeel.engine.releasing import release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
 
@@ -230,7 +231,7 @@ def _after_warm_up(measure: Callable[[], Footprint]) -> Footprint:
             return measure()
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)
-    torch.accelerator.empty_cache()
+    release_memory()
     return TOO_LARGE
 
 

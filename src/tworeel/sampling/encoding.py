@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from tworeel.data.clips import Bucket
 from tworeel.data.images import read_image
 from tworeel.data.pixels import fit
 from tworeel.data.references import fit_references, load_reference
+from tworeel.engine.releasing import release_memory
 from tworeel.models.family import Family, ModelSource, Picture, TextOptions, Traits
 from tworeel.sampling.request import REFERENCE, SampleRequest
 from tworeel.workers import Observer
@@ -81,10 +81,3 @@ def _pixels(name: str, path: Path, request: SampleRequest, traits: Traits) -> Te
         return load_reference(reference)
     bucket = Bucket(frames=1, height=request.height, width=request.width)
     return torch.from_numpy(fit(read_image(path), bucket)).permute(2, 0, 1).contiguous()
-
-
-def release_memory() -> None:
-    """Give back what networks that are gone have held on the devices."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

@@ -10,8 +10,9 @@ import torch
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Split, random_state_kept
+from tworeel.engine.releasing import release_memory
 from tworeel.models.family import Picture
-from tworeel.sampling.encoding import encode_request, release_memory
+from tworeel.sampling.encoding import encode_request
 from tworeel.sampling.files import Sheet, write_takes
 from tworeel.sampling.rendering import Renderer, takes_of
 from tworeel.sampling.request import SampleRequest, require_sampling

@@ -12,9 +12,10 @@ from torch import Tensor
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Split, attention_backend
+from tworeel.engine.releasing import release_memory
 from tworeel.errors import UserError
 from tworeel.lora.attach import attach_lora
-from tworeel.sampling.encoding import encode_request, release_memory
+from tworeel.sampling.encoding import encode_request
 from tworeel.sampling.files import Sheet, write_takes
 from tworeel.sampling.rendering import Renderer, Take, takes_of
 from tworeel.sampling.request import require_sampling
