@@ -82,10 +82,12 @@ def pipe_of(name: str, toy: Toy) -> Any:
 
 def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys() and len(theirs) > 10
+    # WanToDance's music has one key a frame: the gradients of its queries and keys are rounding alone.
+    rounding = torch.finfo(torch.float32).eps * max(gradient.abs().max() for gradient in theirs.values())
     for key, gradient in theirs.items():
         scale = gradient.abs().max()
         assert scale > 0, f"{key} has no gradient, which shows nothing"
-        assert (ours[key] - gradient).abs().max() <= 1e-5 * scale, key
+        assert (ours[key] - gradient).abs().max() <= 1e-5 * scale + rounding, key
 
 
 def assert_split_is_alike(name: str, devices: tuple[str, ...]) -> None:
