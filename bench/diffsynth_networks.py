@@ -26,6 +26,10 @@ class Network:
     options: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     """The class that `model_class` is a smaller one of."""
+    prefix: str = ""
+    """Before the names in the class that the file's keys lack."""
+    converter: str = ""
+    """DiffSynth's function that puts it there."""
     is_small: bool = False
     """Whether it is made whole, with its own start; else each tensor is drawn as it is written."""
 
@@ -50,7 +54,8 @@ class Network:
             return
         if self.is_small:
             torch.manual_seed(0)
-            tensors = {name: tensor.to(torch.bfloat16) for name, tensor in self._make().state_dict().items()}
+            named = self._make().state_dict().items()
+            tensors = {name.removeprefix(self.prefix): t.to(torch.bfloat16) for name, t in named}
             save_file(tensors, self.path(folder))
         else:
             shapes = {name: tuple(tensor.shape) for name, tensor in self.on_meta().state_dict().items()}
@@ -65,7 +70,8 @@ class Network:
         hashed = hash_model_file(str(self.path(folder)))
         entry = {"model_hash": hashed, "model_name": self.model_name, "model_class": self.model_class}
         if all(known["model_hash"] != hashed for known in MODEL_CONFIGS):
-            MODEL_CONFIGS.append({**entry, "extra_kwargs": dict(self.options)})
+            converter = {"state_dict_converter": self.converter} if self.converter else {}
+            MODEL_CONFIGS.append({**entry, **converter, "extra_kwargs": dict(self.options)})
         if self.base:
             maps = VRAM_MANAGEMENT_MODULE_MAPS
             maps[self.model_class] = maps[self.base]
@@ -137,6 +143,8 @@ def wan(*, tiny: bool, blocks: int | None) -> Model:
                 model_name="wan_video_vae",
                 model_class="diffsynth_classes.NarrowVAE" if tiny else vae,
                 base=vae if tiny else "",
+                prefix="model.",
+                converter="diffsynth.utils.state_dict_converters.wan_video_vae.WanVideoVAEStateDictConverter",
                 is_small=True,
             ),
         ),

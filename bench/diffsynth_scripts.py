@@ -9,7 +9,7 @@ the run:
     python bench/diffsynth_scripts.py --script examples/wanvideo/model_training/train.py --task sft
     python bench/diffsynth_scripts.py --script examples/flux2/model_training/train.py --model flux2
 
-Needs DiffSynth, and disk and host memory of 30 GiB (Wan), 45 GiB (Wan, `sft`) or 105 GiB (FLUX.2). Results
+Needs DiffSynth, and disk and host memory of 30 GiB (Wan), 45 GiB (Wan, `sft`) or 100 GiB (FLUX.2). Results
 are written after each case. `--tiny` runs it on the CPU.
 """
 

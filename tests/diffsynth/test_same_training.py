@@ -4,14 +4,18 @@ What differs between the two is named here, and `docs/diffsynth.md` says it:
 
 - the weight of a timestep's loss: DiffSynth's is Tworeel's `timestep_sampling = "bell"`; the default,
   `uniform`, has the weight 1;
-- the angles of Wan's timestep embedding: diffusers computes them in fp32, DiffSynth in fp64.
+- the angles of Wan's timestep embedding: diffusers computes them in fp32, DiffSynth in fp64;
+- in bf16 DiffSynth rounds the timestep.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from our_training import trained_by_tworeel
 from same_case import KINDS, WIDTH_OF_CLIP, Trained, make_case, schedule
 from their_training import trained_by_diffsynth
@@ -82,3 +86,29 @@ def test_by_default_the_loss_lacks_diffsynths_weight_of_the_timestep(tmp_path: P
     weight = float(schedule(case).training_weight(schedule(case).timesteps[case.index]))
     assert abs(weight - 1) > 0.1
     assert_alike(ours, theirs, weight=weight)
+
+
+def test_in_bf16_diffsynth_rounds_the_timestep_and_takes_the_nearest_noise_level(
+    tmp_path: Path,
+) -> None:
+    from diffsynth.diffusion import FlowMatchSFTLoss
+
+    seen: dict[str, Any] = {}
+
+    def model(**given: Any) -> Tensor:
+        seen.update(given)
+        return torch.zeros(given["latents"].shape)
+
+    levels = schedule(make_case("t2v", tmp_path, 100))
+    pipe = SimpleNamespace(scheduler=levels, torch_dtype=torch.bfloat16, device="cpu", model_fn=model)
+    pipe.in_iteration_models = ()
+    noise = torch.randn(1, 16, 2, 4, 4)
+    bounds = {"min_timestep_boundary": 0.1005, "max_timestep_boundary": 0.1015}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda _: noise)
+        FlowMatchSFTLoss(pipe, input_latents=torch.zeros_like(noise), **bounds)
+    exact = levels.timesteps[100]
+    assert seen["timestep"] == exact.to(torch.bfloat16) != exact
+    nearest = (levels.timesteps - seen["timestep"]).abs().argmin()
+    assert nearest != 100
+    assert torch.equal(seen["latents"], levels.sigmas[nearest] * noise)
