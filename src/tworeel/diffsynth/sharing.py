@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -59,5 +58,4 @@ def _weights(modules: Sequence[nn.Module]) -> BlockWeights:
 
 
 def _size(module: nn.Module) -> int:
-    tensors: list[Any] = [*module.parameters(), *module.buffers()]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
