@@ -22,6 +22,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
         return found
 
     monkeypatch.setattr(package, "version", version)
+    monkeypatch.setattr("tworeel.diffsynth.launching.mend_mistral", lambda: None)
 
 
 @pytest.fixture

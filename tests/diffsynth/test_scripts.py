@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import BLOCKS, arguments, write, write_flux2
+from tiny import (
+    BLOCKS,
+    arguments,
+    arguments_with_encoders,
+    write,
+    write_flux2,
+    write_with_encoders,
+)
 
 from tworeel.demo.tiny_encoders import write_tokenizer
 
@@ -101,6 +108,24 @@ def test_a_split_run_has_the_losses_and_the_lora_of_one_that_is_not(
     (losses, lora), (our_losses, our_lora) = plain(script, accumulation), trained(done, tmp_path)
     assert f"blocks 0 to {BLOCKS // 2 - 1} on cpu" in done.stdout
     assert len(losses) == 12 and our_losses == pytest.approx(losses, rel=1e-5)
+    assert lora.keys() == our_lora.keys() and len(lora) == BLOCKS * 10 * 2
+    for key, tensor in lora.items():
+        assert (our_lora[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_clips_and_captions_that_are_encoded_on_the_fly_train_as_without_us(
+    tmp_path: Path, script: Path, accumulation: int
+) -> None:
+    write_with_encoders(tmp_path)
+    write_tokenizer(tmp_path, "diffusers")
+    results = []
+    for way, variables in (("plain", {}), ("tworeel", SPLIT)):
+        words = arguments_with_encoders(tmp_path, tmp_path / way, *steps_of(accumulation))
+        results.append(trained(run(way, tmp_path, script, words, variables), tmp_path / way))
+    (losses, lora), (our_losses, our_lora) = results
+    assert len(losses) == 8 and our_losses == pytest.approx(losses, rel=1e-5)
     assert lora.keys() == our_lora.keys() and len(lora) == BLOCKS * 10 * 2
     for key, tensor in lora.items():
         assert (our_lora[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max(), key

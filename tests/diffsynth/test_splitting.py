@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from torch import nn
 
 from tworeel.diffsynth.layouts import layout_of
 from tworeel.diffsynth.settings import Settings
+from tworeel.diffsynth.sharing import budgets as budgets_of_settings
 from tworeel.diffsynth.splitting import split_pipeline
 from tworeel.engine.residency import Residency
 from tworeel.errors import UserError
+from tworeel.planning.budgets import budget_of_card
+from tworeel.planning.cards import known_cards, parse_cards
+from tworeel.planning.shares import WEIGHTS_SHARE
 from tworeel.quant.frozen import FrozenLinear
 
 TWO = Settings(devices=("cpu", "cpu"))
@@ -114,3 +119,40 @@ def test_animate_2_is_refused_with_the_reason() -> None:
     dit = WanAnimate2Transformer(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
     with pytest.raises(UserError, match=r"Wan-Animate-2 cannot be split: its attention mask"):
         layout_of({"dit": dit})
+
+
+class Pipe(nn.Module):
+    """A pipeline with its models, and an encoder that goes to the first device."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        toy = made(name)
+        self.model_fn = pipe_of(name, toy).model_fn
+        for key, model in toy.models.items():
+            self.add_module(key, model)
+
+
+@pytest.mark.parametrize(
+    ("memory", "encoder", "boundaries"),
+    [((4.0, 4.0), 0.0, (0, 3, 6)), ((4.0, 0.5), 0.0, (0, 4, 6)), ((4.0, 4.0), 3.5, (0, 2, 6))],
+)
+@pytest.mark.usefixtures("diffsynth_package")
+def test_unless_the_user_says_the_devices_memory_decides_the_boundary(
+    monkeypatch: pytest.MonkeyPatch, memory: tuple[float, float], encoder: float, boundaries: tuple[int, ...]
+) -> None:
+    """Memory and encoder in the bytes of all blocks."""
+    pipe = Pipe("t2v")
+    whole = sum(p.nbytes for p in pipe.dit.blocks.parameters()) / WEIGHTS_SHARE
+    (card,) = parse_cards("RTX 4090", known_cards())
+    budgets = [replace(budget_of_card(card, i), free=int(share * whole)) for i, share in enumerate(memory)]
+    monkeypatch.setattr("tworeel.diffsynth.splitting.budgets", lambda devices: tuple(budgets))
+    pipe.text_encoder = nn.Linear(1 + int(encoder * whole * WEIGHTS_SHARE / 4), 1, bias=False)
+    division, _ = split_pipeline(pipe, TWO, checkpointing=True, offload=False)
+    assert division.placement.boundaries == boundaries
+    given = Settings(devices=("cpu", "cpu"), split_at=(5,))
+    division, _ = split_pipeline(Pipe("t2v"), given, checkpointing=True, offload=False)
+    assert division.placement.boundaries == (0, 5, 6)
+
+
+def test_where_a_device_is_a_cpu_there_is_nothing_to_weigh() -> None:
+    assert budgets_of_settings(["cpu", "cuda:0"]) is None

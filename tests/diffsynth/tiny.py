@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from variants import FFN, HEADS, TEXT, D, wan
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+
 BLOCKS = 6
 OPTIONS = {
     "dim": D,
@@ -73,8 +75,29 @@ def write_flux2(folder: Path) -> None:
         torch.save((shared, text, {}), folder / "cache" / "0" / f"{number}.pth")
 
 
+def write_with_encoders(folder: Path) -> None:
+    """Write a tiny I2V transformer, T5 and VAE in DiffSynth's layouts, and clips with captions."""
+    from diffsynth_networks import wan as networks_of_wan
+    from diffsynth_samples import write_samples
+
+    model = networks_of_wan(tiny=True, blocks=BLOCKS)
+    for network in model.networks:
+        network.write(folder)
+    write_samples(folder / "samples", model)
+
+
 def register(folder: Path) -> None:
-    """Let DiffSynth recognize the tiny transformer: it knows files by a hash of their keys and shapes."""
+    """Let DiffSynth recognize the tiny networks: it knows files by a hash of their keys and shapes."""
+    if (folder / "vae.safetensors").is_file():
+        from diffsynth_networks import wan as networks_of_wan
+
+        for network in networks_of_wan(tiny=True, blocks=BLOCKS).networks:
+            network.register(folder)
+        return
+    _register_transformer(folder)
+
+
+def _register_transformer(folder: Path) -> None:
     from diffsynth.configs import MODEL_CONFIGS
     from diffsynth.core.loader import hash_model_file
 
@@ -102,6 +125,17 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
     }
     words = [word for key, value in given.items() for word in (f"--{key}", value)]
     return [*words, "--enable_csv_log", "--use_gradient_checkpointing", *more]
+
+
+def arguments_with_encoders(folder: Path, output: Path, *more: str) -> list[str]:
+    """What a script is given to encode clips and captions as it trains."""
+    files = [str(folder / f"{name}.safetensors") for name in ("dit", "text_encoder", "vae")]
+    samples = {"dataset_base_path": folder / "samples"}
+    samples |= {"dataset_metadata_path": folder / "samples" / "metadata.csv"}
+    words = [word for key, value in samples.items() for word in (f"--{key}", str(value))]
+    words += ["--task", "sft", "--model_paths", json.dumps(files), "--data_file_keys", "video"]
+    words += ["--num_frames", "5", "--height", "32", "--width", "32", "--extra_inputs", "input_image"]
+    return arguments(folder, output, *words, *more)
 
 
 def main() -> None:

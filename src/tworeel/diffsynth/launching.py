@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tworeel.diffsynth.loop import train_in_micro_batches
-from tworeel.diffsynth.package import check_package, replace_launcher
+from tworeel.diffsynth.package import check_package, mend_mistral, replace_launcher
 from tworeel.diffsynth.settings import Settings, read_settings
 from tworeel.diffsynth.splitting import split_pipeline
 from tworeel.engine.split import Split
@@ -35,6 +35,7 @@ def prepare(args: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     if _OFFLOAD in args:
         problems.append(f"{_OFFLOAD}: the transformer is on several devices already; leave it out")
     raise_if_any(problems)
+    mend_mistral()
     if task.endswith(":data_process"):
         return list(args)  # nothing is trained, so there is nothing to split
     replace_launcher(lambda launch: launcher(launch, settings))

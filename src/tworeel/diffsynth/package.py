@@ -1,8 +1,9 @@
-"""The installed DiffSynth: which versions are tested, and the one name of it that is replaced."""
+"""The installed DiffSynth: which versions are tested, and what of it is replaced."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +38,7 @@ def check_package() -> None:
 def replace_launcher(make: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
     """Let scripts that do `from diffsynth.diffusion import *` get our `launch_training_task`.
 
-    The only name of DiffSynth that is replaced (tested with `TESTED`). It gets the whole training module
+    Tested with `TESTED`. It gets the whole training module
     before it is moved to a device, which no option and no hook of DiffSynth's gives.
 
     Args:
@@ -45,3 +46,15 @@ def replace_launcher(make: Callable[[Callable[..., None]], Callable[..., None]])
     """
     diffusion: Any = importlib.import_module("diffsynth.diffusion")
     diffusion.launch_training_task = make(diffusion.launch_training_task)
+
+
+def mend_mistral() -> None:
+    """Let FLUX.2's captions be encoded with transformers 5, which Tworeel needs (tested with `TESTED`).
+
+    DiffSynth's Mistral-3 hands all arguments on by their places in transformers 4; with 5 that raises.
+    Without its forward it has transformers' own, which takes the same names.
+    """
+    encoder: Any = importlib.import_module("diffsynth.models.flux2_text_encoder").Flux2TextEncoder
+    takes = inspect.signature(super(encoder, encoder).forward).parameters
+    if "forward" in vars(encoder) and "output_attentions" not in takes:
+        del encoder.forward

@@ -21,7 +21,7 @@ class Settings:
     devices: tuple[str, ...]
     """One a stage."""
     split_at: tuple[int, ...] | None = None
-    """First block of each stage after the first; even shares of the bytes if None."""
+    """First block of each stage after the first; by the devices' memory and speed if None."""
     residency: str | None = None
     """What the blocks leave behind; what the script's checkpointing options say if None."""
     fp8: bool = False

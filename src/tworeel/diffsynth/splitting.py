@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from tworeel.diffsynth.layouts import MODELS, Layout, layout_of
 from tworeel.diffsynth.settings import Settings
+from tworeel.diffsynth.sharing import budgets, planned
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split, split
@@ -52,22 +53,36 @@ def split_pipeline(
     if settings.fp8:
         quantize_blocks(together, "fp8", block_linears(together, (*layout.lists, *layout.beside)))
     residency = settings.residency or _residency(checkpointing, offload)
-    at = None if settings.split_at is None else [layout.before + number for number in settings.split_at]
     _check_range(together, layout, settings)
+    first = runs_first(together, layout)
     division = split(
         together,
         settings.devices,
-        at=at,
+        at=_boundaries(together, layout, settings, first, pipe),
         blocks=layout.lists,
         residency=residency,
         beside=layout.beside,
-        first=runs_first(together, layout),
+        first=first,
         between=True,
     )
     for model in models.values():
         stay(model, division.placement)
     pipe.model_fn = without_checkpointing(pipe.model_fn)
     return division, layout
+
+
+def _boundaries(
+    together: nn.Module, layout: Layout, settings: Settings, first: Sequence[str], pipe: Any
+) -> Sequence[int] | None:
+    """First block of each stage after the first, over all lists; None where nothing tells devices apart."""
+    if settings.split_at is not None:
+        return [layout.before + number for number in settings.split_at]
+    known = budgets(settings.devices)
+    if known is None:
+        return None
+    even = place(together, settings.devices, blocks=layout.lists, beside=layout.beside, first=first)
+    others = [child for name, child in pipe.named_children() if name not in MODELS]
+    return planned(together, even, layout, others, known)
 
 
 def runs_first(together: nn.Module, layout: Layout) -> list[str]:
