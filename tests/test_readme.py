@@ -33,6 +33,8 @@ SMALL = {
     "engine.devices": '["cpu","cpu"]',
 }
 CLIP_BENCH = "tworeel bench --shapes 480x832x49 --micro-batches 8"
+IMAGE_BENCH = "tworeel bench --model flux2-dev --shapes"
+CAPPED = "--cap-gib 22.5 --cap-gib 30 --rounds 2 --compare naive"
 INSTALLS = "would change the environment that the tests run in"
 NOT_RUN = {
     "make demo": "runs what tests/demo/test_demo_run.py runs, after an installation",
@@ -48,6 +50,9 @@ NOT_RUN = {
     "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
     f"{CLIP_BENCH} --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",
+    f"{IMAGE_BENCH} 512x512 --split-at 21 --precision int8 --precision fp8 {CAPPED}": "needs GPUs",
+    f"{IMAGE_BENCH} 1024x1024 --split-at 26 --precision int8 {CAPPED}": "needs GPUs",
+    "python bench/flux2_dev.py --phase write text run --cap-gib 22.5": "needs GPUs",
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
         "tests/diffsynth runs it where DiffSynth's repository is"
     ),
