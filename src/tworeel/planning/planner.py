@@ -18,6 +18,7 @@ from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.engine.split import AUTO
 from tworeel.models.family import Family, ModelSource
+from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.plans import Plan, StagePlan
@@ -54,6 +55,10 @@ class Request:
     """Bytes of host memory that may be pinned."""
     steps: int
     clips_per_epoch: float
+    may_interleave: bool = False
+    """Whether each device may have two stages where it is asked for one."""
+    less_precise: tuple[Request, ...] = ()
+    """The same with other weights, which may be taken where these do not fit; in order of preference."""
 
 
 class Planner:
@@ -97,7 +102,7 @@ class Planner:
 
     def best(self) -> Plan:
         """The fastest plan that fits; the one that is nearest to it if none does."""
-        return min(self._candidates(), key=_rank)
+        return min(self._candidates(), key=rank)
 
     def _candidates(self) -> Iterator[Plan]:
         request = self.request
@@ -132,13 +137,19 @@ class Planner:
             yield self._descend(stages)
 
     def _descend(self, stages: Sequence[Budget]) -> Plan:
-        best = self._evaluate(stages, self.even(len(stages)))
+        best = min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
         while True:
-            near = [self._evaluate(stages, at) for at in _neighbours(best.split_at, self._num_blocks)]
-            better = min(near, key=_rank, default=best)
-            if _rank(better) >= _rank(best):
+            near = [self._evaluate(stages, at) for at in neighbours(best.split_at, self._num_blocks)]
+            better = min(near, key=rank, default=best)
+            if rank(better) >= rank(best):
                 return best
             best = better
+
+    def _starts(self, stages: Sequence[Budget]) -> list[tuple[int, ...]]:
+        """Even shares of the blocks, shares as the devices' memory, and as their speed."""
+        memory, speed = [float(b.free) for b in stages], [b.rates.bf16 for b in stages]
+        unlike = [shares(by, self._num_blocks) for by in (memory, speed)]
+        return list(dict.fromkeys([self.even(len(stages)), *unlike]))
 
     @cached_property
     def _blocks(self) -> list[UnitBytes]:
@@ -163,7 +174,7 @@ class Planner:
             ValueError: the boundaries are not one for each stage but the first, in rising order.
         """
         boundaries = (0, *at, self._num_blocks)
-        if len(at) != len(stages) - 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
+        if len(at) != len(stages) - 1 or not is_rising(boundaries):
             self._place(len(stages), at)  # says what is wrong with it
         depths = most_in_flight(self._orders_of(stages), len(stages))
         return [self._draft(i, stages, boundaries, depth) for i, depth in enumerate(depths)]
@@ -252,18 +263,10 @@ class Planner:
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
 
 
-def _rank(plan: Plan) -> tuple[Any, ...]:
+def rank(plan: Plan) -> tuple[Any, ...]:
     """Less is better: what fits, by its time, the better balanced one where the host limits all; then what is
     nearest to fitting."""
     if plan.fits:
         return 0, plan.seconds_per_step, max(plan.busy)
     missing = sum(max(0, stage.peak + stage.spare - stage.free) for stage in plan.stages)
     return 1, missing + max(0, plan.host_memory - plan.host_free)
-
-
-def _neighbours(at: tuple[int, ...], num_blocks: int) -> Iterator[tuple[int, ...]]:
-    """The boundaries with one or two of them moved by a block."""
-    for moves in itertools.product((-1, 0, 1), repeat=len(at)):
-        moved = tuple(a + move for a, move in zip(at, moves, strict=True))
-        if any(moves) and all(a < b for a, b in itertools.pairwise((0, *moved, num_blocks))):
-            yield moved

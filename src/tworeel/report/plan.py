@@ -16,9 +16,8 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 
 def plan_table(plan: Plan) -> Table:
     """A column for each stage, a row for each figure."""
-    table = Table(
-        title=f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
-    )
+    clips = f"{plan.tokens:,} tokens, {plan.micro_batches} clips a step"
+    table = Table(title=f"{plan.model}, {plan.precision} weights, {clips}")
     table.add_column("")
     for stage in plan.stages:
         table.add_column(stage.device, justify="right")
@@ -66,6 +65,7 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     per_clip = plan.seconds_per_step / plan.micro_batches
     lines.append(f"Plan: {per_clip:.3g} s a clip, {duration(plan.seconds_per_step * plan.steps)} in all")
+    lines += [f"Plan: not {one.name}: {one.reason}" for one in plan.alternatives]
     if not plan.fits:
         lines.append(f"Plan: this may run out of memory: {plan.limit}")
     return lines

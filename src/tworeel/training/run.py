@@ -25,6 +25,7 @@ from tworeel.report.plan import plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
+from tworeel.training.choices import as_before
 from tworeel.training.devices import out_of_memory
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
@@ -61,9 +62,11 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
         problems: list[str] = []
         with collected(problems):
             checkpoint = find_checkpoint(store, resume, config, watched)
+        if checkpoint is not None:
+            config = as_before(config, checkpoint.state["config"])
         job = preflight(config, watched, problems)
+        config, job, planned = plan_job(config, job, watched.say)
         write_text_atomic(folder.config, dump_config(config))
-        job, planned = plan_job(config, job, watched.say)
         if planned is not None:
             write_text_atomic(folder.plan, json.dumps(planned.plan.as_json(), indent=1) + "\n")
             for line in plan_lines(planned.plan):
