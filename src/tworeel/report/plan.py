@@ -16,8 +16,9 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 
 def plan_table(plan: Plan) -> Table:
     """A column for each stage, a row for each figure."""
-    clips = f"{plan.tokens:,} tokens, {plan.micro_batches} clips a step"
-    table = Table(title=f"{plan.model}, {plan.precision} weights, {clips}")
+    table = Table(
+        title=f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
+    )
     table.add_column("")
     for stage in plan.stages:
         table.add_column(stage.device, justify="right")

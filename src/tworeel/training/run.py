@@ -59,6 +59,7 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
     with full_disk_as_user_error(folder.path, "the run", kept), folder.locked():
         sweep_temporaries(folder.path)
         store = CheckpointStore(folder.checkpoints, keep=config.train.keep_checkpoints)
+        checkpoint: Checkpoint | None = None
         problems: list[str] = []
         with collected(problems):
             checkpoint = find_checkpoint(store, resume, config, watched)
