@@ -106,7 +106,7 @@ def _most_frames(planner: Planner) -> Alternative | None:
         bucket = replace(largest, frames=frames)
         share = tokens(bucket, traits) / tokens(largest, traits)
         shorter = replace(request, buckets={bucket: 1.0})
-        found = Planner(shorter, _scaled(planner.trace, share), planner).best()
+        found = Planner(shorter, scaled(planner.trace, share), planner).best()
         if found.fits:
             return alternative_of(f"clips of at most {frames} frames", found)
     return None
@@ -117,7 +117,7 @@ def _decisions(plan: Plan) -> tuple[Any, ...]:
     return tuple(stages), plan.micro_batches, plan.precision
 
 
-def _scaled(trace: ModelTrace, share: float) -> ModelTrace:
+def scaled(trace: ModelTrace, share: float) -> ModelTrace:
     """The trace of a clip of `share` times the tokens: all but attention's work grows with them."""
     means = Means(share, share**2)
 
