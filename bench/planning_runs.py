@@ -21,7 +21,7 @@ from tworeel.models.family import Family
 from tworeel.models.registry import FAMILIES
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
-from tworeel.planning.explaining import scaled
+from tworeel.planning.changing import scaled
 from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Plan

@@ -143,6 +143,18 @@ def test_what_is_set_is_kept() -> None:
     assert [stage.streamed for stage in found.stages] == [2, 0]
 
 
+@pytest.mark.parametrize(("gpus", "streamed"), [("2x H100 80GB", (30, 6)), ("4x H100 80GB", (9, 0, 3, 0))])
+def test_each_stage_has_the_blocks_that_it_is_to_stream(gpus: str, streamed: tuple[int, ...]) -> None:
+    found = plan(request_of(budgets=budgets_of(gpus), split_at=None, streamed=streamed))
+    assert [stage.streamed for stage in found.stages] == list(streamed)
+    assert all(stage.num_blocks >= stage.streamed for stage in found.stages)
+
+
+def test_more_streamed_blocks_than_a_stage_has_are_told() -> None:
+    with pytest.raises(ValueError, match="stage 0 has 13 blocks"):
+        plan(request_of(split_at=(13,), streamed=(14, 0)))
+
+
 def test_boundaries_that_cannot_be_are_told() -> None:
     with pytest.raises(ValueError, match="boundaries must rise"):
         plan(request_of(split_at=(40,)))

@@ -15,7 +15,6 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
-from tworeel.training.devices import out_of_memory
 from tworeel.training.loadable import place_again
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
@@ -89,7 +88,7 @@ def test_the_eight_bits_that_may_be_chosen_are_those_that_all_cards_multiply(
 def test_a_run_has_nothing_open_once_it_is_planned(job) -> None:
     config, found = job
     decided, placed, run = plan_on(left_open(config), found, pair("RTX 4090", "RTX 4090"))
-    assert decided.model.quantize is None and run.settings.quantize is None
+    assert decided.model.quantize is None and run.planner.request.trace.quantize is None
     assert decided.engine.stages_per_device == run.plan.stages_per_device
     assert len(placed.placement.devices) == 2 * run.plan.stages_per_device
 
@@ -149,9 +148,3 @@ def test_the_next_plan_rests_on_what_was_measured(job) -> None:
     assert (first.forward + first.backward) / first.num_blocks == pytest.approx(
         3 * once / run.plan.stages[0].num_blocks, rel=0.01
     )
-
-
-def test_running_out_of_memory_names_the_plans_figure() -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-    told = str(out_of_memory(error, [torch.device("cpu")], "The checkpoints are intact.", {"cpu": 3 * GIB}))
-    assert "(planned 3.0)" in told and "The checkpoints are intact." in told and "fewer data.frames" in told

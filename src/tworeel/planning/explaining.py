@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tworeel.data.buckets import tokens
-from tworeel.engine.footprints import Footprint
+from tworeel.planning.changing import changes
 from tworeel.planning.choosing import Choice, choose
-from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Alternative, Plan, alternative_of
-from tworeel.planning.tracing import STORED_ONLY, ModelTrace
-
-_SMALLER: Mapping[str | None, tuple[str, ...]] = {None: ("fp8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",)}
-"""What takes less than weights of a kind."""
 
 
 def plan(request: Request, *, explain: bool = False) -> Plan:
@@ -44,7 +38,7 @@ def explained(choice: Choice, *, explain: bool = False) -> Plan:
     return replace(
         best,
         alternatives=(*choice.lost, *(one for one in more if one.name not in known)),
-        changes=() if best.fits else tuple(_changes(planner)),
+        changes=() if best.fits else tuple(changes(planner)),
     )
 
 
@@ -74,54 +68,6 @@ def _alternatives(planner: Planner, best: Plan) -> Iterator[Alternative]:
         yield alternative_of("8-bit weights (fp8)", Planner(eight_bit, like=planner).best(), best)
 
 
-def _changes(planner: Planner) -> Iterator[Alternative]:
-    """The smallest changes with which it would fit."""
-    request = planner.request
-    if shorter := _most_frames(planner):
-        yield shorter
-    for kind in _SMALLER.get(request.trace.quantize, ()):
-        smaller = replace(request, trace=replace(request.trace, quantize=kind))
-        found = Planner(smaller, _same_trace(planner, kind), planner).best()
-        if found.fits:
-            yield alternative_of(f"model.quantize = '{kind}'", found)
-            break
-    last = request.budgets[-1]
-    budgets = (*request.budgets, last.another(len(request.budgets)))
-    larger = replace(request, budgets=budgets, split_at=None, streamed=None)
-    found = Planner(larger, planner.trace, planner).best()
-    if found.fits:
-        yield alternative_of(f"one more {last.card}", found)
-
-
-def _same_trace(planner: Planner, quantize: str) -> ModelTrace | None:
-    """The trace for weights that are only stored so, which compute as those of full precision."""
-    is_plain = planner.request.trace.quantize is None
-    return planner.trace if is_plain and quantize in STORED_ONLY else None
-
-
-def _most_frames(planner: Planner) -> Alternative | None:
-    """The longest clip of the same size that fits."""
-    request, largest, traits = planner.request, planner.largest, planner.request.source.traits
-    for frames in range(largest.frames - traits.temporal_stride, 0, -traits.temporal_stride):
-        bucket = replace(largest, frames=frames)
-        share = tokens(bucket, traits) / tokens(largest, traits)
-        shorter = replace(request, buckets={bucket: 1.0})
-        found = Planner(shorter, scaled(planner.trace, share), planner).best()
-        if found.fits:
-            return alternative_of(f"clips of at most {frames} frames", found)
-    return None
-
-
 def _decisions(plan: Plan) -> tuple[Any, ...]:
     stages = [(s.device, s.first, s.kept, s.residency, s.streamed) for s in plan.stages]
     return tuple(stages), plan.micro_batches, plan.precision
-
-
-def scaled(trace: ModelTrace, share: float) -> ModelTrace:
-    """The trace of a clip of `share` times the tokens: all but attention's work grows with them."""
-    means = Means(share, share**2)
-
-    def footprint(found: Footprint) -> Footprint:
-        return Footprint(int(found.kept * share), int(found.working * share), int(found.hidden * share))
-
-    return trace.mapped(means.of, footprint)

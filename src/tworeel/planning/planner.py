@@ -17,6 +17,7 @@ from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.engine.split import AUTO
+from tworeel.engine.weight_streaming import streamed_positions
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
@@ -132,14 +133,15 @@ class Planner:
         if len(stages) == 1:
             yield self._evaluate(stages, ())
         elif len(stages) == 2:
-            yield from (self._evaluate(stages, (at,)) for at in range(1, count))
+            yield from (self._evaluate(stages, (at,)) for at in range(1, count) if self._can_stream((at,)))
         else:
             yield self._descend(stages)
 
     def _descend(self, stages: Sequence[Budget]) -> Plan:
         best = min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
         while True:
-            near = [self._evaluate(stages, at) for at in neighbours(best.split_at, self._num_blocks)]
+            moved = filter(self._can_stream, neighbours(best.split_at, self._num_blocks))
+            near = [self._evaluate(stages, at) for at in moved]
             better = min(near, key=rank, default=best)
             if rank(better) >= rank(best):
                 return best
@@ -149,7 +151,13 @@ class Planner:
         """Even shares of the blocks, shares as the devices' memory, and as their speed."""
         memory, speed = [float(b.free) for b in stages], [b.rates.bf16 for b in stages]
         unlike = [shares(by, self._num_blocks) for by in (memory, speed)]
-        return list(dict.fromkeys([self.even(len(stages)), *unlike]))
+        return list(dict.fromkeys([self.even(len(stages)), *filter(self._can_stream, unlike)]))
+
+    def _can_stream(self, at: tuple[int, ...]) -> bool:
+        """Whether each stage has as many blocks as are to be streamed."""
+        boundaries = (0, *at, self._num_blocks)
+        lengths = [last - first for first, last in itertools.pairwise(boundaries)]
+        return all(n <= length for n, length in zip(self.request.streamed or (), lengths, strict=False))
 
     @cached_property
     def _blocks(self) -> list[UnitBytes]:
@@ -176,6 +184,8 @@ class Planner:
         boundaries = (0, *at, self._num_blocks)
         if len(at) != len(stages) - 1 or not is_rising(boundaries):
             self._place(len(stages), at)  # says what is wrong with it
+        if not self._can_stream(tuple(at)):
+            streamed_positions(self._place(len(stages), at), self.request.streamed)  # the same
         depths = most_in_flight(self._orders_of(stages), len(stages))
         return [self._draft(i, stages, boundaries, depth) for i, depth in enumerate(depths)]
 

@@ -13,13 +13,15 @@ import torch
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
+from tworeel.engine.fitting import SPARE
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
+from tworeel.planning.changing import changes
 from tworeel.planning.choosing import choose
 from tworeel.planning.explaining import explained
 from tworeel.planning.measurements import calibrated, keep
 from tworeel.planning.measuring import measured
-from tworeel.planning.planner import Request
+from tworeel.planning.planner import Planner, Request
 from tworeel.planning.plans import Plan
 from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
@@ -136,9 +138,8 @@ class PlannedRun:
     """A plan that is followed, and what the first steps say of it."""
 
     plan: Plan
-    budgets: Mapping[str, Budget]
-    """By device."""
-    settings: TraceSettings
+    planner: Planner
+    """That has made it."""
     _reports: list[StepReport] = field(default_factory=list)
 
     def heard(self, report: StepReport) -> str | None:
@@ -151,11 +152,12 @@ class PlannedRun:
         return self._compared(self._reports[UNMEASURED:])
 
     def _compared(self, reports: Sequence[StepReport]) -> str:
-        found = self.plan
+        found, request = self.plan, self.planner.request
+        budgets = {budget.device: budget for budget in request.budgets}
         seconds = fmean(report.seconds for report in reports) / found.micro_batches
         for number, stage in enumerate(found.stages):
             worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
-            keep(self.budgets[stage.device], self.settings, worked, stage.forward + stage.backward)
+            keep(budgets[stage.device], request.trace, worked, stage.forward + stage.backward)
         held = reports[-1].memory
         memory = ", ".join(
             f"{device} {held[device] / GIB:.1f} GiB (planned {peak / GIB:.1f})"
@@ -164,6 +166,23 @@ class PlannedRun:
         )
         planned = found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
+
+    def would_fit(self, room: Mapping[str, int]) -> tuple[str, ...] | None:
+        """What would fit where a run has so much memory now, in words; None if the plan still does.
+
+        Args:
+            room: bytes by device that this process may have, with what it holds already.
+        """
+        request = self.planner.request
+        budgets = tuple(replace(budget, free=room[budget.device]) for budget in request.budgets)
+        if all(
+            now.free >= (1 - SPARE) * then.free for now, then in zip(budgets, request.budgets, strict=True)
+        ):
+            return None
+        now = Planner(replace(request, budgets=budgets), self.planner.trace, self.planner)
+        if now.best().fits:
+            return ("the same run with a new plan, which --resume makes",)
+        return tuple(change.name for change in changes(now))
 
 
 def plan_job(
@@ -216,7 +235,6 @@ def _followed(config: RunConfig, job: Job, request: Request) -> tuple[RunConfig,
     choice = choose(request)
     found, decided = explained(choice), choice.planner.request
     devices = [torch.device(stage.device) for stage in found.stages]
-    by_device = {budget.device: budget for budget in decided.budgets}
     quantize, stages = decided.trace.quantize, decided.stages_per_device
     placed = place_again(job, config, devices, found.split_at)
-    return settled(config, quantize, stages), placed, PlannedRun(found, by_device, decided.trace)
+    return settled(config, quantize, stages), placed, PlannedRun(found, choice.planner)

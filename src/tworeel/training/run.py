@@ -26,7 +26,6 @@ from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
 from tworeel.training.choices import as_before
-from tworeel.training.devices import out_of_memory
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
@@ -36,6 +35,7 @@ from tworeel.training.preflight import Job, preflight
 from tworeel.training.previews import Previews, encode_previews
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
+from tworeel.training.shortage import out_of_memory
 from tworeel.training.space import full_disk_as_user_error, require_space
 from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
 
@@ -248,4 +248,4 @@ def _memory_told(
         yield
     except torch.OutOfMemoryError as error:
         kept = f"The checkpoints in {folder.checkpoints} are intact."
-        raise out_of_memory(error, devices, kept, planned.plan.peaks if planned else None) from error
+        raise out_of_memory(error, devices, kept, planned) from error
