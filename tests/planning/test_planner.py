@@ -160,6 +160,28 @@ def test_boundaries_that_cannot_be_are_told() -> None:
         plan(request_of(split_at=(40,)))
 
 
+@pytest.mark.parametrize(
+    ("quantize", "gpus", "compile", "copies"),
+    [
+        ("nf4", "2x H100 80GB", True, 1),
+        ("nf4", "2x H100 80GB", False, 1),
+        ("fp8", "2x RTX 3090", True, 1),
+        ("fp8", "2x H100 80GB", True, 0),
+        # The operations that are followed have made it already.
+        ("fp8", "2x RTX 3090", False, 0),
+        (None, "2x RTX 3090", True, 0),
+    ],
+)
+def test_a_weight_that_is_dequantized_for_its_use_has_room(
+    quantize: str | None, gpus: str, compile: bool, copies: int
+) -> None:
+    trace = settings_of("wan2.2-t2v-a14b", quantize=quantize, compile=compile)
+    planner = Planner(request_of(budgets=budgets_of(gpus), trace=trace))
+    drafts = planner.drafts(planner.request.budgets, (20,))
+    # The feed-forward's, in bf16
+    assert [draft.dequantized for draft in drafts] == [copies * 2 * 5120 * 13824] * 2
+
+
 def test_longer_clips_take_more() -> None:
     lengths = [Bucket(frames=frames, height=480, width=832) for frames in (17, 49, 81)]
     found = [plan(request_of(buckets={bucket: 1.0}, residency="recompute")) for bucket in lengths]

@@ -24,7 +24,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.plans import Plan, StagePlan
 from tworeel.planning.timing import HOST_SECONDS, simulate
-from tworeel.planning.tracing import ModelTrace, TraceSettings, trace_model
+from tworeel.planning.tracing import STORED_ONLY, ModelTrace, TraceSettings, trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
@@ -242,10 +242,20 @@ class Planner:
             weights=sum(unit.frozen for unit in (*own, *around)),
             lora=_TRAINING_COPIES * sum(unit.trained for unit in (*own, *around)),
             inputs=self.trace.inputs * in_flight,
+            dequantized=max(unit.largest for unit in own) if self._dequantizes(budget) else 0,
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),
             in_flight=in_flight,
         )
+
+    def _dequantizes(self, budget: Budget) -> bool:
+        """Whether a weight is dequantized on this device for each use, and the trace does not count it.
+
+        Weights that are only stored so are traced in full precision; from compiled graphs, what is made of
+        weights alone is left out.
+        """
+        kind = self.request.trace.quantize
+        return kind in STORED_ONLY or (self.request.trace.compile and budget.mode(kind) == "weight-only")
 
     def _decide(self, drafts: Sequence[StageDraft]) -> list[StagePlan]:
         """What all stages' blocks leave behind; as the engine decides it when it has measured."""
