@@ -23,8 +23,9 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.changing import scaled
 from tworeel.planning.measuring import measured
-from tworeel.planning.planner import Planner, Request
+from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
+from tworeel.planning.requests import Request
 from tworeel.planning.tracing import ModelTrace, TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.planned import budgets_of_cards, budgets_of_devices

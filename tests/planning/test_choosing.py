@@ -12,7 +12,7 @@ from tworeel.data.clips import Bucket
 from tworeel.planning import plan
 from tworeel.planning.cards import GIB
 from tworeel.planning.choosing import WORTH, choose
-from tworeel.planning.planner import Request
+from tworeel.planning.requests import Request
 
 FOUR = budgets_of("4x H100 80GB")
 

@@ -10,8 +10,9 @@ from tworeel.data.buckets import tokens
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
 from tworeel.planning.drafts import Means
-from tworeel.planning.planner import Planner, Request
+from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, alternative_of
+from tworeel.planning.requests import Request
 from tworeel.planning.tracing import STORED_ONLY, ModelTrace
 
 _SMALLER: Mapping[str | None, tuple[str, ...]] = {None: ("fp8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",)}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tworeel.planning.planner import Planner, Request, rank
-from tworeel.planning.plans import Alternative, Plan, alternative_of
+from tworeel.planning.planner import Planner
+from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
+from tworeel.planning.requests import Request
 
 WORTH = 0.03
 """A step must get shorter by more than this share for what costs something else; plans err by as much."""

@@ -8,8 +8,9 @@ from typing import Any
 
 from tworeel.planning.changing import changes
 from tworeel.planning.choosing import Choice, choose
-from tworeel.planning.planner import Planner, Request
+from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of
+from tworeel.planning.requests import Request
 
 
 def plan(request: Request, *, explain: bool = False) -> Plan:

@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from tworeel.data.buckets import tokens
-from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import SPARE, Fit, fit_stages
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.engine.split import AUTO
 from tworeel.engine.weight_streaming import streamed_positions
-from tworeel.models.family import Family, ModelSource
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
-from tworeel.planning.plans import Plan, StagePlan
+from tworeel.planning.plans import Plan, StagePlan, rank
+from tworeel.planning.requests import Request
 from tworeel.planning.timing import HOST_SECONDS, simulate
-from tworeel.planning.tracing import STORED_ONLY, ModelTrace, TraceSettings, trace_model
+from tworeel.planning.tracing import STORED_ONLY, ModelTrace, trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
 """Of unlike cards: more are not tried."""
 _TRAINING_COPIES = 4
 """Of the LoRA: weight, gradient and two moments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is to be planned."""
-
-    family: Family
-    source: ModelSource
-    buckets: Mapping[Bucket, float]
-    """How often a clip of each bucket is drawn."""
-    trace: TraceSettings
-    budgets: tuple[Budget, ...]
-    """Of the devices, in the order of the stages, once over."""
-    may_reorder: bool
-    """Whether the devices may take the stages in another order."""
-    micro_batches: int
-    slack: int
-    stages_per_device: int
-    split_at: tuple[int, ...] | None
-    residency: str
-    streamed: tuple[int, ...] | None
-    host_free: int
-    """Bytes of host memory that may be pinned."""
-    steps: int
-    clips_per_epoch: float
-    may_interleave: bool = False
-    """Whether each device may have two stages where it is asked for one."""
-    less_precise: tuple[Request, ...] = ()
-    """The same with other weights, which may be taken where these do not fit; in order of preference."""
 
 
 class Planner:
@@ -281,12 +250,3 @@ class Planner:
         largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
-
-
-def rank(plan: Plan) -> tuple[Any, ...]:
-    """Less is better: what fits, by its time, the better balanced one where the host limits all; then what is
-    nearest to fitting."""
-    if plan.fits:
-        return 0, plan.seconds_per_step, max(plan.busy)
-    missing = sum(max(0, stage.peak + stage.spare - stage.free) for stage in plan.stages)
-    return 1, missing + max(0, plan.host_memory - plan.host_free)

@@ -186,3 +186,12 @@ def alternative_of(name: str, found: Plan, best: Plan | None = None) -> Alternat
         peaks=tuple(stage.peak for stage in found.stages),
         reason=reason,
     )
+
+
+def rank(plan: Plan) -> tuple[Any, ...]:
+    """Less is better: what fits, by its time, the better balanced one where the host limits all; then what is
+    nearest to fitting."""
+    if plan.fits:
+        return 0, plan.seconds_per_step, max(plan.busy)
+    missing = sum(max(0, stage.peak + stage.spare - stage.free) for stage in plan.stages)
+    return 1, missing + max(0, plan.host_memory - plan.host_free)

@@ -21,8 +21,9 @@ from tworeel.planning.choosing import choose
 from tworeel.planning.explaining import explained
 from tworeel.planning.measurements import calibrated, keep
 from tworeel.planning.measuring import measured
-from tworeel.planning.planner import Planner, Request
+from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
+from tworeel.planning.requests import Request
 from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
