@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from tworeel.benchmarks.machine import GIB
+from tworeel.files import write_text_atomic
 from tworeel.report.benchmark import fact_lines, plain_table
 
 SAMPLE_SECONDS = 0.02
@@ -173,9 +174,18 @@ def as_json(phases: Iterable[Phase]) -> list[dict[str, Any]]:
     return [asdict(phase) for phase in phases]
 
 
-def add_results(path: Path, results: dict[str, Any]) -> None:
-    """Write `results` into the JSON file, over those of the same names and beside the others."""
+def add_results(path: Path, results: dict[str, Any], *, quiet: bool = False) -> None:
+    """Write `results` into the JSON file, over those of the same names and beside the others.
+
+    Args:
+        path: of the file.
+        results: by name.
+        quiet: do not say where they are.
+    """
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**known, **results}, indent=1) + "\n", encoding="utf-8")
+    # A run that is killed while it writes keeps what was there.
+    write_text_atomic(path, json.dumps({**known, **results}, indent=1) + "\n")
+    if quiet:
+        return
     console.print(f"written to {path}", markup=False, soft_wrap=True)

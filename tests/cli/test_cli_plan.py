@@ -35,6 +35,14 @@ def test_a_plan_is_a_table_and_a_verdict_without_a_gpu(
     assert not (tmp_path / "output").exists()
 
 
+def test_what_is_left_open_is_decided_and_what_lost_is_shown(run: Run, given: tuple[str, ...]) -> None:
+    left_open = ("--set", "model.quantize=auto", "--set", "engine.stages_per_device=auto")
+    done = run("plan", *given, *PAIR, *left_open)
+    assert done.code == 0, done.err
+    assert "bfloat16" in done.out and "What else was weighed" in done.out
+    assert "two stages a device" in done.out
+
+
 def test_what_does_not_fit_is_told_and_is_no_error(run: Run, given: tuple[str, ...]) -> None:
     done = run("plan", *given, "--gpus", "RTX 4090", "--memory-gib", "0.9")
     assert done.code == 0, done.err

@@ -138,6 +138,19 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
             'engine.split_at = [3, 5], engine.devices = ["cpu", "cpu"], engine.stages_per_device = 1: '
             "split_at must have one number less than there are stages",
         ),
+        (
+            '[engine]\nsplit_at = [3]\nstages_per_device = "auto"',
+            'engine.split_at = [3], engine.stages_per_device = "auto": split_at needs a number of stages',
+        ),
+        (
+            '[engine]\nstreamed_blocks = [1, 1]\nstages_per_device = "auto"',
+            'engine.streamed_blocks = [1, 1], engine.stages_per_device = "auto": '
+            "streamed_blocks needs a number of stages",
+        ),
+        (
+            "[engine]\nstages_per_device = 0",
+            'engine.stages_per_device = 0: must be an integer > 0 or "auto"',
+        ),
         ("[engine]\nsplit_at = [5, 5]", "engine.split_at = [5, 5]: block numbers must increase"),
     ],
 )

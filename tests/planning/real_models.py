@@ -14,7 +14,7 @@ from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
 from tworeel.planning.budgets import Budget, budget_of_card
 from tworeel.planning.cards import GIB, known_cards, parse_cards, with_memory
-from tworeel.planning.planner import Request
+from tworeel.planning.requests import Request
 from tworeel.planning.tracing import TraceSettings
 
 CLIP = Bucket(frames=49, height=480, width=832)

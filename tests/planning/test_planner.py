@@ -143,9 +143,43 @@ def test_what_is_set_is_kept() -> None:
     assert [stage.streamed for stage in found.stages] == [2, 0]
 
 
+@pytest.mark.parametrize(("gpus", "streamed"), [("2x H100 80GB", (30, 6)), ("4x H100 80GB", (9, 0, 3, 0))])
+def test_each_stage_has_the_blocks_that_it_is_to_stream(gpus: str, streamed: tuple[int, ...]) -> None:
+    found = plan(request_of(budgets=budgets_of(gpus), split_at=None, streamed=streamed))
+    assert [stage.streamed for stage in found.stages] == list(streamed)
+    assert all(stage.num_blocks >= stage.streamed for stage in found.stages)
+
+
+def test_more_streamed_blocks_than_a_stage_has_are_told() -> None:
+    with pytest.raises(ValueError, match="stage 0 has 13 blocks"):
+        plan(request_of(split_at=(13,), streamed=(14, 0)))
+
+
 def test_boundaries_that_cannot_be_are_told() -> None:
     with pytest.raises(ValueError, match="boundaries must rise"):
         plan(request_of(split_at=(40,)))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "gpus", "compile", "copies"),
+    [
+        ("nf4", "2x H100 80GB", True, 1),
+        ("nf4", "2x H100 80GB", False, 1),
+        ("fp8", "2x RTX 3090", True, 1),
+        ("fp8", "2x H100 80GB", True, 0),
+        # The operations that are followed have made it already.
+        ("fp8", "2x RTX 3090", False, 0),
+        (None, "2x RTX 3090", True, 0),
+    ],
+)
+def test_a_weight_that_is_dequantized_for_its_use_has_room(
+    quantize: str | None, gpus: str, compile: bool, copies: int
+) -> None:
+    trace = settings_of("wan2.2-t2v-a14b", quantize=quantize, compile=compile)
+    planner = Planner(request_of(budgets=budgets_of(gpus), trace=trace))
+    drafts = planner.drafts(planner.request.budgets, (20,))
+    # The feed-forward's, in bf16
+    assert [draft.dequantized for draft in drafts] == [copies * 2 * 5120 * 13824] * 2
 
 
 def test_longer_clips_take_more() -> None:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from real_models import CLIP, settings_of, source_of
 
+from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import ideal_efficiency, make_orders
+from tworeel.models.wan.family import WAN
 from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.graphs import Work
 from tworeel.planning.timing import StepTime, rates_of, simulate
+from tworeel.planning.tracing import trace_model
 
 (H100,) = parse_cards("H100 80GB", known_cards())
 (RTX_3090,) = parse_cards("RTX 3090", known_cards())
@@ -65,3 +69,25 @@ def test_a_slowed_card_takes_so_much_longer() -> None:
     rates = rates_of(H100)
     assert rates.slowed(1.5).forward(work) == pytest.approx(1.5 * rates.forward(work))
     assert rates.slowed(1.5).backward(work) == pytest.approx(1.5 * rates.backward(work))
+
+
+# Milliseconds of one block, forward and backward, of a 14B model at 20,280 tokens (docs/benchmarks.md).
+@pytest.mark.parametrize(
+    ("compile", "residency", "forward", "backward"),
+    [
+        (False, Residency.KEEP, 48, 79),
+        (False, Residency.RECOMPUTE, 49, 130),
+        (True, Residency.KEEP, 37, 66),
+        (True, Residency.SELECTIVE, 38, 87),
+        (True, Residency.RECOMPUTE, 37, 107),
+    ],
+)
+def test_a_block_takes_what_it_took_on_an_h100(
+    compile: bool, residency: Residency, forward: float, backward: float
+) -> None:
+    settings = settings_of("wan2.2-t2v-a14b", compile=compile)
+    (block,) = trace_model(WAN, source_of("wan2.2-t2v-a14b"), CLIP, settings).blocks.values()
+    rates = rates_of(H100)
+    assert 1e3 * rates.forward(block.forward) == pytest.approx(forward, rel=0.05)
+    again = rates.forward(block.recomputed[residency])
+    assert 1e3 * (rates.backward(block.backward) + again) == pytest.approx(backward, rel=0.05)

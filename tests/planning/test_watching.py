@@ -26,9 +26,24 @@ def test_what_is_let_go_no_longer_counts() -> None:
 def test_what_was_there_before_does_not_count() -> None:
     x = torch.randn(SIDE, SIDE)
     with Watch() as watch:
-        x.add_(1)
         x.t()
-    assert watch.peak == 0 and watch.work.traffic == 0
+        assert watch.work.traffic == 0
+        x.add_(1)
+    assert watch.peak == 0 and watch.work.traffic == SIZE
+
+
+def test_numbers_with_gaps_between_them_cost_what_lies_in_the_gaps() -> None:
+    x = torch.randn(SIDE, SIDE)
+    out = torch.empty(SIDE, SIDE // 2)
+    with Watch() as watch:
+        out.copy_(x[:, ::2])
+    assert watch.work.traffic == SIZE / 2 + SIZE
+    with Watch() as watch:
+        x[:, 0].sin()  # further apart than what is read at once
+    assert watch.work.traffic == 8 * SIZE / SIDE + SIZE / SIDE
+    with Watch() as watch:
+        x.t().sin()  # a transposed matrix has no gaps
+    assert watch.work.traffic == 2 * SIZE
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])

@@ -102,6 +102,11 @@ def test_in_short_it_is_a_line_a_stage() -> None:
     assert "blocks 21 to 39" in second and "14.8 s a clip, 32.8 hours in all" in time
 
 
+def test_in_short_it_says_what_was_not_chosen() -> None:
+    lost = Alternative(name="bfloat16 weights", fits=False, seconds_per_step=9, peaks=(), reason="no room")
+    assert plan_lines(replace(PLAN, alternatives=(lost,)))[-1] == "Plan: not bfloat16 weights: no room"
+
+
 def test_alternatives_have_their_figures_and_a_reason() -> None:
     one = Alternative(
         name="keep all activations",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tworeel.errors import UserError
-from tworeel.training.devices import available_devices, out_of_memory, peak_memory, resolve_devices
+from tworeel.training.devices import available_devices, peak_memory, resolve_devices, room
 
 CPU = torch.device("cpu")
 
@@ -39,10 +39,6 @@ def test_memory_is_told_once_for_each_device() -> None:
     assert list(peaks) == ["cpu"] and peaks["cpu"] > 10**6
 
 
-def test_out_of_memory_says_where_how_much_and_what_would_need_less() -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …\nmore lines")
-    (line,) = out_of_memory(error, [CPU], "The checkpoints in run/ are intact.").problems
-    assert line.startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
-    assert "more lines" not in line
-    for words in ("Peaks so far: cpu ", "GiB", "The checkpoints in run/ are intact.", "engine.residency"):
-        assert words in line
+def test_a_process_may_have_what_it_holds_already() -> None:
+    found = room([CPU, CPU])
+    assert list(found) == ["cpu"] and found["cpu"] > peak_memory([CPU])["cpu"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import tiny_config, tiny_model
 
+from tworeel.config.schema import RunConfig
 from tworeel.demo.clips import write_clips
+from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
-from tworeel.training.devices import out_of_memory
 from tworeel.training.loadable import place_again
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
@@ -54,14 +56,61 @@ def test_a_request_has_what_the_configuration_says(job) -> None:
 
 def test_blocks_go_where_the_plan_says(job) -> None:
     config, found = job
-    placed, run = plan_on(config, found, pair())
+    _, placed, run = plan_on(config, found, pair())
     assert placed.placement.boundaries[1:-1] == run.plan.split_at
     assert [str(device) for device in placed.placement.devices] == ["cuda:0", "cuda:1"]
 
 
+def left_open(config: RunConfig) -> RunConfig:
+    """With precision and stages for the plan to decide."""
+    model = config.model.model_copy(update={"quantize": "auto", "dtype": "bfloat16"})
+    engine = config.engine.model_copy(update={"stages_per_device": "auto"})
+    return config.model_copy(update={"model": model, "engine": engine})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        ("RTX 4090", "RTX 5090", "fp8"),
+        ("RTX 3090", "RTX 4090", "int8"),
+        ("Radeon RX 7900 XTX", "Radeon RX 7900 XTX", "fp8"),
+    ],
+)
+def test_the_eight_bits_that_may_be_chosen_are_those_that_all_cards_multiply(
+    job, first: str, second: str, kind: str
+) -> None:
+    config, found = job
+    (other,) = make_request(left_open(config), found, pair(first, second)).less_precise
+    assert other.trace.quantize == kind
+    assert make_request(config, found, pair(first, second)).less_precise == ()
+
+
+def test_a_run_has_nothing_open_once_it_is_planned(job) -> None:
+    config, found = job
+    decided, placed, run = plan_on(left_open(config), found, pair("RTX 4090", "RTX 4090"))
+    assert decided.model.quantize is None and run.planner.request.trace.quantize is None
+    assert decided.engine.stages_per_device == run.plan.stages_per_device
+    assert len(placed.placement.devices) == 2 * run.plan.stages_per_device
+
+
+def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = job
+    timed: list[str] = []
+
+    def measured(budget: Budget) -> Budget:
+        timed.append(budget.device)
+        return replace(budget, measured=True)
+
+    monkeypatch.setattr(planned, "budgets_of_devices", lambda _: pair())
+    monkeypatch.setattr(planned, "measured", measured)
+    on_gpus = place_again(found, config, [torch.device("cuda:0"), torch.device("cuda:1")], [2])
+    _, _, run = plan_job(left_open(config), on_gpus, print)
+    assert timed == ["cuda:0", "cuda:1"] and run is not None and run.plan.calibrated
+
+
 def test_on_a_cpu_there_is_nothing_to_plan(job) -> None:
     config, found = job
-    assert plan_job(config, found, print) == (found, None)
+    assert plan_job(config, found, print) == (config, found, None)
 
 
 def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,13 +122,13 @@ def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(planned, "budgets_of_devices", refuse)
     said: list[str] = []
-    assert plan_job(config, on_gpus, said.append) == (on_gpus, None)
+    assert plan_job(config, on_gpus, said.append) == (config, on_gpus, None)
     assert said == ["no plan could be made (RuntimeError: tracing has changed); the blocks are shared evenly"]
 
 
 def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -> None:
     config, found = job
-    _, run = plan_on(config, found, pair())
+    _, _, run = plan_on(config, found, pair())
     told = [run.heard(report(step, 2.0 if step > 2 else 60.0)) for step in range(1, 8)]
     assert [line is not None for line in told] == [False] * 4 + [True] + [False] * 2
     assert told[4] is not None and told[4].startswith("A clip takes 1.00 s (planned ")
@@ -88,20 +137,14 @@ def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -
 
 def test_the_next_plan_rests_on_what_was_measured(job) -> None:
     config, found = job
-    _, run = plan_on(config, found, pair())
+    _, _, run = plan_on(config, found, pair())
     once = run.plan.stages[0].forward + run.plan.stages[0].backward
     # Each stage works for half of a step of two clips: three times what was planned for the first one.
     for step in range(1, 6):
         run.heard(report(step, 2 * 2 * 3 * once))
-    _, again = plan_on(config, found, pair())
+    _, _, again = plan_on(config, found, pair())
     assert again.plan.calibrated and not run.plan.calibrated
     first = again.plan.stages[0]
     assert (first.forward + first.backward) / first.num_blocks == pytest.approx(
         3 * once / run.plan.stages[0].num_blocks, rel=0.01
     )
-
-
-def test_running_out_of_memory_names_the_plans_figure() -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-    told = str(out_of_memory(error, [torch.device("cpu")], "The checkpoints are intact.", {"cpu": 3 * GIB}))
-    assert "(planned 3.0)" in told and "The checkpoints are intact." in told and "fewer data.frames" in told

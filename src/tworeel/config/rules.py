@@ -37,8 +37,18 @@ _RULES = (
     ),
     _Rule(
         ("engine.split_at", "engine.devices", "engine.stages_per_device"),
-        lambda blocks, devices, each: len(blocks) == len(devices) * each - 1,
+        lambda blocks, devices, each: each == "auto" or len(blocks) == len(devices) * each - 1,
         "split_at must have one number less than there are stages",
+    ),
+    _Rule(
+        ("engine.split_at", "engine.stages_per_device"),
+        lambda blocks, each: each != "auto",
+        "split_at needs a number of stages",
+    ),
+    _Rule(
+        ("engine.streamed_blocks", "engine.stages_per_device"),
+        lambda counts, each: each != "auto",
+        "streamed_blocks needs a number of stages",
     ),
     _Rule(
         ("engine.streamed_blocks", "engine.residency"),

@@ -48,8 +48,9 @@ class ModelConfig(Section):
     """CLIP image encoder file or folder (Wan 2.1 I2V and FLF2V), if it is not beside the model."""
     dtype: Precision = "bfloat16"
     """Precision of the frozen weights and of the computation."""
-    quantize: Literal["fp8", "int8", "nf4"] | None = None
-    """Precision of the blocks' frozen linear layers: fp8 and int8 multiply in 8 bits too, nf4 only stores."""
+    quantize: Literal["auto", "fp8", "int8", "nf4"] | None = None
+    """Precision of the blocks' frozen linear layers: fp8 and int8 multiply in 8 bits too, nf4 only stores;
+    `auto` takes fp8 or int8 where `model.dtype` does not fit the GPUs without streamed weights."""
 
 
 class SourceConfig(Section):
@@ -170,8 +171,9 @@ class EngineConfig(Section):
 
     devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """One device a stage, for example `["cuda:0", "cuda:1"]`; one may stand twice. All GPUs by default."""
-    stages_per_device: PositiveInt = 1
-    """Parts of the model on each device; 2 shortens the idle time at both ends of a step and costs memory."""
+    stages_per_device: PositiveInt | Literal["auto"] = 1
+    """Parts of the model on each device; 2 shortens the idle time at both ends of a step and costs memory;
+    `auto` takes 2 where the plan says that a step gets clearly shorter."""
     split_at: tuple[PositiveInt, ...] | None = None
     """First block of each stage after the first; on GPUs the plan's choice by default, else even shares."""
     residency: Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"] = "auto"

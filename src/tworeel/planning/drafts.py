@@ -50,6 +50,8 @@ class StageDraft:
     """Weights, gradients and both moments."""
     inputs: int
     """What micro-batches in flight bring beside the hidden state."""
+    dequantized: int
+    """One weight that is dequantized for its use, where no trace sees it."""
     spare: int
     """Left alone: the allocator's rounding and gaps."""
     free: int
@@ -59,11 +61,15 @@ class StageDraft:
         """What its activations may take when the weights of so many blocks are streamed."""
         on_device = self.weights - streamed * self.block + min(streamed, SLOTS) * self.block
         return StageMemory(
-            available=self.free - self.spare - on_device - self.lora - self.inputs - WORKSPACES,
+            available=self.free - self.spare - on_device - self.lora - self.inputs - self._workspace,
             num_blocks=len(self.blocks),
             may_keep=len(self.blocks) - streamed,
             in_flight=self.in_flight,
         )
+
+    @property
+    def _workspace(self) -> int:
+        return WORKSPACES + self.dequantized
 
     def to_stream(self, missing: int) -> int:
         """How many blocks must be streamed to free so many bytes."""
@@ -102,7 +108,7 @@ class StageDraft:
                 "weights": self.weights - (streamed - min(streamed, SLOTS)) * self.block,
                 "LoRA, gradients, optimizer": self.lora,
                 "activations": activations,
-                "workspace": working + WORKSPACES,
+                "workspace": working + self._workspace,
                 "inputs": self.inputs,
             },
             spare=self.spare,

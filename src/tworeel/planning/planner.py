@@ -3,57 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from tworeel.data.buckets import tokens
-from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import SPARE, Fit, fit_stages
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.engine.split import AUTO
-from tworeel.models.family import Family, ModelSource
+from tworeel.engine.weight_streaming import streamed_positions
+from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
-from tworeel.planning.plans import Plan, StagePlan
+from tworeel.planning.plans import Plan, StagePlan, rank
+from tworeel.planning.requests import Request
 from tworeel.planning.timing import HOST_SECONDS, simulate
-from tworeel.planning.tracing import ModelTrace, TraceSettings, trace_model
+from tworeel.planning.tracing import STORED_ONLY, ModelTrace, trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
 """Of unlike cards: more are not tried."""
 _TRAINING_COPIES = 4
 """Of the LoRA: weight, gradient and two moments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is to be planned."""
-
-    family: Family
-    source: ModelSource
-    buckets: Mapping[Bucket, float]
-    """How often a clip of each bucket is drawn."""
-    trace: TraceSettings
-    budgets: tuple[Budget, ...]
-    """Of the devices, in the order of the stages, once over."""
-    may_reorder: bool
-    """Whether the devices may take the stages in another order."""
-    micro_batches: int
-    slack: int
-    stages_per_device: int
-    split_at: tuple[int, ...] | None
-    residency: str
-    streamed: tuple[int, ...] | None
-    host_free: int
-    """Bytes of host memory that may be pinned."""
-    steps: int
-    clips_per_epoch: float
 
 
 class Planner:
@@ -97,7 +72,7 @@ class Planner:
 
     def best(self) -> Plan:
         """The fastest plan that fits; the one that is nearest to it if none does."""
-        return min(self._candidates(), key=_rank)
+        return min(self._candidates(), key=rank)
 
     def _candidates(self) -> Iterator[Plan]:
         request = self.request
@@ -127,18 +102,31 @@ class Planner:
         if len(stages) == 1:
             yield self._evaluate(stages, ())
         elif len(stages) == 2:
-            yield from (self._evaluate(stages, (at,)) for at in range(1, count))
+            yield from (self._evaluate(stages, (at,)) for at in range(1, count) if self._can_stream((at,)))
         else:
             yield self._descend(stages)
 
     def _descend(self, stages: Sequence[Budget]) -> Plan:
-        best = self._evaluate(stages, self.even(len(stages)))
+        best = min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
         while True:
-            near = [self._evaluate(stages, at) for at in _neighbours(best.split_at, self._num_blocks)]
-            better = min(near, key=_rank, default=best)
-            if _rank(better) >= _rank(best):
+            moved = filter(self._can_stream, neighbours(best.split_at, self._num_blocks))
+            near = [self._evaluate(stages, at) for at in moved]
+            better = min(near, key=rank, default=best)
+            if rank(better) >= rank(best):
                 return best
             best = better
+
+    def _starts(self, stages: Sequence[Budget]) -> list[tuple[int, ...]]:
+        """Even shares of the blocks, shares as the devices' memory, and as their speed."""
+        memory, speed = [float(b.free) for b in stages], [b.rates.bf16 for b in stages]
+        unlike = [shares(by, self._num_blocks) for by in (memory, speed)]
+        return list(dict.fromkeys([self.even(len(stages)), *filter(self._can_stream, unlike)]))
+
+    def _can_stream(self, at: tuple[int, ...]) -> bool:
+        """Whether each stage has as many blocks as are to be streamed."""
+        boundaries = (0, *at, self._num_blocks)
+        lengths = [last - first for first, last in itertools.pairwise(boundaries)]
+        return all(n <= length for n, length in zip(self.request.streamed or (), lengths, strict=False))
 
     @cached_property
     def _blocks(self) -> list[UnitBytes]:
@@ -163,8 +151,10 @@ class Planner:
             ValueError: the boundaries are not one for each stage but the first, in rising order.
         """
         boundaries = (0, *at, self._num_blocks)
-        if len(at) != len(stages) - 1 or any(a >= b for a, b in itertools.pairwise(boundaries)):
+        if len(at) != len(stages) - 1 or not is_rising(boundaries):
             self._place(len(stages), at)  # says what is wrong with it
+        if not self._can_stream(tuple(at)):
+            streamed_positions(self._place(len(stages), at), self.request.streamed)  # the same
         depths = most_in_flight(self._orders_of(stages), len(stages))
         return [self._draft(i, stages, boundaries, depth) for i, depth in enumerate(depths)]
 
@@ -221,10 +211,20 @@ class Planner:
             weights=sum(unit.frozen for unit in (*own, *around)),
             lora=_TRAINING_COPIES * sum(unit.trained for unit in (*own, *around)),
             inputs=self.trace.inputs * in_flight,
+            dequantized=max(unit.largest for unit in own) if self._dequantizes(budget) else 0,
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),
             in_flight=in_flight,
         )
+
+    def _dequantizes(self, budget: Budget) -> bool:
+        """Whether a weight is dequantized on this device for each use, and the trace does not count it.
+
+        Weights that are only stored so are traced in full precision; from compiled graphs, what is made of
+        weights alone is left out.
+        """
+        kind = self.request.trace.quantize
+        return kind in STORED_ONLY or (self.request.trace.compile and budget.mode(kind) == "weight-only")
 
     def _decide(self, drafts: Sequence[StageDraft]) -> list[StagePlan]:
         """What all stages' blocks leave behind; as the engine decides it when it has measured."""
@@ -250,20 +250,3 @@ class Planner:
         largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
-
-
-def _rank(plan: Plan) -> tuple[Any, ...]:
-    """Less is better: what fits, by its time, the better balanced one where the host limits all; then what is
-    nearest to fitting."""
-    if plan.fits:
-        return 0, plan.seconds_per_step, max(plan.busy)
-    missing = sum(max(0, stage.peak + stage.spare - stage.free) for stage in plan.stages)
-    return 1, missing + max(0, plan.host_memory - plan.host_free)
-
-
-def _neighbours(at: tuple[int, ...], num_blocks: int) -> Iterator[tuple[int, ...]]:
-    """The boundaries with one or two of them moved by a block."""
-    for moves in itertools.product((-1, 0, 1), repeat=len(at)):
-        moved = tuple(a + move for a, move in zip(at, moves, strict=True))
-        if any(moves) and all(a < b for a, b in itertools.pairwise((0, *moved, num_blocks))):
-            yield moved

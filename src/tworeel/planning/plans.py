@@ -124,6 +124,16 @@ class Plan:
         return "compute"
 
     @property
+    def num_streamed(self) -> int:
+        """Blocks whose weights wait in host memory."""
+        return sum(stage.streamed for stage in self.stages)
+
+    @property
+    def stages_per_device(self) -> int:
+        """Stages that each device has."""
+        return len(self.stages) // len({stage.device for stage in self.stages})
+
+    @property
     def split_at(self) -> tuple[int, ...]:
         """First block of each stage after the first."""
         return tuple(stage.first for stage in self.stages[1:])
@@ -152,3 +162,36 @@ class Plan:
             "bubble": self.bubble,
             "peaks": self.peaks,
         }
+
+
+def alternative_of(name: str, found: Plan, best: Plan | None = None) -> Alternative:
+    """Something else that was weighed, and why it is not the plan.
+
+    Args:
+        name: what is other.
+        found: the plan with it.
+        best: the one that is followed; None if that does not fit.
+    """
+    if not found.fits:
+        reason = f"does not fit: {found.limit}"
+    elif best is None:
+        reason = "fits"
+    else:
+        ours, theirs = (one.seconds_per_step / one.micro_batches for one in (found, best))
+        reason = f"{ours / theirs:.2f} times the time of a clip"
+    return Alternative(
+        name=name,
+        fits=found.fits,
+        seconds_per_step=found.seconds_per_step,
+        peaks=tuple(stage.peak for stage in found.stages),
+        reason=reason,
+    )
+
+
+def rank(plan: Plan) -> tuple[Any, ...]:
+    """Less is better: what fits, by its time, the better balanced one where the host limits all; then what is
+    nearest to fitting."""
+    if plan.fits:
+        return 0, plan.seconds_per_step, max(plan.busy)
+    missing = sum(max(0, stage.peak + stage.spare - stage.free) for stage in plan.stages)
+    return 1, missing + max(0, plan.host_memory - plan.host_free)

@@ -15,6 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from tworeel.planning.graphs import Work, is_heavy, work_of
 
+_SECTOR = 32
+"""Bytes that a GPU reads at least
+(https://docs.nvidia.com/cuda/cuda-c-best-practices-guide, "Coalesced Access to Global Memory")."""
+
 
 class Watch(TorchDispatchMode):
     """Counts the bytes of all storages that are made while it is on, and what the operations cost.
@@ -42,8 +46,8 @@ class Watch(TorchDispatchMode):
             self._follow(tensor)
         if is_heavy(func):
             self.work += work_of(func, args, result)
-        elif new:
-            self.work += Work(traffic=float(sum(tensor.nbytes for tensor in (*given, *new))))
+        elif new or func._schema.is_mutable:
+            self.work += Work(traffic=float(sum(map(_touched, (*given, *new)))))
         return result
 
     def _follow(self, tensor: Tensor) -> None:
@@ -101,3 +105,10 @@ class _FusedRmsNorm(torch.autograd.Function):
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def _touched(tensor: Tensor) -> int:
+    """Bytes of memory that are read for a tensor: with gaps between its numbers, those of the gaps, too."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    gaps = min(strides, default=1)
+    return tensor.nbytes * max(1, min(gaps, _SECTOR // tensor.itemsize))

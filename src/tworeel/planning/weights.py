@@ -29,6 +29,8 @@ class UnitBytes:
     """Bytes of its frozen weights as they are kept."""
     trained: int
     """Bytes of its LoRA's weights, which are fp32."""
+    largest: int = 0
+    """Bytes of its largest quantized weight once it is dequantized."""
 
 
 def unit_bytes(model: nn.Module, family: Family, settings: TraceSettings) -> list[UnitBytes]:
@@ -49,17 +51,18 @@ def _units(model: nn.Module, family: Family, settings: TraceSettings) -> Iterato
     yield UnitBytes("", False, 0, sum(_plain(name, p, family, settings) for name, p in own), 0)
     before = 0
     for unit in placement.units:
-        frozen = trained = 0
+        frozen = trained = largest = 0
         for path, module in model.get_submodule(unit.name).named_modules(prefix=unit.name):
             quantized = unit.is_block and isinstance(module, nn.Linear)
             for name, parameter in module.named_parameters(recurse=False):
                 if quantized and name == "weight":
                     frozen += _quantized(parameter, settings)
+                    largest = max(largest, parameter.numel() * settings.dtype.itemsize)
                 else:
                     frozen += _plain(f"{path}.{name}", parameter, family, settings)
             if path in targets and isinstance(module, nn.Linear):
                 trained += _lora(module, settings)
-        yield UnitBytes(unit.name, unit.is_block, before, frozen, trained)
+        yield UnitBytes(unit.name, unit.is_block, before, frozen, trained, largest)
         before += unit.is_block
 
 

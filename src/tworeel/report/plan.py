@@ -66,6 +66,7 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     per_clip = plan.seconds_per_step / plan.micro_batches
     lines.append(f"Plan: {per_clip:.3g} s a clip, {duration(plan.seconds_per_step * plan.steps)} in all")
+    lines += [f"Plan: not {one.name}: {one.reason}" for one in plan.alternatives]
     if not plan.fits:
         lines.append(f"Plan: this may run out of memory: {plan.limit}")
     return lines

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import psutil
 import torch
 
-from tworeel.errors import UserError, raise_if_any
+from tworeel.engine.fitting import total_and_free
+from tworeel.errors import raise_if_any
 
 
 def available_devices() -> list[str]:
@@ -50,28 +51,13 @@ def peak_memory(devices: Sequence[torch.device]) -> dict[str, int]:
     }
 
 
-def out_of_memory(
-    error: torch.OutOfMemoryError,
-    devices: Sequence[torch.device],
-    kept: str,
-    planned: Mapping[str, int] | None = None,
-) -> UserError:
-    """Say which device ran out, what the peaks were and what would need less.
-
-    Args:
-        error: torch's.
-        devices: of the run.
-        kept: what is not lost, in a sentence.
-        planned: bytes by device, if there was a plan.
-    """
-    plans = {name: f" (planned {size / 2**30:.1f})" for name, size in (planned or {}).items()}
-    peaks = ", ".join(
-        f"{name} {size / 2**30:.1f} GiB{plans.get(name, '')}" for name, size in peak_memory(devices).items()
-    )
-    first_line = str(error).splitlines()[0]
-    return UserError(
-        f"out of memory: {first_line} Peaks so far: {peaks}. {kept} What needs less: "
-        "engine.residency = 'auto' or 'offload', engine.streamed_blocks, model.quantize = 'fp8', "
-        "fewer data.frames, a smaller data.resolution, "
-        "another boundary (engine.split_at), one more device"
-    )
+def room(devices: Sequence[torch.device]) -> dict[str, int]:
+    """Bytes that this process may have of each device now, with what it holds already."""
+    found = {}
+    for device in dict.fromkeys(devices):
+        if device.type == "cpu":
+            found["cpu"] = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+        else:
+            _, free = total_and_free(device)
+            found[str(device)] = free + torch.accelerator.memory_allocated(device)
+    return found

@@ -16,6 +16,7 @@ from tworeel.engine.placement import Placement, place
 from tworeel.engine.weight_streaming import streamed_positions
 from tworeel.errors import UserError
 from tworeel.models.family import Family, ModelSource
+from tworeel.training.choices import stages_per_device
 from tworeel.training.devices import resolve_devices
 from tworeel.weights.loading import check_weights
 from tworeel.weights.rows import NameOf
@@ -80,7 +81,7 @@ def place_blocks(
     Raises:
         UserError: there is no such device, or the options do not fit the blocks.
     """
-    found = tuple(devices or resolve_devices(config.engine.devices)) * config.engine.stages_per_device
+    found = tuple(devices or resolve_devices(config.engine.devices)) * stages_per_device(config)
     try:
         placement = place(transformer, found, at=config.engine.split_at, blocks=family.block_lists)
     except ValueError as error:

@@ -13,15 +13,20 @@ import torch
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
+from tworeel.engine.fitting import SPARE
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
-from tworeel.planning.explaining import plan
+from tworeel.planning.changing import changes
+from tworeel.planning.choosing import choose
+from tworeel.planning.explaining import explained
 from tworeel.planning.measurements import calibrated, keep
 from tworeel.planning.measuring import measured
-from tworeel.planning.planner import Request
+from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
+from tworeel.planning.requests import Request
 from tworeel.planning.tracing import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
+from tworeel.training.choices import settled, stages_per_device
 from tworeel.training.loadable import place_again, torch_dtype
 from tworeel.training.preflight import Job
 from tworeel.training.report import StepReport
@@ -38,7 +43,7 @@ def trace_settings(config: RunConfig, job: Job) -> TraceSettings:
     """How the run's blocks are run on GPUs."""
     return TraceSettings(
         dtype=torch_dtype(config.model.dtype),
-        quantize=config.model.quantize,
+        quantize=settled(config).model.quantize,
         compile=config.engine.compile is not False,
         rank=config.lora.rank,
         dora=config.lora.dora,
@@ -71,23 +76,39 @@ def make_request(
         buckets[clip.bucket] += weights[clip.source]
     host = psutil.virtual_memory().available if host_memory is None else host_memory
     settings = trace_settings(config, job)
-    return Request(
+    engine = config.engine
+    request = Request(
         family=job.family,
         source=job.source,
         buckets=buckets,
         trace=settings,
-        budgets=tuple(calibrated(budget, settings) for budget in budgets),
-        may_reorder=config.engine.devices is None if may_reorder is None else may_reorder,
+        budgets=tuple(budgets),
+        may_reorder=engine.devices is None if may_reorder is None else may_reorder,
         micro_batches=config.train.micro_batches,
-        slack=config.engine.slack,
-        stages_per_device=config.engine.stages_per_device,
-        split_at=config.engine.split_at,
-        residency=config.engine.residency,
-        streamed=config.engine.streamed_blocks,
+        slack=engine.slack,
+        stages_per_device=stages_per_device(config),
+        split_at=engine.split_at,
+        residency=engine.residency,
+        streamed=engine.streamed_blocks,
         host_free=int(HOST_SHARE * host),
         steps=config.train.steps,
         clips_per_epoch=sum(config.data.sources[clip.source].repeats for clip in job.clips),
+        may_interleave=engine.stages_per_device == "auto",
     )
+    if config.model.quantize != "auto":
+        return _calibrated(request)
+    eight_bit = replace(request, trace=replace(settings, quantize=_eight_bit_kind(budgets)))
+    return replace(_calibrated(request), less_precise=(_calibrated(eight_bit),))
+
+
+def _eight_bit_kind(budgets: Sequence[Budget]) -> str:
+    """The 8 bits that all cards multiply; fp8 where there are none, or both."""
+    kinds = ("fp8", "int8")
+    return next((k for k in kinds if all(b.mode(k) != "weight-only" for b in budgets)), "fp8")
+
+
+def _calibrated(request: Request) -> Request:
+    return replace(request, budgets=tuple(calibrated(b, request.trace) for b in request.budgets))
 
 
 def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
@@ -118,9 +139,8 @@ class PlannedRun:
     """A plan that is followed, and what the first steps say of it."""
 
     plan: Plan
-    budgets: Mapping[str, Budget]
-    """By device."""
-    settings: TraceSettings
+    planner: Planner
+    """That has made it."""
     _reports: list[StepReport] = field(default_factory=list)
 
     def heard(self, report: StepReport) -> str | None:
@@ -133,11 +153,12 @@ class PlannedRun:
         return self._compared(self._reports[UNMEASURED:])
 
     def _compared(self, reports: Sequence[StepReport]) -> str:
-        found = self.plan
+        found, request = self.plan, self.planner.request
+        budgets = {budget.device: budget for budget in request.budgets}
         seconds = fmean(report.seconds for report in reports) / found.micro_batches
         for number, stage in enumerate(found.stages):
             worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
-            keep(self.budgets[stage.device], self.settings, worked, stage.forward + stage.backward)
+            keep(budgets[stage.device], request.trace, worked, stage.forward + stage.backward)
         held = reports[-1].memory
         memory = ", ".join(
             f"{device} {held[device] / GIB:.1f} GiB (planned {peak / GIB:.1f})"
@@ -147,8 +168,27 @@ class PlannedRun:
         planned = found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
 
+    def would_fit(self, room: Mapping[str, int]) -> tuple[str, ...] | None:
+        """What would fit where a run has so much memory now, in words; None if the plan still does.
 
-def plan_job(config: RunConfig, job: Job, say: Callable[[str], None]) -> tuple[Job, PlannedRun | None]:
+        Args:
+            room: bytes by device that this process may have, with what it holds already.
+        """
+        request = self.planner.request
+        budgets = tuple(replace(budget, free=room[budget.device]) for budget in request.budgets)
+        if all(
+            now.free >= (1 - SPARE) * then.free for now, then in zip(budgets, request.budgets, strict=True)
+        ):
+            return None
+        now = Planner(replace(request, budgets=budgets), self.planner.trace, self.planner)
+        if now.best().fits:
+            return ("the same run with a new plan, which --resume makes",)
+        return tuple(change.name for change in changes(now))
+
+
+def plan_job(
+    config: RunConfig, job: Job, say: Callable[[str], None]
+) -> tuple[RunConfig, Job, PlannedRun | None]:
     """Plan a run on the devices that it has, and place its blocks as the plan says.
 
     Args:
@@ -157,30 +197,45 @@ def plan_job(config: RunConfig, job: Job, say: Callable[[str], None]) -> tuple[J
         say: told if no plan could be made.
 
     Returns:
-        The job; and what was planned, None where a stage is on a CPU: there is nothing to choose.
+        The configuration with nothing left open; the job; and what was planned, None where a stage is on a
+        CPU: there is nothing to choose.
     """
     stages = job.placement.devices
-    devices = stages[: len(stages) // config.engine.stages_per_device]
+    devices = stages[: len(stages) // stages_per_device(config)]
     if any(device.type == "cpu" for device in devices):
-        return job, None
+        return settled(config), job, None
     try:
         request = make_request(config, job, budgets_of_devices(devices))
-        # Where no run was measured yet, a second tells how fast the cards are.
-        budgets = tuple(b if b.measured else measured(b) for b in request.budgets)
-        return _followed(config, job, replace(request, budgets=budgets))
+        return _followed(config, job, _timed(request))
     except Exception as error:  # noqa: BLE001  # torch's tracing is its own affair: a run needs no plan
         say(f"no plan could be made ({type(error).__name__}: {error}); the blocks are shared evenly")
-        return job, None
+        return settled(config), job, None
 
 
-def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[Job, PlannedRun]:
+def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[RunConfig, Job, PlannedRun]:
     """Plan a run on these devices, and place its blocks as the plan says."""
     return _followed(config, job, make_request(config, job, budgets))
 
 
-def _followed(config: RunConfig, job: Job, request: Request) -> tuple[Job, PlannedRun]:
-    found = plan(request)
+def _timed(request: Request) -> Request:
+    """With the speed that a second's measurement tells, where no run on a card was measured yet."""
+    timed: dict[str, Budget] = {}
+
+    def time(budget: Budget) -> Budget:
+        if budget.device not in timed:
+            timed[budget.device] = measured(budget)
+        return timed[budget.device]
+
+    def known(one: Request) -> Request:
+        return replace(one, budgets=tuple(b if b.measured else time(b) for b in one.budgets))
+
+    return replace(known(request), less_precise=tuple(map(known, request.less_precise)))
+
+
+def _followed(config: RunConfig, job: Job, request: Request) -> tuple[RunConfig, Job, PlannedRun]:
+    choice = choose(request)
+    found, decided = explained(choice), choice.planner.request
     devices = [torch.device(stage.device) for stage in found.stages]
+    quantize, stages = decided.trace.quantize, decided.stages_per_device
     placed = place_again(job, config, devices, found.split_at)
-    by_device = {budget.device: budget for budget in request.budgets}
-    return placed, PlannedRun(found, by_device, request.trace)
+    return settled(config, quantize, stages), placed, PlannedRun(found, choice.planner)

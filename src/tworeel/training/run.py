@@ -25,7 +25,7 @@ from tworeel.report.plan import plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
-from tworeel.training.devices import out_of_memory
+from tworeel.training.choices import as_before
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
@@ -35,6 +35,7 @@ from tworeel.training.preflight import Job, preflight
 from tworeel.training.previews import Previews, encode_previews
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
+from tworeel.training.shortage import out_of_memory
 from tworeel.training.space import full_disk_as_user_error, require_space
 from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
 
@@ -58,12 +59,15 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
     with full_disk_as_user_error(folder.path, "the run", kept), folder.locked():
         sweep_temporaries(folder.path)
         store = CheckpointStore(folder.checkpoints, keep=config.train.keep_checkpoints)
+        checkpoint: Checkpoint | None = None
         problems: list[str] = []
         with collected(problems):
             checkpoint = find_checkpoint(store, resume, config, watched)
+        if checkpoint is not None:
+            config = as_before(config, checkpoint.state["config"])
         job = preflight(config, watched, problems)
+        config, job, planned = plan_job(config, job, watched.say)
         write_text_atomic(folder.config, dump_config(config))
-        job, planned = plan_job(config, job, watched.say)
         if planned is not None:
             write_text_atomic(folder.plan, json.dumps(planned.plan.as_json(), indent=1) + "\n")
             for line in plan_lines(planned.plan):
@@ -244,4 +248,4 @@ def _memory_told(
         yield
     except torch.OutOfMemoryError as error:
         kept = f"The checkpoints in {folder.checkpoints} are intact."
-        raise out_of_memory(error, devices, kept, planned.plan.peaks if planned else None) from error
+        raise out_of_memory(error, devices, kept, planned) from error

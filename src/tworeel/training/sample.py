@@ -20,6 +20,7 @@ from tworeel.sampling.files import Sheet, write_takes
 from tworeel.sampling.rendering import Renderer, Take, takes_of
 from tworeel.sampling.request import require_sampling
 from tworeel.training.assembly import encoding_devices, load_transformer, split_model
+from tworeel.training.choices import settled
 from tworeel.training.loadable import torch_dtype
 from tworeel.training.preflight import cache_folder, text_options
 from tworeel.training.report import RunObserver, SilentRun
@@ -51,6 +52,7 @@ def sample(
         Stopped: a signal came.
     """
     watched = observer or SilentRun()
+    config = settled(config)
     job = sample_preflight(config, loras or {}, folder, single_expert=single_expert)
     with _memory_told(), full_disk_as_user_error(folder, "the pictures", "those before it are whole"):
         pictures = encode_request(

@@ -13,6 +13,7 @@ from tworeel.config.schema import RunConfig
 from tworeel.errors import UserError, raise_if_any
 from tworeel.lora.state import load_lora_state, lora_parameters, lora_state
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
+from tworeel.training.choices import as_before
 from tworeel.training.optimizer_state import optimizer_tensors, restore_optimizer
 from tworeel.training.report import RunObserver
 
@@ -104,9 +105,10 @@ def find_checkpoint(
             "ask for more steps, or resume from an earlier checkpoint"
         )
     raise_if_any(_unfit(checkpoint, config))
+    before = checkpoint.state["config"]
     for line in skipped:
         observer.say(f"skipped a damaged checkpoint: {line}")
-    for line in _changes(checkpoint.state["config"], config.model_dump(mode="json")):
+    for line in _changes(before, as_before(config, before).model_dump(mode="json")):
         observer.say(f"changed since the checkpoint: {line}")
     observer.say(f"resuming after step {checkpoint.step}: {checkpoint.path}")
     return checkpoint

@@ -1,0 +1,233 @@
+"""Plans a case and runs it: what `planning.py` compares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from planning_cases import Case
+
+from tworeel.benchmarks import machine, models
+from tworeel.benchmarks.preparing import unless_out_of_memory
+from tworeel.engine import Pipeline, place, split
+from tworeel.engine.attention import attention_backend
+from tworeel.engine.releasing import release_memory
+from tworeel.lora.state import lora_parameters
+from tworeel.lora.targets import find_targets
+from tworeel.models.family import Family
+from tworeel.models.registry import FAMILIES
+from tworeel.planning.budgets import Budget
+from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.changing import scaled
+from tworeel.planning.measuring import measured
+from tworeel.planning.planner import Planner
+from tworeel.planning.plans import Plan
+from tworeel.planning.requests import Request
+from tworeel.planning.tracing import ModelTrace, TraceSettings
+from tworeel.training.assembly import HOST_SHARE
+from tworeel.training.planned import budgets_of_cards, budgets_of_devices
+
+MOST_FRAMES = 1001
+"""Longer clips are not looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What some steps took; sizes in bytes."""
+
+    seconds: float | None
+    """Of the last step; None if a device ran out of memory."""
+    peaks: dict[str, int]
+    """In tensors by accelerator, also where it ran out."""
+    reserved: dict[str, int]
+    """Held by torch's allocator."""
+    residency: str = ""
+    """What the blocks left behind, in words."""
+
+
+class Bench:
+    """Devices, and what was found out on them: each model is traced and each card timed once.
+
+    Args:
+        devices: of the stages; a case takes the first ones.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = tuple(devices)
+        self._timed: dict[str, Budget] = {}
+        self._targets: dict[Any, tuple[str, ...]] = {}
+        self._planners: dict[Any, Planner] = {}
+        self._traces: dict[Any, ModelTrace] = {}
+        self._compiled_for: tuple[Any, ...] = ()
+
+    def planner(self, case: Case) -> Planner:
+        """Plans a case for its devices as they are now, limited as the case says."""
+        devices = self.devices[: case.stages]
+        _limit(case, devices)
+        request = self._request(case, devices)
+        model = (case.model, case.blocks)
+        modes = frozenset(budget.mode(case.quantize) for budget in request.budgets)
+        key = (model, case.bucket, request.trace, modes)
+        planner = Planner(request, self._traces.get(key), self._planners.get(model))
+        self._traces[key] = planner.trace
+        self._planners[model] = planner
+        return planner
+
+    def longest(self, case: Case) -> tuple[Case, Case | None] | None:
+        """The longest clip that is accepted, and the next longer one; None if not even an image is.
+
+        A trace takes seconds, so a clip's is scaled to find about where the edge is.
+        """
+        stride = case.source.traits.temporal_stride
+        middle = replace(case, frames=20 * stride + 1)
+        known = self.planner(middle)
+
+        def about(frames: int) -> bool:
+            share = (frames - 1 + stride) / (middle.frames - 1 + stride)
+            bucket = replace(middle.bucket, frames=frames)
+            request = replace(known.request, buckets={bucket: 1.0})
+            return Planner(request, scaled(known.trace, share), known).best().fits
+
+        frames = 1
+        while frames + stride <= MOST_FRAMES and about(frames + stride):
+            frames += stride
+        while frames >= 1 and not self.planner(replace(case, frames=frames)).best().fits:
+            frames -= stride
+        while 1 <= frames <= MOST_FRAMES:
+            longer = replace(case, frames=frames + stride)
+            if not self.planner(longer).best().fits:
+                return replace(case, frames=frames), longer
+            frames += stride
+        return None if frames < 1 else (replace(case, frames=frames), None)
+
+    def run(self, case: Case, request: Request, plan: Plan, steps: int) -> Measured:
+        """Train some steps with the plan's boundaries, in memory that nothing else has a part of."""
+        devices = self.devices[: case.stages]
+        self._forget_compiled(case)
+        done = unless_out_of_memory(lambda: _train(case, request, devices, plan.split_at, steps))
+        peaks = machine.peaks(devices)
+        release_memory()
+        seconds, residency = (None, "") if done is None else done
+        return Measured(
+            seconds=seconds,
+            peaks={name: peak.allocated for name, peak in peaks.items()},
+            reserved={name: peak.reserved for name, peak in peaks.items()},
+            residency=residency,
+        )
+
+    def _forget_compiled(self, case: Case) -> None:
+        """Else new shapes count against a limit that the ones before have used up."""
+        kind = (case.model, case.blocks, case.bucket, case.quantize)
+        if case.compile and self._compiled_for != kind:
+            torch.compiler.reset()
+            self._compiled_for = kind
+
+    def _request(self, case: Case, devices: Sequence[torch.device]) -> Request:
+        source = case.source
+        family = FAMILIES[source.traits.family]
+        if (model := (case.model, case.blocks)) not in self._targets:
+            built = family.build_transformer(source.transformer)
+            found = find_targets(built, family.lora_presets["all-linear"], family.block_lists)
+            self._targets[model] = tuple(found)
+        trace = TraceSettings(
+            targets=self._targets[model], quantize=case.quantize, compile=case.compile, rank=case.rank
+        )
+        return Request(
+            family=family,
+            source=source,
+            buckets={case.bucket: 1.0},
+            trace=trace,
+            budgets=self._budgets(case, devices),
+            may_reorder=False,
+            micro_batches=case.micro_batches,
+            slack=1,
+            stages_per_device=1,
+            split_at=case.at,
+            residency=case.residency,
+            streamed=None,
+            host_free=int(HOST_SHARE * psutil.virtual_memory().available),
+            steps=1,
+            clips_per_epoch=case.micro_batches,
+        )
+
+    def _budgets(self, case: Case, devices: Sequence[torch.device]) -> tuple[Budget, ...]:
+        if any(device.type == "cpu" for device in devices):
+            cards = budgets_of_cards(parse_cards(f"{len(devices)}x RTX 4090", known_cards()))
+            rooms = {device: int(room * GIB) for device, room in _rooms(case, devices).items()}
+            return tuple(
+                replace(card, device=str(d), total=rooms.get(d, card.total), free=rooms.get(d, card.free))
+                for card, d in zip(cards, devices, strict=True)
+            )
+        found = budgets_of_devices(devices)
+        for budget in found:
+            if budget.device not in self._timed:
+                self._timed[budget.device] = measured(budget)
+                release_memory()
+        return tuple(replace(self._timed[b.device], total=b.total, free=b.free) for b in found)
+
+
+def _train(
+    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int], steps: int
+) -> tuple[float, str]:
+    """Seconds of the last step, and what the blocks left behind."""
+    family = request.family
+    model = family.build_transformer(request.source.transformer)
+    placement = place(model, devices, at=at, blocks=family.block_lists)
+    quantize: Any = case.quantize
+    machine.reset_peaks(devices)  # where weights alone do not fit, the peak is theirs
+    models.fill(model, family, placement, dtype=torch.bfloat16, rank=case.rank, quantize=quantize)
+    machine.reset_peaks(devices)
+    optimizer = torch.optim.AdamW(lora_parameters(model).values())
+    division = split(
+        model,
+        devices,
+        at=at,
+        blocks=family.block_lists,
+        residency=case.residency,
+        compile=case.compile,
+        host_limit=request.host_free,
+    )
+    pipeline = Pipeline(division, slack=request.slack)
+    batches = list(_batches(case, request, family))
+    seconds = 0.0
+    with attention_backend("auto", devices):
+        for _ in range(steps):
+            machine.synchronize(devices)
+            begin = time.perf_counter()
+            optimizer.zero_grad(set_to_none=True)
+            pipeline.step(batches, lambda output, _: models.mean_square(output))
+            optimizer.step()
+            machine.synchronize(devices)
+            seconds = time.perf_counter() - begin
+    return seconds, division.residency_in_words()
+
+
+def _batches(case: Case, request: Request, family: Family) -> Iterator[dict[str, Any]]:
+    bucket, generator = case.bucket, torch.Generator().manual_seed(0)
+    shapes = family.cached_shapes(request.source, bucket.frames, bucket.height, bucket.width)
+    for _ in range(case.micro_batches):
+        cached = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        noise = torch.randn(shapes["latents"], generator=generator)
+        sample = family.make_sample(request.source.traits, cached, noise, 0.9, dtype=torch.bfloat16)
+        yield sample.inputs
+
+
+def _limit(case: Case, devices: Sequence[torch.device]) -> None:
+    """Give each device what the case allows it."""
+    rooms = _rooms(case, devices)
+    for device in dict.fromkeys(devices):
+        if device.type == "cuda":
+            machine.limit_memory([device], rooms.get(device))
+
+
+def _rooms(case: Case, devices: Sequence[torch.device]) -> dict[torch.device, float]:
+    """GiB of each device, the sum of its stages'; nothing if there are no limits."""
+    caps = case.caps * case.stages if len(case.caps) == 1 else case.caps
+    found: dict[torch.device, float] = {}
+    for device, cap in zip(devices, caps, strict=False):
+        found[device] = found.get(device, 0.0) + cap
+    return found

@@ -1,0 +1,34 @@
+"""Boundaries between stages: where a search begins, and where it goes on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+
+def neighbours(at: tuple[int, ...], num_blocks: int) -> Iterator[tuple[int, ...]]:
+    """The boundaries with one or two of them moved by a block."""
+    count = min(2, len(at))
+    for chosen in itertools.combinations(range(len(at)), count):
+        for moves in itertools.product((-1, 0, 1), repeat=count):
+            moved = list(at)
+            for position, move in zip(chosen, moves, strict=True):
+                moved[position] += move
+            if any(moves) and is_rising((0, *moved, num_blocks)):
+                yield tuple(moved)
+
+
+def shares(weights: Sequence[float], num_blocks: int) -> tuple[int, ...]:
+    """The boundaries of shares in these proportions, each of at least one block."""
+    ends = [num_blocks * part / sum(weights) for part in itertools.accumulate(weights)]
+    last = num_blocks - len(weights)
+    found: list[int] = []
+    for number, end in enumerate(ends[:-1]):
+        least = found[-1] + 1 if found else 1
+        found.append(min(max(round(end), least), last + number + 1))
+    return tuple(found)
+
+
+def is_rising(boundaries: Sequence[int]) -> bool:
+    """Whether every stage between these has a block."""
+    return all(a < b for a, b in itertools.pairwise(boundaries))

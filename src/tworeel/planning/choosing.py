@@ -1,0 +1,96 @@
+"""Chooses what may be left to the planner beside the split: how precise weights are, and how many stages a
+device has.
+
+Precision comes before speed: weights stay as precise as they are given where they fit without being streamed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tworeel.planning.planner import Planner
+from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
+from tworeel.planning.requests import Request
+
+WORTH = 0.03
+"""A step must get shorter by more than this share for what costs something else; plans err by as much."""
+STAGES = 2
+"""That a device may have instead of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is run, and what was weighed against it."""
+
+    planner: Planner
+    """For the request as it was decided."""
+    plan: Plan
+    lost: tuple[Alternative, ...] = ()
+
+
+def choose(request: Request) -> Choice:
+    """Decide all that the request leaves open.
+
+    Raises:
+        ValueError: the request's own settings contradict each other, as `tworeel.engine.place` says.
+    """
+    first = _with_stages(Planner(request))
+    if not request.less_precise or _level(first.plan) == 0:
+        return first
+    best, tried = first, [first]
+    for other in request.less_precise:
+        tried.append(_with_stages(Planner(other, like=first.planner)))
+        if _is_better(tried[-1].plan, best.plan):
+            best = tried[-1]
+    lost = [_lost(other.plan, best.plan) for other in tried if other is not best]
+    return replace(best, lost=(*lost, *best.lost))
+
+
+def _with_stages(planner: Planner) -> Choice:
+    """With one stage a device, or with two where that is clearly faster, or fits where one does not."""
+    request, one = planner.request, planner.best()
+    single = Choice(planner=planner, plan=one)
+    if not request.may_interleave or len(request.budgets) == 1:
+        return single
+    # In the order that is best for one stage each: to try all orders anew takes long.
+    order = [stage.device for stage in one.stages]
+    budgets = tuple(sorted(request.budgets, key=lambda budget: order.index(budget.device)))
+    changed = replace(request, budgets=budgets, may_reorder=False, stages_per_device=STAGES)
+    halved = Planner(changed, planner.trace, planner)
+    try:
+        two = halved.best()
+    except ValueError:  # more stages than blocks
+        return single
+    faster = two.seconds_per_step < (1 - WORTH) * one.seconds_per_step
+    if two.fits and (not one.fits or (faster and _level(two) <= _level(one))):
+        lost = alternative_of("one stage a device", one, two)
+        return Choice(planner=halved, plan=two, lost=(lost,))
+    lost = alternative_of("two stages a device", two, one)
+    if two.fits:
+        lost = replace(lost, reason=f"{lost.reason}; less than {100 * WORTH:.0f} % would be gained")
+    return Choice(planner=planner, plan=one, lost=(lost,))
+
+
+def _is_better(plan: Plan, best: Plan) -> bool:
+    """Whether a plan with other weights is, that comes later in the order of preference."""
+    if (ours := _level(plan)) != (theirs := _level(best)):
+        return ours < theirs
+    return not plan.fits and rank(plan) < rank(best)
+
+
+def _level(plan: Plan) -> int:
+    """0: fits; 1: fits where weights are streamed; 2: does not."""
+    if not plan.fits:
+        return 2
+    return int(plan.num_streamed > 0)
+
+
+def _lost(plan: Plan, best: Plan) -> Alternative:
+    """Other weights, and why they are not taken."""
+    found = alternative_of(f"{plan.precision} weights", plan, best)
+    if plan.fits and _level(plan) > _level(best):
+        streamed = f"fits only with the weights of {plan.num_streamed} blocks streamed"
+        return replace(found, reason=f"{streamed}; {found.reason}")
+    if plan.fits:
+        return replace(found, reason=f"{found.reason}; {best.precision} is more precise and fits so too")
+    return found

@@ -1,0 +1,40 @@
+"""What is to be planned. Data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tworeel.data.clips import Bucket
+from tworeel.models.family import Family, ModelSource
+from tworeel.planning.budgets import Budget
+from tworeel.planning.tracing import TraceSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be planned."""
+
+    family: Family
+    source: ModelSource
+    buckets: Mapping[Bucket, float]
+    """How often a clip of each bucket is drawn."""
+    trace: TraceSettings
+    budgets: tuple[Budget, ...]
+    """Of the devices, in the order of the stages, once over."""
+    may_reorder: bool
+    """Whether the devices may take the stages in another order."""
+    micro_batches: int
+    slack: int
+    stages_per_device: int
+    split_at: tuple[int, ...] | None
+    residency: str
+    streamed: tuple[int, ...] | None
+    host_free: int
+    """Bytes of host memory that may be pinned."""
+    steps: int
+    clips_per_epoch: float
+    may_interleave: bool = False
+    """Whether each device may have two stages where it is asked for one."""
+    less_precise: tuple[Request, ...] = ()
+    """The same with other weights, which may be taken where these do not fit; in order of preference."""
