@@ -103,6 +103,15 @@ def test_adapters_are_found_on_every_layer_also_one_over_the_other(first):
     assert set(adapters_of(model)) == set(loras)
 
 
+def test_adapters_are_found_also_where_modules_hold_each_other_or_one_is_missing():
+    model = Model()
+    model.blocks[1].add_module("owner", model.blocks)
+    model.blocks[1].add_module("nothing", None)
+    assert adapters_of(model) == {}
+    lora = Lora(model.blocks[1].linear)
+    assert adapters_of(model) == {lora: "blocks.1.linear"}
+
+
 def test_adapters_go_where_their_layers_are():
     model = Model()
     loras = with_loras(model)
