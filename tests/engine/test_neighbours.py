@@ -212,9 +212,9 @@ def test_what_the_forward_returns_comes_back_to_the_first_device_where_asked():
     model = Model()
     division = split(model, ["cpu", "cpu"], io_same_device=True)
     object.__setattr__(division.placement, "devices", (torch.device("meta"), torch.device("cpu")))
-    assert division._bring_home((torch.ones(1), "word"))[0].device.type == "meta"
+    assert division.bring_home((torch.ones(1), "word"))[0].device.type == "meta"
     division.io_same_device = False
-    assert division._bring_home(torch.ones(1)).device.type == "cpu"
+    assert division.bring_home(torch.ones(1)).device.type == "cpu"
 
 
 def test_a_split_is_found_behind_wrappers_and_copies_keep_their_own_modules():
