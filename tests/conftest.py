@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors gain nothing from more threads, and workers side by side would fight for the cores. Torch
 # reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What one worker or child process has compiled serves the others, also the next time; torch locks its files.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tworeel-tests-compiled"))
 
 from torch import Tensor
 
