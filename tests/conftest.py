@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import tempfile
@@ -36,6 +37,15 @@ LAYOUTS: tuple[Layout, ...] = ("native", "diffusers", "comfyui")
 
 Writer = Callable[..., Path]
 OpenComponent = Callable[..., Component]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported and collected by now out of every later garbage collection.
+
+    The program collects garbage before it loads a model, and looked through 600,000 objects each time: 0.3 s.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def component_at(path: Path, layout: Layout) -> Component:
