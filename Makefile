@@ -22,9 +22,10 @@ demo: .venv/installed
 demo-flux2: .venv/installed
 	$(BIN)/tworeel demo demo-output-flux2 --family flux2
 
-# One thread each: the tests' models are tiny, and several tests run side by side.
+# One thread each: the tests' models are tiny, and several tests run side by side; the tests of a file mostly
+# on one worker, which makes what they share once.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(script: str, *arguments: str | Path) -> str:
-    """Run a benchmark in a process of its own and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / script), "--tiny", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8"},
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from bench_scripts import run
 
 
 def read(path: Path) -> dict[str, Any]:

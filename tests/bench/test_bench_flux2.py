@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from test_bench import read, run
+import pytest
+from bench_scripts import run
+from test_bench import read
 
 
-def test_flux2_is_measured_from_the_written_model_to_the_lora_and_the_captions(tmp_path: Path) -> None:
-    printed = run("flux2_dev.py", "--folder", tmp_path, "--devices", "cpu,cpu", "--quantize", "int8")
-    results = read(tmp_path / "flux2_dev.json")
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of the whole benchmark, and what it printed."""
+    folder = tmp_path_factory.mktemp("flux2")
+    return folder, run("flux2_dev.py", "--folder", folder, "--devices", "cpu,cpu", "--quantize", "int8")
+
+
+def test_flux2_is_measured_from_the_written_model_to_the_lora_and_the_captions(
+    measured: tuple[Path, str],
+) -> None:
+    folder, printed = measured
+    results = read(folder / "flux2_dev.json")
     assert list(results) == ["write", "run", "resume", "text"]
     assert [step["step"] for step in results["run"]["steps"]] == [1, 2, 3]
     assert [step["step"] for step in results["resume"]["steps"]] == [4]
@@ -24,9 +35,8 @@ def test_flux2_is_measured_from_the_written_model_to_the_lora_and_the_captions(t
     assert parts == ["look", "load and first caption", "other captions"]
 
 
-def test_only_the_layers_of_the_text_encoder_that_are_read_are_written(tmp_path: Path) -> None:
-    run("flux2_dev.py", "--folder", tmp_path, "--devices", "cpu", "--phase", "write")
-    folder = tmp_path / "model" / "text_encoder"
+def test_only_the_layers_of_the_text_encoder_that_are_read_are_written(measured: tuple[Path, str]) -> None:
+    folder = measured[0] / "model" / "text_encoder"
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     layers = {key.split(".")[3] for key in index["weight_map"] if ".layers." in key}
     assert layers == {str(k) for k in range(30)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_bench import read, run
+from bench_scripts import run
+from test_bench import read
 
 
 def test_the_precision_of_each_kind_is_measured(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,9 +73,13 @@ def test_the_loras_of_a_demo_have_the_names_of_comfyui_and_of_diffusers(shown: t
         assert all(key.removeprefix(prefix).startswith(lists) for key in keys)
 
 
-def test_a_second_demo_replaces_the_first_and_leaves_other_files(tmp_path: Path) -> None:
+def test_a_second_demo_replaces_the_first_and_leaves_other_files(
+    shown: tuple[Demo, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
-    run_demo(folder, Program(1), DEMOS["flux2"])
+    if shown[0] is WAN:
+        pytest.skip("the other family's demo comes first")
+    shutil.copytree(shown[1], folder)
     mine = folder / "notes.txt"
     mine.write_text("mine", encoding="utf-8")
     run_demo(folder, Program(2), WAN)

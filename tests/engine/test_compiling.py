@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -17,9 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residency", ["keep", "selective", "offload"])
-def test_compiled_equals_the_unsplit_eager_model(residency):
-    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(3)]
+@pytest.mark.parametrize(
+    ("residency", "backend"), [("keep", "aot_eager"), ("selective", "inductor"), ("offload", "aot_eager")]
+)
+def test_compiled_equals_the_unsplit_eager_model(residency, backend, monkeypatch):
+    # Whole runs whose blocks keep all go through inductor in tests/training/test_run_engine.py.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    # Not of one frame: torch compiles a size of 1 for itself, which takes as long as all the others.
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in (1, 2, 4)]
     losses, expected = run_unsplit(make_wan("t2v", torch.float32), batches)
     model = make_wan("t2v", torch.float32)
     pipeline = Pipeline(model, ["cpu", "cpu"], residency=residency, compile=True, slack=1)

@@ -103,6 +103,15 @@ def test_adapters_are_found_on_every_layer_also_one_over_the_other(first):
     assert set(adapters_of(model)) == set(loras)
 
 
+def test_adapters_are_found_also_where_modules_hold_each_other_or_one_is_missing():
+    model = Model()
+    model.blocks[1].add_module("owner", model.blocks)
+    model.blocks[1].add_module("nothing", None)
+    assert adapters_of(model) == {}
+    lora = Lora(model.blocks[1].linear)
+    assert adapters_of(model) == {lora: "blocks.1.linear"}
+
+
 def test_adapters_go_where_their_layers_are():
     model = Model()
     loras = with_loras(model)
@@ -203,9 +212,9 @@ def test_what_the_forward_returns_comes_back_to_the_first_device_where_asked():
     model = Model()
     division = split(model, ["cpu", "cpu"], io_same_device=True)
     object.__setattr__(division.placement, "devices", (torch.device("meta"), torch.device("cpu")))
-    assert division._bring_home((torch.ones(1), "word"))[0].device.type == "meta"
+    assert division.bring_home((torch.ones(1), "word"))[0].device.type == "meta"
     division.io_same_device = False
-    assert division._bring_home(torch.ones(1)).device.type == "cpu"
+    assert division.bring_home(torch.ones(1)).device.type == "cpu"
 
 
 def test_a_split_is_found_behind_wrappers_and_copies_keep_their_own_modules():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -11,7 +9,6 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline, split
 from tworeel.engine import infer
-from tworeel.engine.split import find_split
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -35,34 +32,6 @@ def test_inference_works_on_a_split_model():
         expected = model(**batch).sample
         split(model, ["cpu", "cpu"])
         assert torch.equal(model(**batch).sample, expected)
-
-
-def test_remove_gives_the_model_back_as_it_was():
-    model = make_wan("t2v", torch.float32)
-    names = list(model.state_dict())
-    division = split(model, ["cpu", "cpu"])
-    assert find_split(model) is division
-    with pytest.raises(ValueError, match="split already"):
-        split(model, ["cpu"])
-    division.remove()
-    assert find_split(model) is None
-    assert not any("forward" in module.__dict__ for module in model.modules())
-    assert list(model.state_dict()) == names
-    split(model, ["cpu"])
-
-
-def test_names_of_parameters_do_not_change():
-    model = make_wan("t2v", torch.float32)
-    names = list(model.state_dict())
-    split(model, ["cpu", "cpu"])
-    assert list(model.state_dict()) == names
-
-
-def test_a_module_whose_forward_another_library_replaced_is_refused():
-    model = make_wan("t2v", torch.float32)
-    model.proj_out.forward = copy.copy(model.proj_out.forward)
-    with pytest.raises(ValueError, match="replaced already"):
-        split(model, ["cpu", "cpu"])
 
 
 def fake_wan(mode: FakeTensorMode, devices: list[str], residency: str) -> Pipeline:

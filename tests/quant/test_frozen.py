@@ -178,9 +178,12 @@ def test_the_weight_may_be_elsewhere_between_forward_and_recomputation(kind):
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("kind", KINDS)
+GRAPHS = [(kind, "aot_eager", dora) for kind in KINDS for dora in (False, True)]
+# What inductor makes of DoRA has nothing to do with the kind of the frozen layer.
+GRAPHS += [(kind, "inductor", i % 2 == 0) for i, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize(("kind", "backend", "dora"), GRAPHS)
 def test_a_layer_with_a_lora_compiles_to_one_graph_with_the_same_result(kind, backend, dora):
     model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 48)).to(torch.bfloat16)
     quantize_blocks(model, kind, ["0", "2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tworeel.training.sample import sample
 MakeConfig = Callable[..., RunConfig]
 MakeModel = Callable[..., ModelConfig]
 
-PREVIEWS = {"every": 1, "prompts": ("a red ball", "the snow"), "steps": 2, "size": (64, 64), "frames": 5}
+TWO_PROMPTS = ("a red ball", "the snow")
+PREVIEWS = {"every": 1, "prompts": ("a red ball",), "steps": 2, "size": (32, 32), "frames": 5}
 
 
 def previews_of(config: RunConfig) -> dict[str, bytes]:
@@ -47,7 +49,8 @@ def test_previews_change_no_bit_of_a_run(
     more = dict(options)
     model = make_model(variant).model_copy(update=more.pop("model", {}))
     plain = make_config("plain", model=model, **more)
-    shown = make_config("shown", model=model, sample={**PREVIEWS, "strengths": (0, 1)}, **more)
+    previews = {**PREVIEWS, "prompts": TWO_PROMPTS, "strengths": (0, 1)}
+    shown = make_config("shown", model=model, sample=previews, **more)
     drawn = []
     for config in (plain, shown):
         torch.manual_seed(5)
@@ -65,7 +68,7 @@ def test_previews_change_no_bit_of_a_run(
 def test_a_preview_is_what_is_rendered_from_the_file_that_the_run_leaves(
     make_config: MakeConfig, tmp_path: Path, dora: bool
 ) -> None:
-    asked = {**PREVIEWS, "every": 4, "frames": 1, "strengths": (0, 0.5, 1)}
+    asked = {**PREVIEWS, "prompts": TWO_PROMPTS, "every": 4, "frames": 1, "strengths": (0, 0.5, 1)}
     config = make_config(sample=asked, lora={"rank": 3, "alpha": 2.0, "dora": dora})
     train(config)
     sheet = sample(config, folder=tmp_path / "sheet")
@@ -75,8 +78,11 @@ def test_a_preview_is_what_is_rendered_from_the_file_that_the_run_leaves(
         assert found[f"step-000004/{path.name}"] == path.read_bytes()
 
 
-@pytest.mark.slow
-def test_compiled_blocks_are_not_compiled_again_for_a_preview(make_config: MakeConfig) -> None:
+def test_compiled_blocks_are_not_compiled_again_for_a_preview(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is compiled, and how often, is decided before a backend sees it; inductor takes a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     counts = []
     for name, asked in (("plain", {}), ("shown", {**PREVIEWS, "strengths": (0, 0.5, 1)})):
         torch._dynamo.reset()

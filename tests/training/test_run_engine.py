@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import Watcher, lora_of, losses_of, tiny_config, tiny_model
 
-from tworeel.config.schema import RunConfig
+from tworeel.config.schema import ModelConfig, RunConfig
 from tworeel.demo.clips import write_clips
 from tworeel.errors import UserError
 from tworeel.training.run import train
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Has a model and clips; runs lie beside them and share a cache."""
-    write_clips(tmp_path / "clips", count=2)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("runs")
+    write_clips(folder / "clips", count=2)
+    tiny_model(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> RunConfig:
+    """The run without any of these settings."""
+    return run(folder, "plain")
 
 
 def run(folder: Path, name: str, *, quantize: str | None = None, **engine: Any) -> RunConfig:
     """Train with these engine settings."""
-    model = tiny_model(folder / "model").model_copy(update={"quantize": quantize})
-    config = tiny_config(model, folder / "clips", folder / name, engine=engine)
+    model = ModelConfig(path=str(folder / "model"), dtype="float32", quantize=quantize)
+    output = Path(tempfile.mkdtemp(prefix=name, dir=folder)) / "run"
+    config = tiny_config(model, folder / "clips", output, engine=engine)
     train(config, observer=Watcher())
     return config
 
@@ -39,25 +50,35 @@ def run(folder: Path, name: str, *, quantize: str | None = None, **engine: Any) 
         {"devices": ("cpu",), "stages_per_device": 2},
     ],
 )
-def test_no_engine_setting_changes_a_bit_of_the_result(folder: Path, engine: dict[str, Any]) -> None:
-    plain, other = run(folder, "plain"), run(folder, "other", **engine)
+def test_no_engine_setting_changes_a_bit_of_the_result(
+    folder: Path, plain: RunConfig, engine: dict[str, Any]
+) -> None:
+    other = run(folder, "other", **engine)
     assert losses_of(other) == losses_of(plain)
     expected = lora_of(plain)
     assert all(tensor.equal(expected[name]) for name, tensor in lora_of(other).items())
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_losses_of_the_plain_one(folder: Path) -> None:
-    plain, compiled = run(folder, "plain"), run(folder, "compiled", compile=True)
+def test_a_compiled_run_has_the_losses_of_the_plain_one(folder: Path, plain: RunConfig) -> None:
+    compiled = run(folder, "compiled", compile=True)
     expected = [loss for _, loss, _ in losses_of(plain)]
     assert [loss for _, loss, _ in losses_of(compiled)] == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_is_compiled_is_kept_beside_the_cache_of_the_dataset(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    run(folder, "run")
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == folder / "cache" / "compiled"
+
+
 @pytest.mark.parametrize(("kind", "relative"), [("fp8", 0.05), ("int8", 0.02), ("nf4", 0.2)])
 def test_a_quantized_model_trains_with_about_the_losses_of_the_plain_one(
-    folder: Path, kind: str, relative: float
+    folder: Path, plain: RunConfig, kind: str, relative: float
 ) -> None:
-    plain, quantized = run(folder, "plain"), run(folder, kind, quantize=kind)
+    quantized = run(folder, kind, quantize=kind)
     expected = [loss for _, loss, _ in losses_of(plain)]
     assert [loss for _, loss, _ in losses_of(quantized)] == pytest.approx(expected, rel=relative)
     assert losses_of(quantized) != losses_of(plain)

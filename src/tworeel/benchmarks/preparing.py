@@ -16,7 +16,7 @@ from tworeel.benchmarks.shapes import Case
 from tworeel.engine import Placement
 from tworeel.engine.attention import AttentionBackend
 from tworeel.engine.releasing import release_memory
-from tworeel.engine.weight_streaming import streamed_positions
+from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.errors import UserError
 from tworeel.lora.state import lora_parameters
 from tworeel.models.family import Family

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container, Iterator
-from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -24,6 +23,9 @@ def adapters_of(model: nn.Module) -> dict[nn.Module, str]:
 
     This is how the LoRA of musubi-tuner, ai-toolkit and OneTrainer is put in: `layer.forward = lora.forward`.
     """
+    # Nothing tells that a forward was replaced, so it is looked for every time: without the names, at first.
+    if not any(owner_of(layer.forward, (layer,)) for layer in _replaced(model)):
+        return {}
     inside = set(model.modules())
     found: dict[nn.Module, str] = {}
     for name, layer in model.named_modules():
@@ -34,6 +36,18 @@ def adapters_of(model: nn.Module) -> dict[nn.Module, str]:
                 behind = (owner_of(value, inside) for value in vars(adapter).values())
                 adapter = next((owner for owner in behind if owner not in (None, adapter)), None)
     return found
+
+
+def _replaced(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model whose forward is not their class's; a fraction of what `modules()` takes."""
+    waiting, seen = [model], set()
+    while waiting:
+        module = waiting.pop()
+        if "forward" in module.__dict__:
+            yield module
+        if module._modules and module not in seen:
+            seen.add(module)
+            waiting.extend(child for child in module._modules.values() if child is not None)
 
 
 def owner_of(forward: Any, inside: Container[nn.Module]) -> nn.Module | None:
@@ -49,8 +63,15 @@ def place_adapters(model: nn.Module, device_of: Callable[[str], torch.device]) -
     """
     for adapter, layer in adapters_of(model).items():
         device = device_of(layer)
-        if any(tensor.device != device for tensor in chain(adapter.parameters(), adapter.buffers())):
+        if any(tensor.device != device for tensor in _tensors_of(adapter)):
             adapter.to(device)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, those that are shared more than once: quicker than `parameters()`."""
+    for part in module.modules():
+        yield from (tensor for tensor in part._parameters.values() if tensor is not None)
+        yield from (tensor for tensor in part._buffers.values() if tensor is not None)
 
 
 def dropouts_of(adapter: nn.Module) -> Iterator[float]:

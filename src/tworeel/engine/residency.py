@@ -29,6 +29,8 @@ ATTENTION_OPS = frozenset(
 """What `selective` keeps: little memory, and a third to a half of a forward over a long clip."""
 _LEAST_KEYS = 4
 """An attention is kept if it has at least one key for so many queries; over a short text it is cheap."""
+AUTO = "auto"
+"""In place of a residency: what there is memory for."""
 
 
 class Residency(StrEnum):
@@ -59,6 +61,20 @@ class Residency(StrEnum):
     def is_parked(self) -> bool:
         """Whether what is kept waits in host memory."""
         return self in (Residency.OFFLOAD, Residency.OFFLOAD_SELECTIVE)
+
+
+def one_a_block(residency: Residency | str | Sequence[Residency | str], num_blocks: int) -> list[Residency]:
+    """What each block leaves behind, from what a caller gave: one for all, or one a block.
+
+    Raises:
+        ValueError: no such residency, or not as many as blocks.
+    """
+    if isinstance(residency, str):
+        # Until it is fitted, `auto` recomputes.
+        return [Residency.RECOMPUTE if residency == AUTO else Residency(residency)] * num_blocks
+    if len(residency) != num_blocks:
+        raise ValueError(f"{len(residency)} residencies for {num_blocks} blocks: give one, or one a block")
+    return [Residency(one) for one in residency]
 
 
 @cache

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from types import MethodType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from tworeel.engine.block_runs import BlockRuns
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.fitting import Probe
+from tworeel.engine.forwards import Forwards
 from tworeel.engine.moving import lodgers, move
-from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters, refuse_replaced
-from tworeel.engine.parking import Berth, HostPool
+from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters
+from tworeel.engine.parking import HostPool
 from tworeel.engine.passage import Gate, Passage
-from tworeel.engine.placement import Placement, Unit, place
-from tworeel.engine.residency import Residency, refuse_dropout, run_block
+from tworeel.engine.placement import Placement, place
+from tworeel.engine.residency import AUTO, Residency, one_a_block, refuse_dropout
 from tworeel.engine.run_ahead import RunAhead
-from tworeel.engine.strays import Strays
-from tworeel.engine.weight_streaming import refuse_kept_streamed, spread, streamed_positions, streamer_of
-
-AUTO = "auto"
+from tworeel.engine.streamed_blocks import StreamedBlocks, refuse_kept_streamed, streamed_positions
+from tworeel.engine.under_way import UnderWay
 
 
 def split(
@@ -86,7 +83,7 @@ def split(
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
-    refuse_kept_streamed(_one_a_block(residency, placement.boundaries[-1]), positions)
+    refuse_kept_streamed(one_a_block(residency, placement.boundaries[-1]), positions)
     move(model, placement, positions)
     return Split(
         model,
@@ -119,11 +116,15 @@ class Split:
         placement: which unit runs on which stage and device.
         residencies: what each block leaves behind for its backward.
         is_auto: whether the pipeline chooses the residencies (`tworeel.engine.fitter`).
-        may_stream: whether it may then let weights be streamed, too.
+        streamed: which blocks have their weights streamed.
+        may_stream: whether the pipeline may then let weights be streamed, too.
         compiler: runs the blocks compiled; None runs them as they are.
         host_pool: pinned host memory for activations.
         run_ahead: bounds how many blocks are queued on a device.
         io_same_device: whether the forward's result comes back to the first device.
+        between: whether code between the blocks may use tensors from before.
+        under_way: the micro-batches that are on their way.
+        block_runs: runs a block as all of this says.
     """
 
     def __init__(
@@ -140,24 +141,21 @@ class Split:
         between: bool = False,
     ) -> None:
         self.model = model
-        self._between = between
         self.placement = placement
-        self.residencies = _one_a_block(residency, placement.boundaries[-1])
+        self.residencies = one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
         self.compiler = BlockCompiler() if compile else None
         self.host_pool = HostPool(host_limit)
         self.run_ahead = RunAhead(run_ahead)
         self.io_same_device = io_same_device
-        self._probe: Probe | None = None
-        self._here = threading.local()
-        self._open: set[Passage] = set()
-        self._wrapped: list[tuple[nn.Module, Any, Any]] = []
-        self._streamed = tuple(streamed or ())
+        self.between = between
+        self.streamed = StreamedBlocks(model, placement, streamed or ())
         self.may_stream = streamed is None
-        self._streamers = [
-            streamer_of(model, placement, stage, self._streamed) for stage in range(placement.num_stages)
-        ]
-        self._take_over()
+        self.under_way = UnderWay(placement)
+        self.block_runs = BlockRuns(self)
+        self._forwards = Forwards(self)
+        keep_spread(model, self._homes)
+        model.hf_device_map = self.device_map  # type: ignore[assignment]
 
     @property
     def device_map(self) -> dict[str, torch.device]:
@@ -167,12 +165,12 @@ class Split:
     @property
     def streamed_bytes(self) -> int:
         """Bytes of pinned host memory that hold weights."""
-        return sum(streamer.host_bytes for streamer in self._streamers)
+        return self.streamed.host_bytes
 
     def set_residency(self, residency: Residency | str | Sequence[Residency | str]) -> None:
         """Change what the blocks leave behind, from the next forward on; as for `split`."""
-        residencies = _one_a_block(residency, self.placement.boundaries[-1])
-        refuse_kept_streamed(residencies, self._streamed)
+        residencies = one_a_block(residency, self.placement.boundaries[-1])
+        refuse_kept_streamed(residencies, self.streamed.positions)
         self.residencies = residencies
         self.is_auto = self._chooses(residency)
 
@@ -182,24 +180,19 @@ class Split:
     @contextmanager
     def probing(self, probe: Probe) -> Iterator[None]:
         """Let the model's forward, without gradients, also measure its blocks."""
-        self._probe = probe
         try:
-            with self.passage(), torch.no_grad():
+            with self.block_runs.probed(probe), self.passage(), torch.no_grad():
                 yield
         finally:
-            self._probe = None
             self.rest()
 
     def streamed_on(self, stage: int) -> list[int]:
         """Positions of the stage's blocks whose weights are streamed."""
-        return [position for position in self.placement.blocks_of(stage) if position in self._streamed]
+        return self.streamed.on(stage)
 
     def stream(self, stage: int, count: int) -> None:
         """Let the weights of so many blocks of a stage wait in host memory from now on."""
-        blocks = self.placement.blocks_of(stage)
-        others = [position for position in self._streamed if position not in blocks]
-        self._streamed = tuple(sorted([*others, *spread(blocks, count)]))
-        self._streamers[stage] = streamer_of(self.model, self.placement, stage, self._streamed)
+        self.streamed.stream(stage, count)
 
     def residency_in_words(self) -> str:
         """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""
@@ -215,22 +208,16 @@ class Split:
 
     def expect(self, stage: int, *, backward: bool) -> None:
         """The stage's next work begins at its last block (a backward) or at its first."""
-        self._streamers[stage].expect(backward=backward)
+        self.streamed.expect(stage, backward=backward)
 
     def rest(self) -> None:
         """Let streamed parameters be what is in host memory, until a block uses them again."""
-        for streamer in self._streamers:
-            streamer.rest()
+        self.streamed.rest()
 
     def remove(self) -> None:
         """Let the model's modules run as they did before; they stay on their devices."""
         self.rest()
-        for module, ours, before in self._wrapped:
-            if module is self.model or module.__dict__["forward"] is ours:
-                del module.forward
-                if before is not None:
-                    module.forward = before
-        self._wrapped.clear()
+        self._forwards.give_back()
         del self.model._apply, self.model.hf_device_map
 
     def place_adapters(self) -> None:
@@ -253,163 +240,21 @@ class Split:
                     f"{layer}: dropout of {p} in its adapter cannot be recomputed; use residency 'keep'"
                 )
 
-    @contextmanager
-    def passage(self, gate: Gate | None = None) -> Iterator[Passage]:
+    def passage(self, gate: Gate | None = None) -> AbstractContextManager[Passage]:
         """Open the way of one micro-batch; the model's forward on this thread runs along it."""
-        passage = Passage(self.placement.devices, gate)
-        self._open.add(passage)
-        self._here.passage = passage
-        try:
-            yield passage
-        finally:
-            self._here.passage = None
-            self._open.discard(passage)
+        return self.under_way.passage(gate)
 
-    def _take_over(self) -> None:
-        """Let the model's forward, and those of its parts, run by this split."""
-        positions = {name: i for i, name in enumerate(self.placement.block_names)}
-        units = [(unit, self.model.get_submodule(unit.name)) for unit in self.placement.units]
-        for unit, module in units:
-            refuse_replaced(unit.name, module, is_block=unit.is_block)
-        refuse_replaced(type(self.model).__name__, self.model, is_block=True)
-        for unit, module in units:
-            self._wrap(module, partial(self._staged, unit, positions.get(unit.beside or unit.name)))
-        self._wrap(self.model, self._rooted)
-        keep_spread(self.model, self._homes)
-        self.model.hf_device_map = self.device_map  # type: ignore[assignment]
-
-    def _homes(self) -> dict[int, torch.device]:
-        """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
-        homes = {}
-        for tensor, device in lodgers(self.model, self.placement, self._streamed):
-            homes[id(tensor)] = device
-            if tensor.grad is not None:
-                homes[id(tensor.grad)] = device
-        return homes
-
-    def _wrap(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        before = module.__dict__.get("forward")
-        module.forward = make(module.forward)
-        self._wrapped.append((module, module.forward, before))
-
-    def _rooted(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def root(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            passage = self._current()
-            if passage is None:
-                self.place_adapters()
-                with self.passage() as alone:
-                    return self._bring_home(run(alone, args, kwargs))
-            return run(passage, args, kwargs)
-
-        def run(passage: Passage, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if passage.stage > 0:
-                raise RuntimeError("the model ran twice in one micro-batch: give each run its own")
-            args, kwargs = passage.arrive(0, (args, kwargs), block=False)
-            with Strays(passage) if self._between else nullcontext():
-                return forward(*args, **kwargs)
-
-        root.split = self  # type: ignore[attr-defined]
-        # A method, as accelerate takes its wrappers off and on.
-        return MethodType(root, self.model)
-
-    def _bring_home(self, outputs: Any) -> Any:
+    def bring_home(self, outputs: Any) -> Any:
+        """What the forward returns, on the first device where that is wanted."""
         if not self.io_same_device:
             return outputs
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.placement.devices[0]), outputs)
 
-    def _staged(self, unit: Unit, position: int | None, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def staged(*args: Any, **kwargs: Any) -> Any:
-            passage = self._current()
-            if passage is None:
-                args, kwargs = self._recall(unit.stage, (args, kwargs))
-                return forward(*args, **kwargs)
-            if unit.is_block and unit.stage < passage.stage and not passage.is_alone:
-                raise RuntimeError(
-                    f"{unit.name} of stage {unit.stage} runs after a module of stage {passage.stage}: name "
-                    "what runs before the blocks, tworeel.split(..., first=[...])"
-                )
-            with passage.within():
-                args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
-                if position is None:
-                    outputs = passage.leave_prologue(forward(*args, **kwargs))
-                else:
-                    outputs = self._run_block(unit, position, passage, args, kwargs)
-            passage.own(outputs, unit.stage)
-            return outputs
-
-        staged.__wrapped__ = forward  # type: ignore[attr-defined]
-        return staged
-
-    def _run_block(self, unit: Unit, position: int, passage: Passage, args: Any, kwargs: Any) -> Any:
-        device, streamer = self.placement.devices[unit.stage], self._streamers[unit.stage]
-        residency = self.residencies[position]
-        berth = Berth(self.host_pool, passage.berths.get(unit.stage)) if residency.is_parked else None
-        streamer.use(position, backward=False)
-        block = self.model.get_submodule(unit.name)
-        if self._probe is not None:
-            return self._run_probed(self._probe, unit, block, args, kwargs)
-        outputs = run_block(
-            block,
-            args,
-            kwargs,
-            residency=residency,
-            berth=berth,
-            compiler=self.compiler,
-            redraws=passage.is_alone,
-        )
-        copies = berth is not None or position in self._streamed
-        self.run_ahead.block_queued(device, copies=copies, leaving=berth is not None)
-        if berth is not None:
-            passage.berths[unit.stage] = berth
-
-        def begin_backward(_: Tensor) -> None:
-            self.run_ahead.block_queued(device, copies=copies)
-            streamer.use(position, backward=True)
-
-        # On all: autograd is done with the block behind before it takes the first of these, whichever it is.
-        # What the block only hands through is not its own.
-        handed_through = {id(leaf) for leaf in tree_leaves((args, kwargs))}
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and tensor.requires_grad and id(tensor) not in handed_through:
-                tensor.register_hook(begin_backward)
-        return outputs
-
-    def _run_probed(self, probe: Probe, unit: Unit, block: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a block without gradients, and measure what it would leave behind with them."""
-
-        def run(residency: Residency, args: Any, kwargs: Any) -> Any:
-            return run_block(block, args, kwargs, residency=residency, compiler=self.compiler)
-
-        outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
-        device = self.placement.devices[unit.stage]
-        probe.measure(unit.stage, unit.kind, device, block, run, args, kwargs, outputs)
-        return outputs
-
-    def _current(self) -> Passage | None:
-        """This thread's passage while its forward runs."""
-        passage = getattr(self._here, "passage", None)
-        return None if passage is None or passage.done else passage
-
-    def _recall(self, stage: int, inputs: Any) -> Any:
-        """Inputs of a module that runs outside of a forward: another library's recomputation, or alone.
-
-        A recomputation runs in threads of autograd's own, which know nothing of the micro-batch; but its
-        inputs are the very tensors of the forward, and what stood for them then must stand for them now.
-        """
-        device = self.placement.devices[stage]
-
-        def recall(tensor: Tensor) -> Tensor:
-            stand_ins = (passage.recall(tensor, stage) for passage in tuple(self._open))
-            known = next((s for s in stand_ins if s is not None), None)
-            return tensor.to(device) if known is None else known
-
-        return tree_map_only(Tensor, recall, inputs)
-
-
-def _one_a_block(residency: Residency | str | Sequence[Residency | str], num_blocks: int) -> list[Residency]:
-    if isinstance(residency, str):
-        # Until it is fitted, `auto` recomputes.
-        return [Residency.RECOMPUTE if residency == AUTO else Residency(residency)] * num_blocks
-    if len(residency) != num_blocks:
-        raise ValueError(f"{len(residency)} residencies for {num_blocks} blocks: give one, or one a block")
-    return [Residency(one) for one in residency]
+    def _homes(self) -> dict[int, torch.device]:
+        """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
+        homes = {}
+        for tensor, device in lodgers(self.model, self.placement, self.streamed.positions):
+            homes[id(tensor)] = device
+            if tensor.grad is not None:
+                homes[id(tensor.grad)] = device
+        return homes

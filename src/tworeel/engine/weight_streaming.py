@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from tworeel.engine.parking import new_slab
-from tworeel.engine.placement import Placement
-from tworeel.engine.residency import Residency
 from tworeel.engine.streams import mark, side_stream, using
 
 ALIGNMENT = 256
@@ -182,38 +180,3 @@ def _fill(host: Tensor, places: list[tuple[nn.Parameter, int]]) -> _Streamed:
         # Now, not when all blocks are copied: no device or host holds two copies of more than one block.
         parameter.data = flat
     return _Streamed(host, places)
-
-
-def streamed_positions(placement: Placement, counts: Sequence[int] | None) -> list[int]:
-    """Positions of the blocks whose weights are streamed, spread evenly over each stage.
-
-    Raises:
-        ValueError: not one count a stage, or more than the stage has blocks.
-    """
-    if counts is None:
-        return []
-    stages = [placement.blocks_of(stage) for stage in range(placement.num_stages)]
-    if len(counts) != len(stages):
-        raise ValueError(f"streamed={list(counts)}: {len(stages)} stages need as many numbers")
-    for stage, (blocks, count) in enumerate(zip(stages, counts, strict=True)):
-        if not 0 <= count <= len(blocks):
-            raise ValueError(f"streamed={list(counts)}: stage {stage} has {len(blocks)} blocks")
-    return [i for blocks, count in zip(stages, counts, strict=True) for i in spread(blocks, count)]
-
-
-def refuse_kept_streamed(residencies: Sequence[Residency], streamed: Sequence[int]) -> None:
-    """Raise ValueError if a block whose weights are streamed keeps its activations."""
-    for position in streamed:
-        if not residencies[position].recomputes:
-            raise ValueError(f"block {position}: its weights are streamed, so its residency cannot be 'keep'")
-
-
-def streamer_of(
-    model: nn.Module, placement: Placement, stage: int, streamed: Sequence[int]
-) -> WeightStreamer:
-    """That of one stage; without streamed blocks it does nothing."""
-    blocks = [position for position in placement.blocks_of(stage) if position in streamed]
-    names = placement.block_names
-    return WeightStreamer(
-        placement.devices[stage], {position: model.get_submodule(names[position]) for position in blocks}
-    )

@@ -13,7 +13,7 @@ from torch import nn
 
 from tworeel.config.schema import RunConfig
 from tworeel.engine.placement import Placement, place
-from tworeel.engine.weight_streaming import streamed_positions
+from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.errors import UserError
 from tworeel.models.family import Family, ModelSource
 from tworeel.training.choices import stages_per_device

@@ -35,13 +35,20 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, write_flux2_checkpoint(folder, variant=request.param, dtype=torch.float32)
 
 
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a size that needs neither resizing nor cropping."""
-    write_clips(tmp_path / "stills", count=0)
-    path = tmp_path / "stills" / "image.png"
+    folder = tmp_path_factory.mktemp("stills")
+    write_clips(folder, count=0)
+    path = folder / "image.png"
     Image.open(path).resize((64, 80)).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def lora(model: tuple[str, Path], picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that was trained for the model."""
+    return train(config_of(model[1], picture, tmp_path_factory.mktemp("trained") / "run", 1)).lora
 
 
 def config_of(path: Path, picture: Path, output: Path, stages: int, **asked: Any) -> RunConfig:
@@ -102,11 +109,15 @@ def diffusers_latents(variant: str, path: Path, lora: Path | None, image: Path |
 
 @pytest.mark.parametrize("with_reference", [False, True])
 def test_what_is_rendered_on_1_and_3_stages_is_what_diffusers_renders_with_the_exported_lora(
-    model: tuple[str, Path], picture: Path, tmp_path: Path, latents: list[Tensor], with_reference: bool
+    model: tuple[str, Path],
+    picture: Path,
+    lora: Path,
+    tmp_path: Path,
+    latents: list[Tensor],
+    with_reference: bool,
 ) -> None:
     variant, path = model
     image = picture if with_reference else None
-    lora = train(config_of(path, picture, tmp_path / "run", 1)).lora
     found = []
     for stages in (1, 3):
         config = config_of(path, picture, tmp_path / "run", stages, image=image)

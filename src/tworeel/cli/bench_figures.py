@@ -1,0 +1,97 @@
+"""Measures the cases of `tworeel bench`, and tells and writes their figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tworeel.benchmarks.shapes import Case
+from tworeel.cli.watching import ConsoleObserver
+from tworeel.errors import UserError
+from tworeel.report.console import console, say
+
+if TYPE_CHECKING:
+    from tworeel.benchmarks.preparing import Settings
+    from tworeel.benchmarks.results import CaseResult
+
+
+def measure(
+    runs: Sequence[tuple[Case, Settings]],
+    observer: ConsoleObserver,
+    json_file: Path | None,
+    timeline: Path | None,
+) -> None:
+    """Measure the cases; what is asked for is written after each of them.
+
+    Args:
+        runs: what is measured, and how; at least one.
+        observer: is told of what goes on.
+        json_file: for all figures.
+        timeline: folder for a picture and a trace of a step of each case.
+
+    Raises:
+        UserError: a file's folder cannot be made, or memory that cannot be limited.
+    """
+    from tworeel.benchmarks import machine
+    from tworeel.benchmarks.run import Bench
+    from tworeel.report.benchmark import benchmark_tables, closing_lines, fact_lines
+
+    for option, folder in (("--json", json_file and json_file.parent), ("--timeline", timeline)):
+        _make_folder(option, folder)
+    case, settings = runs[0]
+    facts = machine.facts(dict.fromkeys(settings.devices))
+    for line in fact_lines(facts):
+        say(line)
+    machine.limit_memory(settings.devices, settings.cap_gib)  # refuses what cannot be limited
+    machine.wake(settings.devices)
+    rates = machine.matmul_rates(settings.devices)
+    bench, results, figures = Bench(rates, observer), [], []
+    for case, settings in runs:
+        result = bench.run(case, settings)
+        results.append(result)
+        figures.append({**result.as_json(), "settings": asdict(settings)})
+        # At once: who stops a long comparison keeps what was measured.
+        for line in closing_lines(result):
+            say(line)
+        if timeline is not None:
+            _write_timeline(timeline, result, settings)
+        if json_file is not None:
+            _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
+    where = ", ".join(map(str, settings.devices))
+    for table in benchmark_tables(results, f"{case.model.name} on {where}, LoRA of rank {settings.rank}"):
+        console.print(table)
+    if json_file is not None:
+        say(f"Figures: {json_file}")
+
+
+def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> None:
+    from tworeel.report.timeline import draw_timeline, write_trace
+
+    if result.measured is None:
+        return
+    devices = [str(device) for device in settings.stages]
+    title = f"{result.case.model.name}, {result.label}"
+    name = title.replace(",", "").replace(" ", "-")
+    picture, trace = folder / f"{name}.png", folder / f"{name}.trace.json"
+    draw_timeline(result.measured.spans, devices, picture, title=title)
+    write_trace(result.measured.spans, devices, trace)
+    say(f"  timeline: {picture}, {trace} (for https://ui.perfetto.dev)")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from tworeel.files import write_text_atomic
+
+    write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def _make_folder(option: str, folder: Path | None) -> None:
+    """Before anything is measured, so that no minutes are lost to a wrong path."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option}: cannot make the folder {folder}: {error.strerror}") from None

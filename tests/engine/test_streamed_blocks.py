@@ -1,0 +1,36 @@
+"""Which blocks have their weights streamed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy_wan import make_wan
+
+from tworeel import split
+from tworeel.engine import place
+from tworeel.engine.streamed_blocks import StreamedBlocks, streamed_positions
+
+
+def test_they_are_spread_over_each_stage_and_change_stage_by_stage():
+    model = make_wan("t2v", torch.float32)
+    placement = place(model, ["cpu", "cpu"], at=[3])
+    blocks = StreamedBlocks(model, placement, streamed_positions(placement, (1, 2)))
+    assert [blocks.on(stage) for stage in range(2)] == [[1], [3, 4]]
+    before = blocks.host_bytes
+    blocks.stream(0, 2)
+    assert blocks.positions == (0, 2, 3, 4) and 2 in blocks and 1 not in blocks
+    assert blocks.host_bytes * 3 == before * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"streamed": (1,)}, "2 stages need as many numbers"),
+        ({"streamed": (9, 0)}, "stage 0 has"),
+        ({"streamed": (1, 0), "residency": "keep"}, "cannot be 'keep'"),
+        ({"residency": ["keep"]}, "1 residencies for 5 blocks"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        split(make_wan("t2v", torch.float32), ["cpu", "cpu"], **{"residency": "recompute", **options})
