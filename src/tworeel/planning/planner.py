@@ -15,7 +15,7 @@ from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_in_flight
 from tworeel.engine.split import AUTO
-from tworeel.engine.weight_streaming import streamed_positions
+from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
