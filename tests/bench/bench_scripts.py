@@ -6,12 +6,14 @@ fork, each process imports for itself.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 BENCH = Path(__file__).parents[2] / "bench"
 # There is one fork server, which imports these when its first process is started: see tests/training.
@@ -35,6 +37,12 @@ def run(script: str, *arguments: str | Path) -> str:
             process.join()
         assert process.exitcode == 0, told.read_text(encoding="utf-8")
         return printed.read_text(encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON file of results."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _run(words: list[str], printed: Path, told: Path) -> None:

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from bench_scripts import run
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a JSON file of results."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+from bench_scripts import read, run
 
 
 def test_the_whole_run_is_measured_from_the_written_model_to_the_lora(tmp_path: Path) -> None:

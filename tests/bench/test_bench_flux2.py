@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bench_scripts import run
-from test_bench import read
+from bench_scripts import read, run
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import ROOT, read, run
+from bench_scripts import BENCH, read, run
 
 from tworeel.planning import planner
 
-sys.path.append(str(ROOT / "bench"))
+sys.path.append(str(BENCH))
 
 import planning_runs
 from planning_cases import CASES, PHASES, TINY_PHASES, Case, chosen

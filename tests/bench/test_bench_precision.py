@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench_scripts import run
-from test_bench import read
+from bench_scripts import read, run
 
 
 def test_the_precision_of_each_kind_is_measured(tmp_path: Path) -> None:
