@@ -228,7 +228,7 @@ def test_stages_work_at_the_same_time_and_the_timeline_shows_it():
             self.weight = nn.Parameter(torch.ones(1))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.02)
+            time.sleep(0.05)
             return x * self.weight
 
     class Model(nn.Module):
@@ -251,7 +251,8 @@ def test_stages_work_at_the_same_time_and_the_timeline_shows_it():
         if a.action.stage < b.action.stage and a.start < b.end and b.start < a.end
     ]
     assert together
-    assert all(share > 0.6 for share in busy_shares(spans, 2))
+    # One after the other, each would be busy half of the time; without other load it is 0.85.
+    assert all(share > 0.55 for share in busy_shares(spans, 2))
 
 
 def test_micro_batches_may_be_mappings_tuples_or_single_tensors():
