@@ -102,6 +102,7 @@ class Pipeline:
         self._slack = slack
         self._compiled_for: set[Hashable] = set()
         self._fitted_for = (0, 0)
+        self._threads, self._num_threads = ThreadPoolExecutor(1), 0
 
     def step(self, micro_batches: Sequence[Any], loss: Loss, *, timed: bool = False) -> StepResult:
         """Run forward and backward of all micro-batches; gradients add up in `.grad`.
@@ -127,20 +128,28 @@ class Pipeline:
         if self.split.is_auto:
             self._fit(micro_batches)
         orders = self._orders(micro_batches)
-        # A micro-batch is on the first stage first and last.
-        workers = most_in_flight(orders, len(devices))[0]
         run = _Step(self.split, self._forward, loss, Turnstile(orders), Timeline(devices) if timed else None)
         try:
-            with ThreadPoolExecutor(workers, thread_name_prefix="tworeel") as pool:
-                futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
-                _wait_for_all(futures, run.turnstile)
+            # A micro-batch is on the first stage first and last.
+            pool = self._pool(most_in_flight(orders, len(devices))[0])
+            futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
+            _wait_for_all(futures, run.turnstile)
         except BaseException:
             self._compiled_for.clear()  # who knows how far compilation came
+            self._threads.shutdown()
+            self._num_threads = 0
             raise
         finally:
             self.split.rest()
         spans = run.timeline.spans() if run.timeline else []
         return StepResult(tuple(f.result() for f in futures), tuple(spans))
+
+    def _pool(self, count: int) -> ThreadPoolExecutor:
+        """At least so many threads, the same in each step: cuDNN makes its plans anew for a new thread."""
+        if count > self._num_threads:
+            self._threads.shutdown()
+            self._threads, self._num_threads = ThreadPoolExecutor(count, thread_name_prefix="tworeel"), count
+        return self._threads
 
     def _fit(self, micro_batches: Sequence[Any]) -> None:
         """Choose what the blocks leave behind, if a micro-batch or a step is larger than at the last time."""
