@@ -22,8 +22,8 @@ attention leave of the time of a 14B model's block, forward and backward, compil
 PCIE_SHARE = 0.8
 HOST_SECONDS = {True: 4.5e-3, False: 5.9e-3}
 """What the host needs to launch a block's forward and backward, compiled or not. The threads of all stages
-share Python's lock, so it adds up over them; measured at 1,024 tokens, where the cards wait for the host, with cuDNN's plans made
-anew in each step: rather too much."""
+share Python's lock, so it adds up over them; measured at 1,024 tokens, where the cards wait for the host, and
+with cuDNN's plans made anew in each step: rather too much."""
 
 
 @dataclass(frozen=True, kw_only=True)
