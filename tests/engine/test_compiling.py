@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 import warnings
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
 from tworeel import Pipeline
+from tworeel.engine import compiling
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.residency import plain_call
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 )
 def test_compiled_equals_the_unsplit_eager_model(residency, backend, monkeypatch):
     # Whole runs whose blocks keep all go through inductor in tests/training/test_run_engine.py.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(compiling, "BACKEND", backend)
     # Not of one frame: torch compiles a size of 1 for itself, which takes as long as all the others.
     batches = [make_micro_batch("t2v", torch.float32, seed) for seed in (1, 2, 4)]
     losses, expected = run_unsplit(make_wan("t2v", torch.float32), batches)
@@ -56,19 +57,52 @@ def call(compiler: BlockCompiler, block: nn.Module, x: torch.Tensor) -> torch.Te
 
 def test_blocks_of_a_kind_share_one_compilation(monkeypatch):
     made = []
-    monkeypatch.setattr(torch, "compile", lambda call: made.append(call) or call)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: made.append(call) or call)
     compiler, x = BlockCompiler(), torch.ones(2, 4)
     for block in (Block(), Block(), Block()):
         call(compiler, block, x)
     assert len(made) == 1
 
 
+def test_blocks_run_side_by_side_but_one_thread_at_a_time_looks_for_its_compilation(monkeypatch):
+    """The first thread's block runs until the second one's does: neither waits for the other's end."""
+    both = threading.Barrier(2, timeout=60)
+    searches = []
+
+    def meeting(graph, inputs):
+        def run(*args):
+            searches.append(compiling._searching._lock.locked())
+            if len(searches) > 1:  # the first call compiles, alone
+                both.wait()
+            return graph(*args)
+
+        return run
+
+    monkeypatch.setattr(compiling, "BACKEND", meeting)
+    compiler, block, x = BlockCompiler(), Block(), torch.ones(2, 4)
+    call(compiler, block, x)
+    threads = [threading.Thread(target=call, args=(compiler, block, x)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not both.broken and len(searches) == 3
+    assert not searches[0] and not compiling._searching._lock.locked()
+
+
+def test_an_error_in_a_block_leaves_the_way_free_for_others(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    compiler = BlockCompiler()
+    with pytest.warns(UserWarning, match="Block runs without"), pytest.raises(RuntimeError):
+        call(compiler, Block(), torch.ones(2, 5))
+    assert not compiling._searching._lock.locked()
+
+
 def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler on this machine")
 
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend=broken))
+    monkeypatch.setattr(compiling, "BACKEND", broken)
     compiler, block, x = BlockCompiler(), Block(), torch.ones(2, 4)
     with pytest.warns(UserWarning, match="Block runs without torch.compile, which failed: no compiler"):
         result = call(compiler, block, x)

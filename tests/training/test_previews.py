@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from tiny_runs import T2V, Watcher, digest_of, losses_of
 from torch import nn
 
 from tworeel.config.schema import ModelConfig, RunConfig
-from tworeel.engine import Split
+from tworeel.engine import Split, compiling
 from tworeel.errors import UserError
 from tworeel.lora.state import lora_parameters
 from tworeel.models.wan.vae_decoder import WanDecoder
@@ -82,7 +81,7 @@ def test_compiled_blocks_are_not_compiled_again_for_a_preview(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is compiled, and how often, is decided before a backend sees it; inductor takes a minute.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
     counts = []
     for name, asked in (("plain", {}), ("shown", {**PREVIEWS, "strengths": (0, 0.5, 1)})):
         torch._dynamo.reset()

@@ -7,10 +7,12 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
 
 from tworeel.engine.attention_layout import keep_gradient_layouts
@@ -18,8 +20,52 @@ from tworeel.engine.attention_layout import keep_gradient_layouts
 MOST_COMPILATIONS = 64
 """Of one function, before torch would silently run it as it is; its own limit is 8."""
 
+BACKEND = "inductor"
+"""What compiles the graphs."""
+
 BlockCall = Callable[..., Any]
 """(block, *args, **kwargs) -> what the block's forward returns."""
+
+
+class _OneAtATime:
+    """Lets one thread at a time look for the compilation that fits, until that begins to run.
+
+    torch keeps the state of this search with the compilation: a second thread in the midst of it, which only
+    happens where sizes are open, finds that none fits, and compiles again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._here = threading.local()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._here.searches = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.found()
+
+    def found(self) -> None:
+        """This thread has what it looked for."""
+        if getattr(self._here, "searches", False):
+            self._here.searches = False
+            self._lock.release()
+
+
+_searching = _OneAtATime()
+
+
+def _compile(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """A backend for `torch.compile` as any other, that says when what it has compiled begins to run."""
+    compiled = lookup_backend(BACKEND)(graph, inputs)
+
+    def run(*args: Any) -> Any:
+        _searching.found()
+        return compiled(*args)
+
+    return run
 
 
 class BlockCompiler:
@@ -51,7 +97,9 @@ class BlockCompiler:
         forward did. Look at `failed` before a forward.
         """
         try:
-            return self._compiled_of(call, block)(block, *args, **kwargs)
+            compiled = self._compiled_of(call, block)
+            with _searching:
+                return compiled(block, *args, **kwargs)
         except TorchDynamoException as error:
             if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
                 raise
@@ -62,7 +110,7 @@ class BlockCompiler:
         with self._lock:
             if call not in self._compiled:
                 name = f"{type(block).__name__}_{call.__name__}"
-                self._compiled[call] = torch.compile(_with_own_code(call, name))
+                self._compiled[call] = torch.compile(_with_own_code(call, name), backend=_compile)
             return self._compiled[call]
 
     def _give_up(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
