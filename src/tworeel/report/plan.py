@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from tworeel.report.format import gibibytes
+
 if TYPE_CHECKING:
     from tworeel.planning.plans import Alternative, Plan, StagePlan
 
-GIB = 2**30
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
@@ -28,10 +29,10 @@ def plan_table(plan: Plan) -> Table:
         "leave behind": [_residency(stage) for stage in plan.stages],
         "weights streamed": [_streamed(stage) for stage in plan.stages],
         "clips in flight": [str(stage.in_flight) for stage in plan.stages],
-        **{part: [_gib(stage.parts[part]) for stage in plan.stages] for part in plan.stages[0].parts},
-        "peak": [_gib(stage.peak) for stage in plan.stages],
-        "left alone": [_gib(stage.spare) for stage in plan.stages],
-        "free": [_gib(stage.free) for stage in plan.stages],
+        **{part: [gibibytes(stage.parts[part]) for stage in plan.stages] for part in plan.stages[0].parts},
+        "peak": [gibibytes(stage.peak) for stage in plan.stages],
+        "left alone": [gibibytes(stage.spare) for stage in plan.stages],
+        "free": [gibibytes(stage.free) for stage in plan.stages],
         "a clip, forward": [f"{stage.forward:.3g} s" for stage in plan.stages],
         "a clip, backward": [f"{stage.backward:.3g} s" for stage in plan.stages],
         "busy": [f"{100 * share:.0f} %" for share in plan.busy],
@@ -52,7 +53,7 @@ def verdict_lines(plan: Plan) -> list[str]:
         f"A clip takes {per_clip:.3g} s, a step {plan.seconds_per_step:.3g} s ({source}); "
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
-        f"Pinned host memory: {_gib(plan.host_memory)} of {_gib(plan.host_free)} that may be",
+        f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
         *([f"What limits: {plan.limit}"] if plan.fits else []),
     ]
 
@@ -61,7 +62,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """The plan in short, a line a stage."""
     lines = [
         f"Plan: {stage.device} ({stage.card}) runs blocks {stage.first} to {stage.last}, "
-        f"{_gib(stage.peak)} of {_gib(stage.free)}"
+        f"{gibibytes(stage.peak)} of {gibibytes(stage.free)}"
         for stage in plan.stages
     ]
     per_clip = plan.seconds_per_step / plan.micro_batches
@@ -78,7 +79,7 @@ def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table
     for column in ("", "a step", "peaks", "verdict"):
         table.add_column(column)
     for one in alternatives:
-        peaks = " ".join(_gib(peak) for peak in one.peaks)
+        peaks = " ".join(gibibytes(peak) for peak in one.peaks)
         table.add_row(one.name, f"{one.seconds_per_step:.3g} s", peaks, one.reason)
     return table
 
@@ -99,7 +100,3 @@ def _residency(stage: StagePlan) -> str:
 
 def _streamed(stage: StagePlan) -> str:
     return f"{stage.streamed} of {stage.num_blocks}" if stage.streamed else "none"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"

@@ -10,9 +10,9 @@ import torch
 
 from tworeel.errors import UserError
 from tworeel.planning.plans import Plan
+from tworeel.report.format import gibibytes
 from tworeel.training.devices import peak_memory, room
 
-GIB = 2**30
 _NEEDS_LESS = (
     "What needs less: engine.residency = 'auto' or 'offload', engine.streamed_blocks, "
     "model.quantize = 'fp8', fewer data.frames, a smaller data.resolution, another boundary "
@@ -46,7 +46,7 @@ def out_of_memory(
     first_line = str(error).splitlines()[0]
     plans = planned.plan.peaks if planned else {}
     peaks = [
-        f"{name} {_gib(size)}{f' (planned {_gib(plans[name])})' if name in plans else ''}"
+        f"{name} {gibibytes(size)}{f' (planned {gibibytes(plans[name])})' if name in plans else ''}"
         for name, size in peak_memory(devices).items()
     ]
     return UserError(
@@ -75,10 +75,8 @@ def _advice(devices: Sequence[torch.device], planned: Planned | None) -> str:
     had = dict.fromkeys(now, 0)
     for stage in planned.plan.stages:
         had[stage.device] += stage.free
-    rooms = ", ".join(f"{name} {_gib(size)} (planned with {_gib(had[name])})" for name, size in now.items())
+    rooms = ", ".join(
+        f"{name} {gibibytes(size)} (planned with {gibibytes(had[name])})" for name, size in now.items()
+    )
     fits = "; ".join(fitting) or f"nothing that is known. {_NEEDS_LESS}"
     return f"There is less memory now than was planned with: {rooms}. What would fit it: {fits}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
