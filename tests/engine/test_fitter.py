@@ -10,8 +10,8 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline
 from tworeel.engine import fitter, parking
-from tworeel.engine.fitting import StageMemory
-from tworeel.engine.footprints import Footprint, StageFootprints
+from tworeel.engine.fitting import Probe, StageMemory
+from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency
 
 SIZES = {
@@ -32,14 +32,18 @@ class Devices:
         monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
         monkeypatch.setattr(parking, "SMALLEST", 0)
 
-    def memory(self, split, stage, in_flight):
+    def memory(self, split, stage, in_flight, holding):
         blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
         some = StageMemory(available=self._available, num_blocks=len(blocks), may_keep=0, in_flight=in_flight)
-        return replace(some, may_keep=len(blocks) - len(streamed))
+        return replace(some, may_keep=len(blocks) - len(streamed), holding=holding)
 
     def measure(self, split, forward, memories):
         self._tries -= 1
-        return None if self._tries >= 0 else [StageFootprints([SIZES] * m.num_blocks) for m in memories]
+        if self._tries >= 0:
+            return None
+        probe = Probe(memories)
+        probe.footprints = [dict.fromkeys(split.placement.block_kinds, SIZES) for _ in memories]
+        return probe
 
 
 def fitted(**options) -> Pipeline:

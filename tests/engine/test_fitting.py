@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 from toy_wan import make_wan
 
 from tworeel import split
-from tworeel.engine.fitting import Fit, StageMemory, fit_stage, fit_stages, needs_fallback
+from tworeel.engine import fitting
+from tworeel.engine.fitting import Fit, Probe, StageMemory, fit_stage, fit_stages, needs_fallback
 from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.residency import Residency
 
@@ -52,6 +54,23 @@ def test_what_is_missing_is_told():
 def test_more_micro_batches_in_flight_leave_room_for_less():
     shallow, deep = (fit_stage(memory(264, in_flight=n), SIZES).num_kept for n in (1, 3))
     assert shallow > deep
+
+
+def test_inputs_that_wait_for_their_turn_leave_room_for_less():
+    """TI2V-5B modulates each token: a micro-batch's modulation is six hidden states."""
+    assert fit_stage(memory(414 + 3 * 6, inputs=6, holding=3), SIZES).num_kept == 10
+    assert fit_stage(memory(414 + 3 * 6 - 1, inputs=6, holding=3), SIZES).num_kept < 10
+
+
+def test_a_probe_finds_what_all_blocks_are_given_alike(monkeypatch):
+    monkeypatch.setattr(fitting, "_after_warm_up", lambda measure: BLOCK[Residency.KEEP])
+    probe = Probe([memory(10_000), None])
+    hidden, text, table = torch.zeros(1, 8, 4), torch.zeros(1, 5, 4), torch.zeros(8, 2)
+    inputs = ((hidden, text), {"rotary_emb": (table, table)})
+    for stage in (0, 1):
+        probe.measure(stage, "blocks", torch.device("cpu"), nn.Identity(), None, *inputs, hidden)
+    assert probe.memories[0] == memory(10_000, inputs=text.nbytes + 2 * table.nbytes)
+    assert probe.memories[1] is None
 
 
 def test_blocks_with_streamed_weights_never_keep():

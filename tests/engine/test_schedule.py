@@ -10,6 +10,7 @@ from tworeel.engine.schedule import (
     in_flight,
     interleaved,
     make_orders,
+    most_holding,
     most_in_flight,
     one_by_one_first,
     one_f_one_b,
@@ -128,6 +129,11 @@ def test_devices_that_stand_again_in_the_same_order_are_interleaved():
 def test_in_flight_is_counted_from_the_orders():
     assert most_in_flight(one_f_one_b(3, 8, slack=1), 3) == [in_flight(3, s, slack=1) for s in range(3)]
     assert most_in_flight(interleaved(2, 2, 8), 4) == [4, 3, 2, 1]
+
+
+def test_a_stage_holds_the_inputs_of_all_micro_batches_that_the_stage_before_is_not_through_with():
+    assert most_holding([4, 3, 1]) == [4, 4, 3]
+    assert most_holding([1]) == [1]
 
 
 @pytest.mark.parametrize("devices", ["ab", "abcd", "abab"])

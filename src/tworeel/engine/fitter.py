@@ -19,6 +19,7 @@ from tworeel.engine.fitting import (
 from tworeel.engine.footprints import StageFootprints
 from tworeel.engine.releasing import release_memory
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import most_holding
 from tworeel.engine.split import Split
 from tworeel.engine.weight_streaming import frozen_parameters
 
@@ -36,20 +37,22 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
     Raises:
         torch.OutOfMemoryError: one block alone is too large for its device.
     """
+    stages, holding = range(split.placement.num_stages), most_holding(in_flight)
     while True:
-        memories = [_memory(split, stage, count) for stage, count in enumerate(in_flight)]
-        footprints = _measure(split, forward, memories)
-        if footprints is not None:
+        memories = [_memory(split, stage, in_flight[stage], holding[stage]) for stage in stages]
+        probe = _measure(split, forward, memories)
+        if probe is not None:
             break
         _stream_more(split)
-    for stage, found in enumerate(fit_stages(memories, footprints, split.host_pool.limit)):
+    footprints = [_of_stage(split, stage, probe) for stage in stages]
+    for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_pool.limit)):
         if found is not None:
             if found.missing > 0 and split.may_stream:
                 split.stream(stage, _blocks_for(split, stage, found.missing))
             _keep_most(split, stage, found)
 
 
-def _memory(split: Split, stage: int, in_flight: int) -> StageMemory | None:
+def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemory | None:
     """What a stage has; None on a CPU."""
     if split.placement.devices[stage].type == "cpu":
         return None
@@ -59,6 +62,7 @@ def _memory(split: Split, stage: int, in_flight: int) -> StageMemory | None:
         num_blocks=len(blocks),
         may_keep=len(blocks) - len(split.streamed_on(stage)),
         in_flight=in_flight,
+        holding=holding,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
     )
 
@@ -67,8 +71,8 @@ def _measure(
     split: Split,
     forward: Callable[[], Any],
     memories: Sequence[StageMemory | None],
-) -> list[StageFootprints] | None:
-    """What the blocks of each stage take; None if the forward alone does not fit and weights may still go."""
+) -> Probe | None:
+    """What was found of each stage; None if the forward alone does not fit and weights may still go."""
     probe = Probe(memories)
     try:
         with split.probing(probe):
@@ -78,7 +82,7 @@ def _measure(
             raise
         traceback.clear_frames(error.__traceback__)
         return None
-    return [_of_stage(split, stage, probe) for stage in range(split.placement.num_stages)]
+    return probe
 
 
 def _of_stage(split: Split, stage: int, probe: Probe) -> StageFootprints:

@@ -39,6 +39,10 @@ class StageMemory:
     """Micro-batches whose activations it holds at a time."""
     num_kinds: int = 1
     """Kinds of blocks among them."""
+    holding: int = 1
+    """Micro-batches whose inputs it holds at a time: they are sent ahead of their turn."""
+    inputs: int = 0
+    """Bytes of those that all blocks are given alike: text, rotary tables, modulation."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     # The blocks that keep all are the last: their backwards are through when the first of the others begins.
     working = max(footprints.keeping[others], footprints.working[others] - kept)
     # A stage's input or output, and its gradient, wait for the other side.
-    return memory.in_flight * (kept + left + 2 * footprints.hidden) + once + working
+    crossing = memory.in_flight * 2 * footprints.hidden + memory.holding * memory.inputs
+    return memory.in_flight * (kept + left) + crossing + once + working
 
 
 def blocks_to_stream(missing: int, block: int, num_blocks: int, streamed: int = 0) -> int:
@@ -176,11 +181,12 @@ class Probe:
     """Measures what a block of each kind takes on each stage, beside a forward without gradients.
 
     Args:
-        memories: of each stage; None for those that are not measured.
+        memories: of each stage, as far as it is known; None for those that are not measured.
     """
 
     def __init__(self, memories: Sequence[StageMemory | None]) -> None:
-        self.memories = memories
+        self.memories = list(memories)
+        """With the bytes of a micro-batch's inputs."""
         self.footprints: list[dict[str, dict[Residency, Footprint]]] = [{} for _ in memories]
         """Of each stage, by the kind of block."""
 
@@ -216,6 +222,9 @@ class Probe:
             return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
 
         args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        alike = sum(leaf.nbytes for leaf in leaves if leaf.shape not in shapes)
+        memory = self.memories[stage] = replace(memory, inputs=max(memory.inputs, alike))
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         for residency in (Residency.KEEP, Residency.SELECTIVE):
             if residency is Residency.KEEP or needs_fallback(memory, found[Residency.KEEP]):

@@ -54,6 +54,15 @@ def most_in_flight(orders: Sequence[Order], num_stages: int) -> list[int]:
     return most
 
 
+def most_holding(in_flight: Sequence[int]) -> list[int]:
+    """The most micro-batches whose inputs each stage holds: they arrive when the stage before is done.
+
+    Args:
+        in_flight: of each stage, as `most_in_flight` gives it.
+    """
+    return [in_flight[max(0, stage - 1)] for stage in range(len(in_flight))]
+
+
 def interleaved(num_devices: int, stages_per_device: int, num_micro_batches: int) -> list[Order]:
     """Each device's order of work when it has several stages: device d has the stages d, d + P, d + 2P, …
 

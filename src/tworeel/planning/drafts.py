@@ -49,22 +49,26 @@ class StageDraft:
     lora: int
     """Weights, gradients and both moments."""
     inputs: int
-    """What micro-batches in flight bring beside the hidden state."""
+    """What a micro-batch brings beside the hidden state."""
     dequantized: int
     """One weight that is dequantized for its use, where no trace sees it."""
     spare: int
     """Left alone: the allocator's rounding and gaps."""
     free: int
     in_flight: int
+    holding: int
+    """Micro-batches whose inputs it holds at a time."""
 
     def memory(self, streamed: int) -> StageMemory:
         """What its activations may take when the weights of so many blocks are streamed."""
         on_device = self.weights - streamed * self.block + min(streamed, SLOTS) * self.block
         return StageMemory(
-            available=self.free - self.spare - on_device - self.lora - self.inputs - self._workspace,
+            available=self.free - self.spare - on_device - self.lora - self._workspace,
             num_blocks=len(self.blocks),
             may_keep=len(self.blocks) - streamed,
             in_flight=self.in_flight,
+            holding=self.holding,
+            inputs=self.inputs,
         )
 
     @property
@@ -92,8 +96,9 @@ class StageDraft:
         kept = min(fit.num_kept, memory.may_keep)
         blocks = self._as_run(fit.fallback)
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
-        activations = needed(memory, StageFootprints(resting), kept, fit.fallback)
-        working = needed(memory, StageFootprints(blocks), kept, fit.fallback) - activations
+        rest = needed(memory, StageFootprints(resting), kept, fit.fallback)
+        working = needed(memory, StageFootprints(blocks), kept, fit.fallback) - rest
+        inputs = self.holding * self.inputs
         forward, backward = self._seconds(kept, fit.fallback, streamed, means)
         return StagePlan(
             device=self.budget.device,
@@ -107,9 +112,9 @@ class StageDraft:
             parts={
                 "weights": self.weights - (streamed - min(streamed, SLOTS)) * self.block,
                 "LoRA, gradients, optimizer": self.lora,
-                "activations": activations,
+                "activations": rest - inputs,
                 "workspace": working + self._workspace,
-                "inputs": self.inputs,
+                "inputs": inputs,
             },
             spare=self.spare,
             free=self.free,

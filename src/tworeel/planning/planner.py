@@ -13,7 +13,7 @@ from tworeel.data.buckets import tokens
 from tworeel.engine.fitting import SPARE, Fit, fit_stages
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import Order, make_orders, most_in_flight
+from tworeel.engine.schedule import Order, make_orders, most_holding, most_in_flight
 from tworeel.engine.split import AUTO
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
@@ -156,7 +156,8 @@ class Planner:
         if not self._can_stream(tuple(at)):
             streamed_positions(self._place(len(stages), at), self.request.streamed)  # the same
         depths = most_in_flight(self._orders_of(stages), len(stages))
-        return [self._draft(i, stages, boundaries, depth) for i, depth in enumerate(depths)]
+        holding = most_holding(depths)
+        return [self._draft(i, stages, boundaries, depths[i], holding[i]) for i in range(len(stages))]
 
     def assembled(
         self, stages: Sequence[Budget], drafts: Sequence[StageDraft], made: Sequence[StagePlan]
@@ -196,7 +197,7 @@ class Planner:
         return make_orders([b.device for b in stages], request.micro_batches, slack=request.slack)
 
     def _draft(
-        self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], in_flight: int
+        self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], in_flight: int, holding: int
     ) -> StageDraft:
         """What a stage has before it is decided what its blocks leave behind."""
         budget, blocks = stages[stage], range(boundaries[stage], boundaries[stage + 1])
@@ -210,11 +211,12 @@ class Planner:
             block=max(unit.frozen for unit in own),
             weights=sum(unit.frozen for unit in (*own, *around)),
             lora=_TRAINING_COPIES * sum(unit.trained for unit in (*own, *around)),
-            inputs=self.trace.inputs * in_flight,
+            inputs=self.trace.inputs,
             dequantized=max(unit.largest for unit in own) if self._dequantizes(budget) else 0,
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),
             in_flight=in_flight,
+            holding=holding,
         )
 
     def _dequantizes(self, budget: Budget) -> bool:
