@@ -5,8 +5,8 @@
     python bench/one_stage.py --tiny               seconds, on the CPU
 
 The plain model runs its own forward and one backward for each micro-batch; its blocks keep their activations
-or are checkpointed, compiled or not, as the stage's are. Both take turns on the same weights; the first turn
-warms up. Prints the ratio.
+or are checkpointed, compiled or not, as the stage's are. Both run on the same weights and begin in turns;
+the first round warms up, and so does a step before each that is timed. Prints the ratio.
 """
 
 from __future__ import annotations
@@ -67,21 +67,32 @@ def compare(prepared: Prepared, device: torch.device, options: argparse.Namespac
         for batch in batches:
             models.mean_square(model(**batch)).backward()
 
-    def staged() -> None:
-        pipeline.step(batches, lambda output, _: models.mean_square(output))
-
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(options.rounds + 1):
+    def time_plain() -> float:
         with plain_blocks(prepared, compile=compile, recompute=recompute):
-            first = time_of(model, device, plain)
+            plain()
+            return time_of(model, device, plain)
+
+    def time_staged() -> float:
         division = split(model, [device], residency=options.residency, compile=compile)
         pipeline = Pipeline(division)
-        second = time_of(model, device, staged)
-        division.remove()
-        if turn:  # the first one compiles
-            times[0].append(first)
-            times[1].append(second)
-    return statistics.median(times[0]), statistics.median(times[1])
+
+        def staged() -> None:
+            pipeline.step(batches, lambda output, _: models.mean_square(output))
+
+        staged()  # cuDNN makes its plans anew for new threads
+        try:
+            return time_of(model, device, staged)
+        finally:
+            division.remove()
+
+    times: dict[Callable[[], float], list[float]] = {time_plain: [], time_staged: []}
+    for turn in range(options.rounds + 1):
+        # By turns the first: a device that gets warm is slower for the second.
+        for time_it in sorted(times, key=list(times).index, reverse=turn % 2 == 1):
+            seconds = time_it()
+            if turn:  # the first one compiles
+                times[time_it].append(seconds)
+    return statistics.median(times[time_plain]), statistics.median(times[time_staged])
 
 
 def parse_arguments() -> argparse.Namespace:
