@@ -120,7 +120,7 @@ def kernel_share(devices: Sequence[torch.device], work: Callable[[], object]) ->
     """
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities() or not accelerators(devices):
         return None
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profile:
         synchronize(devices)
         begin = time.perf_counter()
         work()
