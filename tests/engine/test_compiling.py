@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -62,6 +63,23 @@ def test_blocks_of_a_kind_share_one_compilation(monkeypatch):
     for block in (Block(), Block(), Block()):
         call(compiler, block, x)
     assert len(made) == 1
+
+
+def test_every_thread_compiles_as_often_as_it_takes(monkeypatch):
+    """Threads do not see each other's settings of torch."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    compiler, block, sizes = BlockCompiler(), Block(), range(2, 16)
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+
+    def run() -> None:
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            for size in sizes:
+                call(compiler, block, torch.ones(size, 4))
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(run).result()
+    assert frames["ok"] - before == len(sizes) and not compiler.failed
 
 
 def test_blocks_run_side_by_side_but_one_thread_at_a_time_looks_for_its_compilation(monkeypatch):

@@ -7,6 +7,7 @@ import gc
 import itertools
 import threading
 import time
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -220,6 +221,21 @@ def test_the_autocast_of_the_caller_holds_in_the_carrying_threads():
         result = Pipeline(model, ["cpu", "cpu"]).step(batches, square_loss)
     assert all(torch.equal(a, b) for a, b in zip(result.losses, losses, strict=True))
     assert_close(gradients(model), grads, 1e-5)
+
+
+def test_the_context_of_the_caller_holds_in_the_carrying_threads():
+    """torch keeps the settings of its compiler there."""
+    mark = ContextVar("mark", default="none")
+    mark.set("the caller's")
+    seen = []
+
+    def loss(output, batch):
+        seen.append(mark.get())
+        return square_loss(output, batch)
+
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(3)]
+    Pipeline(make_wan("t2v", torch.float32), ["cpu", "cpu"]).step(batches, loss)
+    assert seen == ["the caller's"] * 3
 
 
 def test_stages_work_at_the_same_time_and_the_timeline_shows_it():

@@ -68,6 +68,17 @@ def _compile(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     return run
 
 
+def _settle() -> None:
+    """Set what compiling blocks needs of torch: since 2.13 a thread does not see what another one has set."""
+    # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
+    # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
+    if torch._functorch.config.enable_autograd_cache:
+        torch._functorch.config.enable_autograd_cache = False
+    # One for each device, for the first block (whose input needs no gradient) and for other shapes.
+    if torch._dynamo.config.recompile_limit < MOST_COMPILATIONS:
+        torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
+
+
 class BlockCompiler:
     """Compiles block calls, and goes on without where that fails.
 
@@ -77,12 +88,6 @@ class BlockCompiler:
 
     def __init__(self) -> None:
         keep_gradient_layouts()
-        # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
-        # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
-        torch._functorch.config.enable_autograd_cache = False
-        # One for each device, for the first block (whose input needs no gradient) and for other shapes.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILATIONS)
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[BlockCall, BlockCall] = {}
@@ -96,6 +101,7 @@ class BlockCompiler:
         A call that has failed for another block is tried all the same: a recomputation has to repeat what its
         forward did. Look at `failed` before a forward.
         """
+        _settle()
         try:
             compiled = self._compiled_of(call, block)
             with _searching:

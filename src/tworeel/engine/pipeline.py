@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -132,7 +133,10 @@ class Pipeline:
         try:
             # A micro-batch is on the first stage first and last.
             pool = self._pool(most_in_flight(orders, len(devices))[0])
-            futures = [pool.submit(run.carry, i, batch) for i, batch in enumerate(micro_batches)]
+            # With the caller's context: torch (2.13) keeps the settings of its compiler there.
+            futures = [
+                pool.submit(copy_context().run, run.carry, i, batch) for i, batch in enumerate(micro_batches)
+            ]
             _wait_for_all(futures, run.turnstile)
         except BaseException:
             self._compiled_for.clear()  # who knows how far compilation came
