@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
-from tworeel import Pipeline
+from tworeel import Pipeline, split
 from tworeel.engine import compiling
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.residency import plain_call
@@ -38,6 +39,31 @@ def test_compiled_equals_the_unsplit_eager_model(residency, backend, monkeypatch
         assert_close(gradients(model), expected, 1e-4)
     compiler = pipeline.split.compiler
     assert compiler is not None and not compiler.failed and len(compiler._compiled) == 1
+
+
+@pytest.mark.slow
+def test_blocks_that_are_launched_from_cpp_equal_the_unsplit_eager_model(monkeypatch):
+    written = []
+    generate = CppWrapperCpu.generate
+    monkeypatch.setattr(CppWrapperCpu, "generate", lambda *args: written.append(1) or generate(*args))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in (1, 2)]
+    losses, expected = run_unsplit(make_wan("t2v", torch.float32), batches)
+    model = make_wan("t2v", torch.float32)
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency="recompute", compile=True, cpp_wrapper=True)
+    result = pipeline.step(batches, square_loss)
+    torch.testing.assert_close(list(result.losses), losses, rtol=1e-5, atol=0)
+    assert_close(gradients(model), expected, 1e-4)
+    assert pipeline.split.compiler is not None and not pipeline.split.compiler.failed
+    assert len(written) >= 2, "a forward and a backward"
+
+
+def test_without_a_cpp_compiler_nothing_is_split(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    model = make_wan("t2v", torch.float32)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: .*no-such-compiler"):
+        split(model, ["cpu", "cpu"], compile=True, cpp_wrapper=True)
+    split(model, ["cpu", "cpu"], compile=True)
 
 
 class Block(nn.Module):

@@ -86,6 +86,15 @@ def test_every_residency_gives_the_gradients_of_the_plain_model(
     assert not (pipeline.split.compiler and pipeline.split.compiler.failed)
 
 
+@pytest.mark.parametrize("residency", ["keep", "selective", "recompute"])
+def test_blocks_launched_from_cpp_give_the_gradients_of_the_plain_model(
+    two_gpus: list[torch.device], expected: dict[str, Tensor], residency: str
+) -> None:
+    found, pipeline = step(two_gpus, residency=residency, compile=True, cpp_wrapper=True, slack=1)
+    assert_alike(found, expected)
+    assert pipeline.split.compiler is not None and not pipeline.split.compiler.failed
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_streamed_weights_give_the_gradients_of_the_plain_model(
     two_gpus: list[torch.device], expected: dict[str, Tensor], compile: bool

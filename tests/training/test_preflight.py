@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_runs import Watcher
+from torch._inductor import cpp_builder
+from torch._inductor.exc import InvalidCxxCompiler
 
 from tworeel.config.schema import ModelConfig, RunConfig, SourceConfig
 from tworeel.errors import UserError
@@ -47,17 +49,24 @@ def test_a_plan_reads_no_weight(make_config: MakeConfig, monkeypatch: pytest.Mon
     assert job.init_from is None
 
 
-def test_all_problems_come_at_once(make_config: MakeConfig, clips: Path, tmp_path: Path) -> None:
+def _find_none(names: object) -> str:
+    raise InvalidCxxCompiler
+
+
+def test_all_problems_come_at_once(
+    make_config: MakeConfig, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(clips, broken)
     (broken / "clip_0.mp4").write_bytes(b"not a video")
     (broken / "clip_1.txt").unlink()
     lora = tmp_path / "start.safetensors"
     save_file({"unet.conv.weight": torch.zeros(2, 2)}, lora)
+    monkeypatch.setattr(cpp_builder, "cpp_compiler_search", _find_none)
     config = make_config(
         data={"sources": (SourceConfig(path=broken), SourceConfig(path=tmp_path / "missing"))},
         lora={"targets": ("attn1.to_q", "attn9.to_z"), "init_from": lora},
-        engine={"devices": ("cpu", "cuda:77")},
+        engine={"devices": ("cpu", "cuda:77"), "cpp_wrapper": True},
         train={"name": "../outside"},
     )
     found = problems_of(config)
@@ -66,6 +75,7 @@ def test_all_problems_come_at_once(make_config: MakeConfig, clips: Path, tmp_pat
         "attn9.to_z",
         "start.safetensors",
         "engine.devices: 'cuda:77' does not exist",
+        "engine.cpp_wrapper = true: launching from C++ needs a C++ compiler",
         "missing",
         "clip_0.mp4",
         "clip_1",

@@ -50,6 +50,7 @@ class Settings:
     """fp8, int8 or nf4; bf16 by default, and fp32 for a tiny model."""
     residency: str = "auto"
     compile: bool = False
+    cpp_wrapper: bool = False
     attention: AttentionBackend = "auto"
     slack: int = 1
     streamed: tuple[int, ...] | None = None

@@ -147,6 +147,7 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
         blocks=prepared.family.block_lists,
         residency=settings.residency,
         compile=settings.compile,
+        cpp_wrapper=settings.cpp_wrapper,
         streamed=settings.streamed,
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
     )

@@ -101,6 +101,10 @@ Compile = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+CppWrapper = Annotated[
+    bool,
+    typer.Option("--cpp-wrapper", help="Launch what is compiled from C++.", rich_help_panel=HOW),
+]
 Attention = Annotated[
     Literal["auto", "cudnn", "flash", "efficient", "deterministic"],
     typer.Option(help="Attention kernel.", rich_help_panel=HOW),

@@ -56,6 +56,11 @@ _RULES = (
         "blocks whose weights are streamed cannot keep their activations",
     ),
     _Rule(
+        ("engine.cpp_wrapper", "engine.compile"),
+        lambda cpp_wrapper, compile: compile or not cpp_wrapper,
+        "what is not compiled cannot be launched from C++",
+    ),
+    _Rule(
         ("model.quantize", "model.dtype"),
         lambda kind, dtype: dtype != "float64",
         "quantized models compute in bfloat16 or float32",

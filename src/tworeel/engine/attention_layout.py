@@ -7,8 +7,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.library import Library
+
+aten = torch.ops.aten
 
 _BACKWARD = "_scaled_dot_product_cudnn_attention_backward"
 
@@ -48,3 +51,42 @@ def lay_out_gradients(operation: str, dispatch_key: str) -> Library:
     with warnings.catch_warnings(action="ignore"):  # it says that there was a kernel before
         library.impl(operation, run, dispatch_key, with_keyset=True)
     return library
+
+
+class LaidOutGradients(CustomGraphPass):
+    """The same for graphs whose operations do not go by the dispatcher: Inductor's C++ wrapper calls kernels.
+
+    Args:
+        operation: an attention's backward, with the gradient first and the output as its fifth argument.
+    """
+
+    def __init__(self, operation: Any = None) -> None:
+        self._operation = operation or aten._scaled_dot_product_cudnn_attention_backward.default
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Put a copy where a gradient has other strides than its output."""
+        for node in graph.find_nodes(op="call_function", target=self._operation):
+            gradient, output = node.args[0], node.args[4]
+            strides = output.meta["val"].stride()
+            if gradient.meta["val"].stride() != strides:
+                with graph.inserting_before(node):
+                    node.update_arg(0, _laid_out(graph, gradient, strides))
+
+    def uuid(self) -> Any:
+        """What Inductor's cache tells graphs with this pass by."""
+        return get_hash_for_files((__file__,))
+
+
+def _laid_out(graph: fx.Graph, tensor: fx.Node, strides: tuple[int, ...]) -> fx.Node:
+    """A copy of a tensor without gaps, its dimensions in memory in the order of these strides."""
+    order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+    back = [order.index(dim) for dim in range(len(order))]
+
+    def call(target: Any, node: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, (node, *args), kwargs)
+        made.meta["val"] = target(node.meta["val"], *args, **kwargs)
+        return made
+
+    there = call(aten.permute.default, tensor, order)
+    copy = call(aten.clone.default, there, memory_format=torch.contiguous_format)
+    return call(aten.permute.default, copy, back)

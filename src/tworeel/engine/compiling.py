@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.cpp_builder import get_cpp_compiler
 
-from tworeel.engine.attention_layout import keep_gradient_layouts
+from tworeel.engine.attention_layout import LaidOutGradients, keep_gradient_layouts
 
 MOST_COMPILATIONS = 64
 """Of one function, before torch would silently run it as it is; its own limit is 8."""
@@ -57,15 +58,17 @@ class _OneAtATime:
 _searching = _OneAtATime()
 
 
-def _compile(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """A backend for `torch.compile` as any other, that says when what it has compiled begins to run."""
-    compiled = lookup_backend(BACKEND)(graph, inputs)
+def require_cpp_compiler() -> None:
+    """Look for the C++ compiler that Inductor would take.
 
-    def run(*args: Any) -> Any:
-        _searching.found()
-        return compiled(*args)
-
-    return run
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"launching from C++ needs a C++ compiler: {reason}") from None
 
 
 def _settle() -> None:
@@ -84,10 +87,22 @@ class BlockCompiler:
 
     The weights are inputs of what is compiled, so that all blocks of a class share it. Another shape is
     compiled again once, then for any size.
+
+    Args:
+        cpp_wrapper: let the kernels be launched from C++ (Inductor's C++ wrapper). The threads of all devices
+            launch through Python by turns; this they do side by side. Takes a C++ compiler, and longer.
+
+    Raises:
+        ValueError: there is no C++ compiler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cpp_wrapper: bool = False) -> None:
+        if cpp_wrapper:
+            require_cpp_compiler()
         keep_gradient_layouts()
+        self._patches: dict[str, Any] = {}
+        if cpp_wrapper:
+            self._patches = {"cpp_wrapper": True, "post_grad_custom_pre_pass": LaidOutGradients()}
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[BlockCall, BlockCall] = {}
@@ -116,8 +131,19 @@ class BlockCompiler:
         with self._lock:
             if call not in self._compiled:
                 name = f"{type(block).__name__}_{call.__name__}"
-                self._compiled[call] = torch.compile(_with_own_code(call, name), backend=_compile)
+                self._compiled[call] = torch.compile(_with_own_code(call, name), backend=self._compile)
             return self._compiled[call]
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: Any) -> BlockCall:
+        """A backend for `torch.compile` as any other, that says when what it has compiled begins to run."""
+        options = {"config_patches": self._patches} if self._patches else {}
+        compiled = lookup_backend(BACKEND)(graph, inputs, **options)
+
+        def run(*args: Any) -> Any:
+            _searching.found()
+            return compiled(*args)
+
+        return run
 
     def _give_up(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
         with self._lock:

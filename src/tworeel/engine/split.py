@@ -35,6 +35,7 @@ def split(
     first: Sequence[str] = (),
     residency: Residency | str | Sequence[Residency | str] = Residency.KEEP,
     compile: bool = False,
+    cpp_wrapper: bool = False,
     streamed: Sequence[int] | None = None,
     host_limit: int | None = None,
     run_ahead: int | None = None,
@@ -57,6 +58,7 @@ def split(
         residency: what each block leaves behind for its backward; one for all, or one a block. `auto` keeps
             as much as the devices have room for, found out before the first step of a `Pipeline`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
+        cpp_wrapper: launch what is compiled from C++, see `BlockCompiler`.
         streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
             brought to the device ahead of use. Such blocks have to recompute. None by default; with the
             residency `auto`, as many as are needed.
@@ -71,8 +73,8 @@ def split(
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
-            counts of streamed blocks as there are not, a streamed block that keeps its activations, the
-            model is split already.
+            counts of streamed blocks as there are not, a streamed block that keeps its activations, no C++
+            compiler where one is needed, the model is split already.
 
     Example:
         >>> split(transformer, ["cuda:0", "cuda:1"])
@@ -81,6 +83,7 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
+    compiler = BlockCompiler(cpp_wrapper=cpp_wrapper) if compile else None
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
     refuse_kept_streamed(one_a_block(residency, placement.boundaries[-1]), positions)
@@ -90,7 +93,7 @@ def split(
         placement,
         residency,
         None if streamed is None else positions,
-        compile=compile,
+        compiler=compiler,
         host_limit=host_limit,
         run_ahead=run_ahead,
         io_same_device=io_same_device,
@@ -134,7 +137,7 @@ class Split:
         residency: Residency | str | Sequence[Residency | str],
         streamed: Sequence[int] | None = None,
         *,
-        compile: bool = False,
+        compiler: BlockCompiler | None = None,
         host_limit: int | None = None,
         run_ahead: int | None = None,
         io_same_device: bool = False,
@@ -144,7 +147,7 @@ class Split:
         self.placement = placement
         self.residencies = one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
-        self.compiler = BlockCompiler() if compile else None
+        self.compiler = compiler
         self.host_pool = HostPool(host_limit)
         self.run_ahead = RunAhead(run_ahead)
         self.io_same_device = io_same_device

@@ -117,6 +117,7 @@ def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
         blocks=job.family.block_lists,
         residency=engine.residency,
         compile=any(d.type != "cpu" for d in devices) if engine.compile is None else engine.compile,
+        cpp_wrapper=engine.cpp_wrapper,
         streamed=engine.streamed_blocks,
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
     )

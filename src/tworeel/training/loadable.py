@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tworeel.config.schema import RunConfig
+from tworeel.engine.compiling import require_cpp_compiler
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.errors import UserError
@@ -62,6 +63,15 @@ def require_quantization(config: RunConfig) -> None:
         raise UserError(
             "model.quantize = 'nf4': needs bitsandbytes; pip install 'tworeel[eightbit]' brings it"
         )
+
+
+def require_launcher(config: RunConfig) -> None:
+    """Raise `UserError` if blocks are to be launched from C++ and no compiler is here."""
+    if config.engine.cpp_wrapper:
+        try:
+            require_cpp_compiler()
+        except ValueError as error:
+            raise UserError(f"engine.cpp_wrapper = true: {error}") from None
 
 
 def place_blocks(

@@ -25,7 +25,13 @@ from tworeel.models.family import Family, ModelRequest, ModelSource, TextOptions
 from tworeel.models.locate import locate_model
 from tworeel.sampling.request import SampleRequest, make_request
 from tworeel.training.devices import resolve_devices
-from tworeel.training.loadable import Loadable, check_transformer, place_blocks, require_quantization
+from tworeel.training.loadable import (
+    Loadable,
+    check_transformer,
+    place_blocks,
+    require_launcher,
+    require_quantization,
+)
 from tworeel.training.objective import NoiseLevels
 from tworeel.training.optimizer import require_optimizer
 from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
@@ -136,6 +142,8 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
         require_optimizer(config.train)
     with collected(problems):
         require_quantization(config)
+    with collected(problems):
+        require_launcher(config)
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
             require_no_file(folder, what)
