@@ -50,7 +50,9 @@ NOT_RUN = {
     "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
     f"{CLIP_BENCH} --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",
-    f"{IMAGE_BENCH} 512x512 --split-at 21 --precision int8 --precision fp8 {CAPPED}": "needs GPUs",
+    f"{IMAGE_BENCH} 512x512 --split-at 25 --precision fp8 --precision int8 {CAPPED}": "needs GPUs",
+    f"{IMAGE_BENCH} 512x512 --split-at 27 --precision bf16 --rounds 2 --compare naive": "needs GPUs",
+    f"{IMAGE_BENCH} 1024x1024 --split-at 24 --precision fp8 {CAPPED}": "needs GPUs",
     f"{IMAGE_BENCH} 1024x1024 --split-at 26 --precision int8 {CAPPED}": "needs GPUs",
     "python bench/flux2_dev.py --phase write text run --cap-gib 22.5": "needs GPUs",
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
