@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tworeel.benchmarks.preparing import Settings
+from tworeel.benchmarks.results import CaseResult
+from tworeel.benchmarks.run import Bench
+from tworeel.benchmarks.shapes import Case
+from tworeel.errors import UserError
+
 Run = Callable[..., Any]
 TINY = ("bench", "--tiny", "--tokens", "16", "--rank", "2", "--rounds", "1", "--micro-batches", "3")
 
@@ -42,6 +48,22 @@ def test_several_precisions_and_steps_are_cases_of_one_table(run: Run, tmp_path:
     ]
     assert done.out.count("one micro-batch at a time with per-block device hooks ...") == 1
     assert len({case["naive"]["seconds_per_clip"] for case in cases}) == 1
+
+
+def test_a_comparison_that_ends_early_shows_what_was_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Bench.run
+
+    def once(self: Bench, case: Case, settings: Settings) -> CaseResult:
+        if settings.quantize is not None:
+            raise UserError("the lights went out")
+        return measure(self, case, settings)
+
+    monkeypatch.setattr(Bench, "run", once)
+    done = run(*TINY, "--precision", "bf16", "--precision", "fp8", "--devices", "cpu,cpu", "--eager")
+    assert done.code != 0 and "the lights went out" in done.err
+    assert "each stage busy" in done.out
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")

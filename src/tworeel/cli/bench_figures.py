@@ -49,20 +49,22 @@ def measure(
     machine.wake(settings.devices)
     rates = machine.matmul_rates(settings.devices)
     bench, results, figures = Bench(rates, observer), [], []
-    for case, settings in runs:
-        result = bench.run(case, settings)
-        results.append(result)
-        figures.append({**result.as_json(), "settings": asdict(settings)})
-        # At once: who stops a long comparison keeps what was measured.
-        for line in closing_lines(result):
-            say(line)
-        if timeline is not None:
-            _write_timeline(timeline, result, settings)
-        if json_file is not None:
-            _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
-    where = ", ".join(map(str, settings.devices))
-    for table in benchmark_tables(results, f"{case.model.name} on {where}, LoRA of rank {settings.rank}"):
-        console.print(table)
+    try:
+        for case, settings in runs:
+            result = bench.run(case, settings)
+            results.append(result)
+            figures.append({**result.as_json(), "settings": asdict(settings)})
+            for line in closing_lines(result):
+                say(line)
+            if timeline is not None:
+                _write_timeline(timeline, result, settings)
+            if json_file is not None:
+                _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
+    finally:  # who stops a long comparison keeps what was measured
+        where = ", ".join(map(str, settings.devices))
+        title = f"{case.model.name} on {where}, LoRA of rank {settings.rank}"
+        for table in benchmark_tables(results, title):
+            console.print(table)
     if json_file is not None:
         say(f"Figures: {json_file}")
 
