@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._inductor import cpp_builder
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.exc import InvalidCxxCompiler
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
 from tworeel import Pipeline, split
@@ -59,7 +61,10 @@ def test_blocks_that_are_launched_from_cpp_equal_the_unsplit_eager_model(monkeyp
 
 
 def test_without_a_cpp_compiler_nothing_is_split(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    def search(names: object) -> str:
+        raise InvalidCxxCompiler("no-such-compiler")
+
+    monkeypatch.setattr(cpp_builder, "cpp_compiler_search", search)
     model = make_wan("t2v", torch.float32)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: .*no-such-compiler"):
         split(model, ["cpu", "cpu"], compile=True, cpp_wrapper=True)
