@@ -18,7 +18,8 @@ from tworeel.models.flux2.variants import traits
 from tworeel.planning.cards import GIB
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
-from tworeel.planning.tracing import ModelTrace, TraceSettings, trace_model
+from tworeel.planning.traces import ModelTrace, TraceSettings
+from tworeel.planning.tracing import trace_model
 
 DOUBLE, SINGLE = FLUX2.block_lists
 SQUARE = Bucket(1, 1024, 1024)

@@ -13,7 +13,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB
 from tworeel.planning.graphs import Work
 from tworeel.planning.plans import StagePlan
-from tworeel.planning.tracing import BlockTrace
+from tworeel.planning.traces import BlockTrace
 
 WORKSPACES = int(0.3 * GIB)
 """Of matrix products and attentions, beside what a trace sees; measured on H100s."""

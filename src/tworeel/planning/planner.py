@@ -22,7 +22,8 @@ from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
 from tworeel.planning.timing import HOST_SECONDS, simulate
-from tworeel.planning.tracing import STORED_ONLY, ModelTrace, trace_model
+from tworeel.planning.traces import STORED_ONLY, ModelTrace
+from tworeel.planning.tracing import trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
