@@ -27,7 +27,7 @@ from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
-from tworeel.planning.tracing import ModelTrace, TraceSettings
+from tworeel.planning.traces import ModelTrace, TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.planned import budgets_of_cards, budgets_of_devices
 

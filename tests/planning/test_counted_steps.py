@@ -17,7 +17,7 @@ from tworeel.planning.drafts import WORKSPACES
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import StagePlan
 from tworeel.planning.requests import Request
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 
 BLOCKS = 5
 CLIP = Bucket(frames=33, height=480, width=832)

@@ -7,8 +7,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from real_models import budgets_of, request_of
+from real_models import budgets_of, limited, request_of
 
+from tworeel.benchmarks.widths import FLUX2_DEV
 from tworeel.data.clips import Bucket
 from tworeel.engine.residency import Residency
 from tworeel.lora.targets import find_targets
@@ -18,7 +19,8 @@ from tworeel.models.flux2.variants import traits
 from tworeel.planning.cards import GIB
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
-from tworeel.planning.tracing import ModelTrace, TraceSettings, trace_model
+from tworeel.planning.traces import ModelTrace, TraceSettings
+from tworeel.planning.tracing import trace_model
 
 DOUBLE, SINGLE = FLUX2.block_lists
 SQUARE = Bucket(1, 1024, 1024)
@@ -101,6 +103,32 @@ def test_a_plan_covers_both_lists() -> None:
     # Double blocks hold twice the weights of single ones.
     assert found.stages[0].num_blocks < found.stages[1].num_blocks
     assert all(stage.peak < 24 * GIB for stage in found.stages)
+
+
+def test_images_of_dev_take_what_they_took_on_two_h200s() -> None:
+    """512 × 512, eight a step, 22.5 GiB a card: the host limits."""
+    source = ModelSource(
+        traits=traits("flux2-dev"),
+        transformer=Component(files=(), layout="diffusers", config=FLUX2_DEV.config()),
+    )
+    model = FLUX2.build_transformer(source.transformer)
+    targets = tuple(find_targets(model, FLUX2.lora_presets["all-linear"], FLUX2.block_lists))
+    request = request_of(
+        family=FLUX2,
+        source=source,
+        trace=TraceSettings(targets=targets, rank=16, quantize="fp8"),
+        buckets={Bucket(1, 512, 512): 1.0},
+        budgets=limited(budgets_of("2x H200"), 22.5),
+        split_at=(25,),
+    )
+    planner = Planner(request)
+    found = planner.best()
+    assert found.host_bound
+    assert found.seconds_per_step / 8 == pytest.approx(0.268, rel=0.15)
+    blocks = planner.trace.blocks
+    shortened = [(blocks[DOUBLE], 2), (blocks[SINGLE], 12)]
+    kernels = sum(count * (one.forward.kernels + one.backward.kernels) for one, count in shortened)
+    assert kernels == pytest.approx(1434, rel=0.03)
 
 
 def test_a_small_card_streams_or_recomputes() -> None:

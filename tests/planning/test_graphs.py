@@ -33,7 +33,7 @@ def test_what_lies_between_two_products_is_written_once() -> None:
 
 def test_a_chain_without_products_is_one_pass() -> None:
     cost = GraphReader(graph_of(lambda x: (x.sin() * 2).cos())).cost()
-    assert cost.work == Work({}, 0.0, 2 * SIZE)
+    assert cost.work == Work({}, 0.0, 2 * SIZE, 1)
     assert cost.peak == cost.end == SIZE
 
 
@@ -73,11 +73,11 @@ def test_attention_is_counted_apart() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_work_adds_up(sign: int) -> None:
-    one = Work({torch.float32: 1.0}, 2.0, 3.0)
-    other = Work({torch.int8: 4.0}, 5.0, 6.0)
+    one = Work({torch.float32: 1.0}, 2.0, 3.0, 4)
+    other = Work({torch.int8: 4.0}, 5.0, 6.0, 7)
     found = one + other if sign > 0 else one - other
     assert found.products == {torch.float32: 1.0, torch.int8: sign * 4.0}
-    assert (found.attention, found.traffic) == (2 + sign * 5, 3 + sign * 6)
+    assert (found.attention, found.traffic, found.kernels) == (2 + sign * 5, 3 + sign * 6, 4 + sign * 7)
 
 
 def test_what_is_made_of_weights_alone_is_not_kept() -> None:

@@ -10,7 +10,7 @@ from real_models import budgets_of
 
 from tworeel.planning.graphs import Work
 from tworeel.planning.measurements import FOLDER_VARIABLE, calibrated, keep
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 
 WORK = Work({torch.bfloat16: 1e15})
 SETTINGS = TraceSettings(targets=())

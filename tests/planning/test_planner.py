@@ -58,9 +58,16 @@ def test_two_cards_of_22_gib_park_and_stream_as_the_engine_did() -> None:
 
 
 def test_an_image_waits_for_the_host() -> None:
+    """Measured at 1,536 tokens, on two H200s; here they are 1,024, which the host does not notice."""
     found = plan(request_of(buckets={IMAGE: 1.0}, micro_batches=16))
     assert found.host_bound and "the host" in found.limit
-    assert found.seconds_per_step / 16 == pytest.approx(0.192, rel=0.15)
+    assert found.seconds_per_step / 16 == pytest.approx(0.284, rel=0.15)
+
+
+def test_what_is_computed_again_is_launched_again() -> None:
+    some = request_of(buckets={IMAGE: 1.0}, micro_batches=16)
+    kept, again = (plan(replace(some, residency=name)) for name in ("keep", "recompute"))
+    assert again.seconds_per_step / kept.seconds_per_step == pytest.approx(1.46, abs=0.1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

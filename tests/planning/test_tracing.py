@@ -12,7 +12,8 @@ from tworeel.benchmarks.flops import work_of
 from tworeel.benchmarks.widths import WAN_14B
 from tworeel.engine.residency import Residency
 from tworeel.models.wan.family import WAN
-from tworeel.planning.tracing import BlockTrace, trace_model
+from tworeel.planning.traces import BlockTrace
+from tworeel.planning.tracing import trace_model
 
 A14B = "wan2.2-t2v-a14b"
 TOKENS = 20_280

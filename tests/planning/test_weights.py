@@ -11,7 +11,7 @@ from tworeel.demo.tiny_transformer import tiny_transformer
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
 from tworeel.models.wan.family import WAN
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 from tworeel.planning.weights import unit_bytes
 from tworeel.quant import quantize_blocks
 

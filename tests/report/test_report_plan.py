@@ -24,6 +24,7 @@ FIRST = StagePlan(
     free=23 * GIB,
     forward=4.1,
     backward=10.0,
+    kernels=4000,
 )
 SECOND = replace(FIRST, device="cuda:1", first=21, last=39, kept=2, residency=Residency.SELECTIVE, streamed=0)
 PLAN = Plan(

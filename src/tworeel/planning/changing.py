@@ -13,7 +13,7 @@ from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, alternative_of
 from tworeel.planning.requests import Request
-from tworeel.planning.tracing import STORED_ONLY, ModelTrace
+from tworeel.planning.traces import STORED_ONLY, ModelTrace
 
 _SMALLER: Mapping[str | None, tuple[str, ...]] = {None: ("fp8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",)}
 """What takes less than weights of a kind."""

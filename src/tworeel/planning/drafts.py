@@ -13,7 +13,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB
 from tworeel.planning.graphs import Work
 from tworeel.planning.plans import StagePlan
-from tworeel.planning.tracing import BlockTrace
+from tworeel.planning.traces import BlockTrace
 
 WORKSPACES = int(0.3 * GIB)
 """Of matrix products and attentions, beside what a trace sees; measured on H100s."""
@@ -32,6 +32,7 @@ class Means:
             {dtype: count * self.linear for dtype, count in work.products.items()},
             work.attention * self.square,
             work.traffic * self.linear,
+            work.kernels,
         )
 
 
@@ -120,6 +121,7 @@ class StageDraft:
             free=self.free,
             forward=forward,
             backward=backward,
+            kernels=self._kernels(kept, fit.fallback),
         )
 
     def parked(self, plan: StagePlan) -> int:
@@ -131,7 +133,7 @@ class StageDraft:
 
     def _as_run(self, fallback: Residency) -> list[Footprints]:
         """Footprints by the names that `needed` looks for: what does not keep all stands for `SELECTIVE`."""
-        kind = Residency.SELECTIVE if fallback.is_selective else Residency.RECOMPUTE
+        kind = _traced_as(fallback)
         return [
             {Residency.KEEP: t.footprints[Residency.KEEP], Residency.SELECTIVE: t.footprints[kind]}
             for t in self.traces
@@ -139,8 +141,7 @@ class StageDraft:
 
     def _seconds(self, kept: int, fallback: Residency, streamed: int, means: Means) -> tuple[float, float]:
         """Forward and backward of the average clip; copies beside the work count where they take longer."""
-        rates = self.budget.rates
-        kind = Residency.SELECTIVE if fallback.is_selective else Residency.RECOMPUTE
+        rates, kind = self.budget.rates, _traced_as(fallback)
         forward = sum(rates.forward(means.of(trace.forward)) for trace in self.traces)
         backward = sum(rates.backward(means.of(trace.backward)) for trace in self.traces)
         again = self.traces[: len(self.traces) - kept]
@@ -148,3 +149,15 @@ class StageDraft:
         parked = sum(t.footprints[kind].kept for t in again) * means.linear if fallback.is_parked else 0.0
         copies = (parked + streamed * self.block) / rates.host
         return max(forward, copies), max(backward, copies)
+
+    def _kernels(self, kept: int, fallback: Residency) -> int:
+        """Launched for a micro-batch."""
+        works = [work for trace in self.traces for work in (trace.forward, trace.backward)]
+        again = self.traces[: len(self.traces) - kept]
+        works += [trace.recomputed[_traced_as(fallback)] for trace in again]
+        return sum(work.kernels for work in works)
+
+
+def _traced_as(fallback: Residency) -> Residency:
+    """What was traced for it: that activations are parked changes nothing of a block's work."""
+    return Residency.SELECTIVE if fallback.is_selective else Residency.RECOMPUTE

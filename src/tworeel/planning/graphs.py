@@ -60,11 +60,13 @@ class Work:
             and addition.
         attention: operations of attentions.
         traffic: bytes read and written by all that is neither.
+        kernels: that the host launches for it.
     """
 
     products: Mapping[torch.dtype, float] = field(default_factory=dict)
     attention: float = 0.0
     traffic: float = 0.0
+    kernels: int = 0
 
     def __add__(self, other: Work) -> Work:
         dtypes = {*self.products, *other.products}
@@ -72,12 +74,12 @@ class Work:
             {dtype: self.products.get(dtype, 0.0) + other.products.get(dtype, 0.0) for dtype in dtypes},
             self.attention + other.attention,
             self.traffic + other.traffic,
+            self.kernels + other.kernels,
         )
 
     def __sub__(self, other: Work) -> Work:
-        return self + Work(
-            {dtype: -count for dtype, count in other.products.items()}, -other.attention, -other.traffic
-        )
+        products = {dtype: -count for dtype, count in other.products.items()}
+        return self + Work(products, -other.attention, -other.traffic, -other.kernels)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class GraphReader:
             return work_of(node.target, [_value(argument) for argument in node.args], _value(node))
         if node.target is operator.getitem and _is_heavy(node.args[0]):
             return Work()
-        return Work(traffic=_size(node) + sum(map(_size, self._reads[node])))
+        return Work(traffic=_size(node) + sum(map(_size, self._reads[node])), kernels=1)
 
 
 def operations(target: Any, args: Sequence[Any], out: Any) -> float:
@@ -224,10 +226,10 @@ def work_of(target: Any, args: Sequence[Any], out: Any) -> Work:
     """What a matrix product or an attention costs, from its tensors."""
     count = operations(target, args, out)
     if is_attention(target):
-        return Work(attention=count)
+        return Work(attention=count, kernels=1)
     # A bias comes before what is multiplied, scales come after it.
     matrices = [argument for argument in args if isinstance(argument, Tensor) and argument.dim() > 1]
-    return Work({matrices[0].dtype: count})
+    return Work({matrices[0].dtype: count}, kernels=1)
 
 
 def _packet(node: fx.Node) -> Any:

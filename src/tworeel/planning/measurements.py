@@ -14,7 +14,7 @@ from filelock import FileLock
 from tworeel import __version__
 from tworeel.files import write_text_atomic
 from tworeel.planning.budgets import Budget
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 
 FOLDER_VARIABLE = "TWOREEL_HOME"
 _NAME = "speeds.json"

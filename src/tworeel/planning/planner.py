@@ -21,8 +21,9 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
-from tworeel.planning.timing import HOST_SECONDS, simulate
-from tworeel.planning.tracing import STORED_ONLY, ModelTrace, trace_model
+from tworeel.planning.timing import LAUNCH_SECONDS, simulate
+from tworeel.planning.traces import STORED_ONLY, ModelTrace
+from tworeel.planning.tracing import trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
 MOST_ORDERS = 24
@@ -168,7 +169,8 @@ class Planner:
         crossing = hidden / min(budget.rates.crossing for budget in stages) if len(stages) > 1 else 0.0
         orders = self._orders_of(stages)
         time = simulate(orders, [s.forward for s in made], [s.backward for s in made], crossing)
-        host = request.micro_batches * self._num_blocks * HOST_SECONDS[request.trace.compile]
+        launched = request.micro_batches * sum(stage.kernels for stage in made)
+        host = launched * LAUNCH_SECONDS[request.trace.compile]
         step = time.at_least(host)
         pairs = zip(drafts, made, strict=True)
         return Plan(

@@ -40,6 +40,8 @@ class StagePlan:
     forward: float
     """Of a micro-batch, on average over the data."""
     backward: float
+    kernels: int
+    """That the host launches for a micro-batch."""
 
     @property
     def num_blocks(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tworeel.data.clips import Bucket
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.budgets import Budget
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)

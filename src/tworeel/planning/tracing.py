@@ -7,7 +7,6 @@ compile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,67 +24,14 @@ from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.graphs import GraphReader, Work, work_of
+from tworeel.planning.traces import STORED_ONLY, BlockTrace, ModelTrace, TraceSettings
 from tworeel.planning.watching import Watch, fused_norms
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.quant.frozen import FrozenLinear
-from tworeel.quant.matmul import Mode, assumed_mode
+from tworeel.quant.matmul import assumed_mode
 
 BLOCKS = 2
 """Of each list: the first one's input may be special."""
-STORED_ONLY = ("nf4",)
-"""Weights that are dequantized for each use: the block computes as it does with bf16 weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceSettings:
-    """What a block's cost depends on, beside the model and the clip."""
-
-    dtype: torch.dtype = torch.bfloat16
-    quantize: str | None = None
-    mode: Mode = "rowwise"
-    """How the cards multiply 8-bit weights."""
-    compile: bool = True
-    rank: int = 32
-    dora: bool = False
-    targets: tuple[str, ...]
-    """Names of the linear layers that the LoRA adapts."""
-    condition_on_image: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockTrace:
-    """What one block costs for one micro-batch."""
-
-    footprints: Mapping[Residency, Footprint]
-    forward: Work
-    backward: Work
-    recomputed: Mapping[Residency, Work]
-    """What is computed once more in the backward."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelTrace:
-    """What the blocks of each list cost, and what runs around them."""
-
-    blocks: Mapping[str, BlockTrace]
-    """By the name of the list."""
-    inputs: int
-    """Bytes of a micro-batch that all blocks of a stage share: text, rotary tables, modulation."""
-
-    def mapped(
-        self, work: Callable[[Work], Work], footprint: Callable[[Footprint], Footprint] = lambda same: same
-    ) -> ModelTrace:
-        """The same blocks with other work and other footprints."""
-        blocks = {
-            name: BlockTrace(
-                footprints={key: footprint(value) for key, value in block.footprints.items()},
-                forward=work(block.forward),
-                backward=work(block.backward),
-                recomputed={key: work(value) for key, value in block.recomputed.items()},
-            )
-            for name, block in self.blocks.items()
-        }
-        return replace(self, blocks=blocks)
 
 
 @dataclass(frozen=True)

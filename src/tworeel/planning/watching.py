@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
         if is_heavy(func):
             self.work += work_of(func, args, result)
         elif new or func._schema.is_mutable:
-            self.work += Work(traffic=float(sum(map(_touched, (*given, *new)))))
+            self.work += Work(traffic=float(sum(map(_touched, (*given, *new)))), kernels=1)
         return result
 
     def _follow(self, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tworeel.engine.placement import place
 from tworeel.models.family import Family
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 
 _SCALE = 4
 """Bytes of the fp32 scale that an output channel of an 8-bit weight has."""

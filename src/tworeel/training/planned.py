@@ -24,7 +24,7 @@ from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
-from tworeel.planning.tracing import TraceSettings
+from tworeel.planning.traces import TraceSettings
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
 from tworeel.training.loadable import place_again, torch_dtype
