@@ -54,7 +54,7 @@ def test_a_row_that_is_not_finite_does_not_vanish(dtype, value):
 def test_a_weight_in_pieces_is_what_its_rows_are(dtype, monkeypatch):
     weight = torch.randn(37, 48, dtype=torch.bfloat16)
     expected, scales = quantize_rows(weight, dtype)
-    monkeypatch.setattr("tworeel.quant.rows._PIECE", 8)
+    monkeypatch.setattr("tworeel.quant.rows._PIECE", 8 * 48)
     quantized, found = quantize_weight(weight, dtype)
     assert torch.equal(quantized.view(torch.int8), expected.view(torch.int8))
     assert torch.equal(found, scales.squeeze(1))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 _SMALLEST = 1e-30
 """Rows are scaled as if they reached this at least: a smaller scale is no normal fp32 number, or 0."""
-_PIECE = 1024
+_PIECE = 2**25
+"""Numbers of a weight that are quantized at a time, through fp32 copies."""
 
 
 def quantize_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -47,8 +48,9 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """
     quantized = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    for first in range(0, weight.shape[0], _PIECE):
-        piece = slice(first, first + _PIECE)
+    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    for first in range(0, weight.shape[0], rows):
+        piece = slice(first, first + rows)
         quantized[piece], column = quantize_rows(weight[piece], dtype)
         scales[piece] = column.squeeze(1)
     return quantized, scales
