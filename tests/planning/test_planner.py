@@ -64,6 +64,12 @@ def test_an_image_waits_for_the_host() -> None:
     assert found.seconds_per_step / 16 == pytest.approx(0.284, rel=0.15)
 
 
+def test_an_image_that_is_launched_from_cpp_waits_for_the_cards() -> None:
+    some = request_of(buckets={IMAGE: 1.0}, micro_batches=16)
+    slow, fast = plan(some), plan(replace(some, cpp_wrapper=True))
+    assert not fast.host_bound and fast.seconds_per_step < slow.seconds_per_step / 2
+
+
 def test_what_is_computed_again_is_launched_again() -> None:
     some = request_of(buckets={IMAGE: 1.0}, micro_batches=16)
     kept, again = (plan(replace(some, residency=name)) for name in ("keep", "recompute"))

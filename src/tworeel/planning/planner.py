@@ -170,7 +170,7 @@ class Planner:
         orders = self._orders_of(stages)
         time = simulate(orders, [s.forward for s in made], [s.backward for s in made], crossing)
         launched = request.micro_batches * sum(stage.kernels for stage in made)
-        host = launched * LAUNCH_SECONDS[request.trace.compile]
+        host = 0.0 if request.cpp_wrapper else launched * LAUNCH_SECONDS[request.trace.compile]
         step = time.at_least(host)
         pairs = zip(drafts, made, strict=True)
         return Plan(

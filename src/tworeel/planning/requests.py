@@ -36,5 +36,7 @@ class Request:
     clips_per_epoch: float
     may_interleave: bool = False
     """Whether each device may have two stages where it is asked for one."""
+    cpp_wrapper: bool = False
+    """Whether compiled blocks are launched from C++, so fast that the host is not what limits."""
     less_precise: tuple[Request, ...] = ()
     """The same with other weights, which may be taken where these do not fit; in order of preference."""

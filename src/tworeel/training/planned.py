@@ -94,6 +94,7 @@ def make_request(
         steps=config.train.steps,
         clips_per_epoch=sum(config.data.sources[clip.source].repeats for clip in job.clips),
         may_interleave=engine.stages_per_device == "auto",
+        cpp_wrapper=engine.cpp_wrapper,
     )
     if config.model.quantize != "auto":
         return _calibrated(request)
