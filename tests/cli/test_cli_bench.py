@@ -85,6 +85,7 @@ def test_without_a_gpu_a_tiny_model_runs_and_that_is_said(run: Run) -> None:
         (["--tiny", "--devices", "cpu", "--cap-gib", "1"], "--cap-gib: the memory of cpu cannot be limited"),
         (["--split-at", "x"], "--split-at x: must be whole numbers"),
         (["--check"], "--check: needs --compare naive"),
+        (["--tiny", "--devices", "cpu", "--cpp-wrapper"], "--cpp-wrapper: what is not compiled"),
         (["--tiny", "--devices", "cpu,cpu", "--split-at", "9"], "--devices, --split-at: at=[9]"),
     ],
 )

@@ -60,7 +60,7 @@ def test_blocks_that_are_launched_from_cpp_equal_the_unsplit_eager_model(monkeyp
     assert len(written) >= 2, "a forward and a backward"
 
 
-def test_without_a_cpp_compiler_nothing_is_split(monkeypatch):
+def test_without_a_cpp_compiler_or_compilation_nothing_is_split(monkeypatch):
     def search(names: object) -> str:
         raise InvalidCxxCompiler("no-such-compiler")
 
@@ -68,6 +68,8 @@ def test_without_a_cpp_compiler_nothing_is_split(monkeypatch):
     model = make_wan("t2v", torch.float32)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: .*no-such-compiler"):
         split(model, ["cpu", "cpu"], compile=True, cpp_wrapper=True)
+    with pytest.raises(ValueError, match="cpp_wrapper: what is not compiled"):
+        split(model, ["cpu", "cpu"], cpp_wrapper=True)
     split(model, ["cpu", "cpu"], compile=True)
 
 

@@ -73,8 +73,8 @@ def split(
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
-            counts of streamed blocks as there are not, a streamed block that keeps its activations, no C++
-            compiler where one is needed, the model is split already.
+            counts of streamed blocks as there are not, a streamed block that keeps its activations,
+            `cpp_wrapper` without `compile` or without a C++ compiler, the model is split already.
 
     Example:
         >>> split(transformer, ["cuda:0", "cuda:1"])
@@ -83,6 +83,8 @@ def split(
     """
     if find_split(model) is not None:
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
+    if cpp_wrapper and not compile:
+        raise ValueError("cpp_wrapper: what is not compiled cannot be launched from C++")
     compiler = BlockCompiler(cpp_wrapper=cpp_wrapper) if compile else None
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)

@@ -108,6 +108,7 @@ def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: N
 def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
     """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
     devices, engine = job.placement.devices, config.engine
+    compile = any(device.type != "cpu" for device in devices) if engine.compile is None else engine.compile
     # The system may clear torch's usual place, a temporary folder, at every start.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config).absolute() / "compiled"))
     return split(
@@ -116,8 +117,8 @@ def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
         at=job.placement.boundaries[1:-1],
         blocks=job.family.block_lists,
         residency=engine.residency,
-        compile=any(d.type != "cpu" for d in devices) if engine.compile is None else engine.compile,
-        cpp_wrapper=engine.cpp_wrapper,
+        compile=compile,
+        cpp_wrapper=compile and engine.cpp_wrapper,
         streamed=engine.streamed_blocks,
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
     )
