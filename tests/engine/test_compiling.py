@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,6 +98,32 @@ def test_blocks_of_a_kind_share_one_compilation(monkeypatch):
     for block in (Block(), Block(), Block()):
         call(compiler, block, x)
     assert len(made) == 1
+
+
+def test_a_compiler_that_is_given_up_leaves_nothing_behind(monkeypatch):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    compiler = BlockCompiler()
+    call(compiler, Block(), torch.ones(2, 4))
+    gone = weakref.ref(compiler)
+    del compiler
+    gc.collect()
+    assert gone() is None
+
+
+def test_where_the_cpp_wrapper_fails_blocks_stay_compiled(monkeypatch):
+    def compile_graph(graph: torch.fx.GraphModule, inputs: object, **options: object) -> object:
+        if options:
+            raise RuntimeError("no header files")
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "lookup_backend", lambda name: compile_graph)
+    compiler, block, x = BlockCompiler(cpp_wrapper=True), Block(), torch.ones(2, 4)
+    with pytest.warns(UserWarning, match=r"Block runs without Inductor's C\+\+ wrapper, .*no header files"):
+        outputs = call(compiler, block, x)
+    torch.testing.assert_close(outputs, block(x))
+    assert not compiler.failed and len(compiler._compiled) == 1
+    with warnings.catch_warnings(action="error"):
+        call(compiler, Block(), x)
 
 
 def test_every_thread_compiles_as_often_as_it_takes(monkeypatch):

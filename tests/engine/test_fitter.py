@@ -23,8 +23,11 @@ SIZES = {
 class Devices:
     """Takes the place of what is measured: devices of so much memory, that fit a forward after some tries."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, available: int, tries: int = 0) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, available: int, tries: int = 0, inputs: int = 0
+    ) -> None:
         self._tries = tries
+        self._inputs = inputs
         self._available = available
         monkeypatch.setattr(fitter, "_memory", self.memory)
         monkeypatch.setattr(fitter, "_measure", self.measure)
@@ -41,7 +44,7 @@ class Devices:
         self._tries -= 1
         if self._tries >= 0:
             return None
-        probe = Probe(memories)
+        probe = Probe([replace(memory, inputs=self._inputs) for memory in memories])
         probe.footprints = [dict.fromkeys(split.placement.block_kinds, SIZES) for _ in memories]
         return probe
 
@@ -63,6 +66,16 @@ def fitted(**options) -> Pipeline:
 def test_with_room_all_blocks_keep(monkeypatch):
     Devices(monkeypatch, available=100_000)
     assert fitted().split.residency_in_words() == "stage 0: 2 keep; stage 1: 3 keep"
+
+
+def test_inputs_that_wait_on_a_later_stage_take_room(monkeypatch):
+    """Two micro-batches are under way on the first stage, so the second one holds the inputs of two."""
+    kept = {}
+    for inputs in (0, 1500):
+        Devices(monkeypatch, available=10_000, inputs=inputs)
+        residencies = fitted().split.residencies
+        kept[inputs] = residencies[2:].count(Residency.KEEP)
+    assert kept[0] == 3 > kept[1500]
 
 
 def test_the_first_blocks_of_a_stage_recompute_first(monkeypatch):

@@ -60,6 +60,16 @@ def test_a_step_holds_what_is_planned(variant: str, monkeypatch: pytest.MonkeyPa
     assert_held(request(variant), monkeypatch)
 
 
+def test_inputs_that_were_sent_far_ahead_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_held(replace(request("wan2.2-t2v-a14b"), micro_batches=6, slack=4), monkeypatch)
+
+
+def test_four_stages_without_slack_hold_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = request("wan2.2-ti2v-5b")
+    budgets = budgets_of("4x H200")
+    assert_held(replace(some, budgets=budgets, split_at=(2, 3, 4), micro_batches=6, slack=0), monkeypatch)
+
+
 def test_three_stages_hold_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     some = request("wan2.2-ti2v-5b")
     some = replace(some, budgets=budgets_of("3x H200"), split_at=(2, 3), micro_batches=4)

@@ -128,7 +128,7 @@ def test_images_of_dev_take_what_they_took_on_two_h200s() -> None:
     blocks = planner.trace.blocks
     shortened = [(blocks[DOUBLE], 2), (blocks[SINGLE], 12)]
     kernels = sum(count * (one.forward.kernels + one.backward.kernels) for one, count in shortened)
-    assert kernels == pytest.approx(1434, rel=0.03)
+    assert kernels == pytest.approx(1446, rel=0.03)  # seen on H200s: 1,424 to 1,468
 
 
 def test_a_small_card_streams_or_recomputes() -> None:

@@ -66,7 +66,7 @@ def test_all_problems_come_at_once(
     config = make_config(
         data={"sources": (SourceConfig(path=broken), SourceConfig(path=tmp_path / "missing"))},
         lora={"targets": ("attn1.to_q", "attn9.to_z"), "init_from": lora},
-        engine={"devices": ("cpu", "cuda:77"), "cpp_wrapper": True},
+        engine={"devices": ("cpu", "cuda:77"), "cpp_wrapper": True, "compile": True},
         train={"name": "../outside"},
     )
     found = problems_of(config)

@@ -113,8 +113,7 @@ def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
 
 def refusal(error: ValueError) -> UserError:
     """What the engine refuses, in the command's words."""
-    words = str(error).replace("streamed=", "--streamed ", 1)
-    return UserError(words.replace("cpp_wrapper:", "--cpp-wrapper:", 1))
+    return UserError(str(error).replace("streamed=", "--streamed ", 1))
 
 
 def gradients_of(model: nn.Module) -> Gradients:

@@ -91,6 +91,9 @@ def bench(
         before_first_product(attention)
         found = devices_of(options.device_list(devices))
         on_cpu = all(device.type == "cpu" for device in found)
+        compiles = not on_cpu if compile is None else compile
+        if cpp_wrapper:
+            _require_cpp_wrapper(compiles)
         if devices is None and on_cpu and not tiny:
             say(
                 "There is no GPU: a tiny model on cpu,cpu shows that it works; its figures mean nothing else."
@@ -103,7 +106,7 @@ def bench(
             split_at=numbers["--split-at"],
             blocks=blocks,
             residency=residency,
-            compile=not on_cpu if compile is None else compile,
+            compile=compiles,
             cpp_wrapper=cpp_wrapper,
             attention=attention,
             slack=slack,
@@ -121,6 +124,17 @@ def bench(
             for one, case, cap in itertools.product(precisions, cases, caps)
         ]
         measure(runs, observer, json_file, timeline)
+
+
+def _require_cpp_wrapper(compiles: bool) -> None:
+    from tworeel.engine.compiling import require_cpp_compiler
+
+    if not compiles:
+        raise UserError("--cpp-wrapper: what is not compiled cannot be launched from C++; needs --compile")
+    try:
+        require_cpp_compiler()
+    except ValueError as error:
+        raise UserError(f"--cpp-wrapper: {error}") from None
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -65,8 +65,8 @@ def measure(
         title = f"{case.model.name} on {where}, LoRA of rank {settings.rank}"
         for table in benchmark_tables(results, title):
             console.print(table)
-    if json_file is not None:
-        say(f"Figures: {json_file}")
+        if json_file is not None and results:
+            say(f"Figures: {json_file}")
 
 
 def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> None:

@@ -54,7 +54,7 @@ def lay_out_gradients(operation: str, dispatch_key: str) -> Library:
 
 
 class LaidOutGradients(CustomGraphPass):
-    """The same for graphs whose operations do not go by the dispatcher: Inductor's C++ wrapper calls kernels.
+    """`keep_gradient_layouts` for graphs that call kernels past the dispatcher: Inductor's C++ wrapper.
 
     Args:
         operation: an attention's backward, with the gradient first and the output as its fifth argument.
@@ -74,7 +74,7 @@ class LaidOutGradients(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What Inductor's cache tells graphs with this pass by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__,), str(self._operation))
 
 
 def _laid_out(graph: fx.Graph, tensor: fx.Node, strides: tuple[int, ...]) -> fx.Node:

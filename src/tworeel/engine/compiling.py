@@ -7,6 +7,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.compile_fx import get_cpp_wrapper_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from tworeel.engine.attention_layout import LaidOutGradients, keep_gradient_layouts
@@ -82,6 +84,28 @@ def _settle() -> None:
         torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
 
 
+@cache
+def _backend(cpp_wrapper: bool) -> BlockCall:
+    """What `torch.compile` is given: torch keeps it for good, so it holds no compiler of ours."""
+    options: dict[str, Any] = {}
+    if cpp_wrapper:
+        # With all that belongs to it: when a backward is compiled, torch (2.11) has left that behind.
+        patches = {**get_cpp_wrapper_config(), "post_grad_custom_pre_pass": LaidOutGradients()}
+        options = {"config_patches": {"cpp_wrapper": True, **patches}}
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> BlockCall:
+        """As any other backend, but says when what it has compiled begins to run."""
+        compiled = lookup_backend(BACKEND)(graph, inputs, **options)
+
+        def run(*args: Any) -> Any:
+            _searching.found()
+            return compiled(*args)
+
+        return run
+
+    return compile_graph
+
+
 class BlockCompiler:
     """Compiles block calls, and goes on without where that fails.
 
@@ -100,9 +124,7 @@ class BlockCompiler:
         if cpp_wrapper:
             require_cpp_compiler()
         keep_gradient_layouts()
-        self._patches: dict[str, Any] = {}
-        if cpp_wrapper:
-            self._patches = {"cpp_wrapper": True, "post_grad_custom_pre_pass": LaidOutGradients()}
+        self._cpp_wrapper = cpp_wrapper
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[BlockCall, BlockCall] = {}
@@ -124,6 +146,9 @@ class BlockCompiler:
         except TorchDynamoException as error:
             if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
                 raise
+            if self._cpp_wrapper:
+                self._launch_from_python(call, block, error)
+                return self(call, block, *args, **kwargs)
             self._give_up(call, block, error)
         return call(block, *args, **kwargs)
 
@@ -131,27 +156,27 @@ class BlockCompiler:
         with self._lock:
             if call not in self._compiled:
                 name = f"{type(block).__name__}_{call.__name__}"
-                self._compiled[call] = torch.compile(_with_own_code(call, name), backend=self._compile)
+                self._compiled[call] = torch.compile(
+                    _with_own_code(call, name), backend=_backend(self._cpp_wrapper)
+                )
             return self._compiled[call]
 
-    def _compile(self, graph: torch.fx.GraphModule, inputs: Any) -> BlockCall:
-        """A backend for `torch.compile` as any other, that says when what it has compiled begins to run."""
-        options = {"config_patches": self._patches} if self._patches else {}
-        compiled = lookup_backend(BACKEND)(graph, inputs, **options)
-
-        def run(*args: Any) -> Any:
-            _searching.found()
-            return compiled(*args)
-
-        return run
+    def _launch_from_python(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
+        with self._lock:
+            warnings.warn(_failure(block, "Inductor's C++ wrapper", error), stacklevel=4)
+            self._cpp_wrapper = False
+            del self._compiled[call]
 
     def _give_up(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
         with self._lock:
             if not self.failed:
-                reason = str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
-                name = type(block).__name__
-                warnings.warn(f"{name} runs without torch.compile, which failed: {reason}", stacklevel=4)
+                warnings.warn(_failure(block, "torch.compile", error), stacklevel=4)
             self.failed.add(call)
+
+
+def _failure(block: nn.Module, without: str, error: Exception) -> str:
+    reason = str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
+    return f"{type(block).__name__} runs without {without}, which failed: {reason}"
 
 
 def _with_own_code(call: BlockCall, name: str) -> BlockCall:

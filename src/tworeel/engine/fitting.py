@@ -42,7 +42,7 @@ class StageMemory:
     holding: int = 1
     """Micro-batches whose inputs it holds at a time: they are sent ahead of their turn."""
     inputs: int = 0
-    """Bytes of those that all blocks are given alike: text, rotary tables, modulation."""
+    """Bytes of a micro-batch that all blocks are given: text, rotary tables, modulation."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     kept = footprints.kept[others]
     # The blocks that keep all are the last: their backwards are through when the first of the others begins.
     working = max(footprints.keeping[others], footprints.working[others] - kept)
-    # A stage's input or output, and its gradient, wait for the other side.
-    crossing = memory.in_flight * 2 * footprints.hidden + memory.holding * memory.inputs
+    # Inputs are sent ahead of their turn; gradients wait for theirs, all but the one that a block works with.
+    waiting = (memory.in_flight - 1) * footprints.hidden
+    crossing = memory.holding * (footprints.hidden + memory.inputs) + waiting
     return memory.in_flight * (kept + left) + crossing + once + working
 
 
@@ -223,8 +224,8 @@ class Probe:
 
         args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        alike = sum(leaf.nbytes for leaf in leaves if leaf.shape not in shapes)
-        memory = self.memories[stage] = replace(memory, inputs=max(memory.inputs, alike))
+        shared = sum(leaf.nbytes for leaf in leaves if leaf.shape not in shapes)
+        memory = self.memories[stage] = replace(memory, inputs=max(memory.inputs, shared))
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         for residency in (Residency.KEEP, Residency.SELECTIVE):
             if residency is Residency.KEEP or needs_fallback(memory, found[Residency.KEEP]):

@@ -36,15 +36,17 @@ class Cut:
     """A place where the graph was cut: `leaf` stands for `source` on a later stage."""
 
     source: Tensor
-    leaf: Tensor
+    leaf: Tensor | None
+    """None when its gradient is on its way: the later stage is done with it."""
     gradient: Arrival | None = None
     """The leaf's gradient on its way back to the source's device."""
 
     def send_gradient(self) -> None:
         """Begin to send the leaf's gradient back, if it has one by now."""
+        assert self.leaf is not None
         if self.leaf.grad is not None:
             self.gradient = start_copy(self.leaf.grad, self.source.device)
-            self.leaf.grad = None
+        self.leaf = None
 
 
 class Passage:
@@ -141,8 +143,9 @@ class Passage:
         def cut(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
-            cuts.append(Cut(tensor, tensor.detach().requires_grad_()))
-            return cuts[-1].leaf
+            leaf = tensor.detach().requires_grad_()
+            cuts.append(Cut(tensor, leaf))
+            return leaf
 
         outputs = tree_map_only(Tensor, cut, outputs)
         if cuts:
@@ -172,6 +175,8 @@ class Passage:
         for cut in self._leaves[stage]:
             cut.send_gradient()
         self._leaves[stage].clear()
+        for known in self._stand_ins.values():
+            known.pop(stage, None)
         if stage == 0:
             for cuts in reversed(self._prologue):
                 for cut in cuts:

@@ -37,6 +37,7 @@ _VIEWS = {
         aten.expand.default,
     )
 }
+_PARTS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
 _SUMS = {
     aten.sum,
     aten.mean,
@@ -123,7 +124,8 @@ class GraphReader:
         last_use = {read: i for i, node in enumerate(order) for read in self._reads[node]}
         kept = {self._origin(node) for node in self._output.all_input_nodes}
         live = peak = 0
-        work = Work()
+        # What is made of weights alone takes little of a card, but the host launches it: casts of the LoRA's.
+        work = Work(kernels=sum(_kernels(node) for node in self._written & self._of_weights))
         for i, node in enumerate(order):
             live += _size(node)
             peak = max(peak, live)
@@ -193,7 +195,7 @@ class GraphReader:
             return work_of(node.target, [_value(argument) for argument in node.args], _value(node))
         if node.target is operator.getitem and _is_heavy(node.args[0]):
             return Work()
-        return Work(traffic=_size(node) + sum(map(_size, self._reads[node])), kernels=1)
+        return Work(traffic=_size(node) + sum(map(_size, self._reads[node])), kernels=_kernels(node))
 
 
 def operations(target: Any, args: Sequence[Any], out: Any) -> float:
@@ -238,6 +240,11 @@ def _packet(node: fx.Node) -> Any:
 
 def _is_heavy(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and is_heavy(node.target)
+
+
+def _kernels(node: fx.Node) -> int:
+    """What returns several values is one kernel with them, or none: parts of a tensor are no copies."""
+    return int(node.target is not operator.getitem and _packet(node) not in _PARTS)
 
 
 def _value(argument: Any) -> Any:

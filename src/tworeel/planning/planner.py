@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
-from tworeel.planning.timing import LAUNCH_SECONDS, simulate
+from tworeel.planning.timing import CPP_LAUNCH_SECONDS, LAUNCH_SECONDS, simulate
 from tworeel.planning.traces import STORED_ONLY, ModelTrace
 from tworeel.planning.tracing import trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
@@ -169,8 +170,7 @@ class Planner:
         crossing = hidden / min(budget.rates.crossing for budget in stages) if len(stages) > 1 else 0.0
         orders = self._orders_of(stages)
         time = simulate(orders, [s.forward for s in made], [s.backward for s in made], crossing)
-        launched = request.micro_batches * sum(stage.kernels for stage in made)
-        host = 0.0 if request.cpp_wrapper else launched * LAUNCH_SECONDS[request.trace.compile]
+        host = request.micro_batches * self._launching(made)
         step = time.at_least(host)
         pairs = zip(drafts, made, strict=True)
         return Plan(
@@ -189,6 +189,15 @@ class Planner:
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
         )
+
+    def _launching(self, stages: Sequence[StagePlan]) -> float:
+        """Seconds of the host for a micro-batch."""
+        if not self.request.cpp_wrapper:
+            return sum(stage.kernels for stage in stages) * LAUNCH_SECONDS[self.request.trace.compile]
+        by_device = Counter[str]()
+        for stage in stages:
+            by_device[stage.device] += stage.kernels
+        return max(by_device.values()) * CPP_LAUNCH_SECONDS
 
     def _evaluate(self, stages: Sequence[Budget], at: Sequence[int]) -> Plan:
         drafts = self.drafts(stages, at)

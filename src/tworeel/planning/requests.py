@@ -37,6 +37,6 @@ class Request:
     may_interleave: bool = False
     """Whether each device may have two stages where it is asked for one."""
     cpp_wrapper: bool = False
-    """Whether compiled blocks are launched from C++, so fast that the host is not what limits."""
+    """Whether compiled blocks are launched from C++."""
     less_precise: tuple[Request, ...] = ()
     """The same with other weights, which may be taken where these do not fit; in order of preference."""

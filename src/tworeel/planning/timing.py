@@ -20,10 +20,14 @@ TRAFFIC_SHARE = 0.62
 """Of a card's bandwidth that everything else reaches; measured: 0.57 to 0.65, from what products and
 attention leave of the time of a 14B model's block, forward and backward, compiled and not, on an H100."""
 PCIE_SHARE = 0.8
-LAUNCH_SECONDS = {True: 34e-6, False: 27e-6}
+LAUNCH_SECONDS = {True: 32e-6, False: 26e-6}
 """What the host needs to launch a kernel of a block, compiled or not. The threads of all stages share
-Python's lock, so it adds up over them. Measured where cards wait for the host: 31 to 39 µs (compiled;
-FLUX.2-dev in fp8, Wan 14B, 1,536 tokens, two H200s), 0.77 of that where nothing was (Wan, 1,024 tokens)."""
+Python's lock, so it adds up over them. Measured where cards wait for the host: 27 to 38 µs (compiled;
+FLUX.2-dev in fp8 and int8, Wan 14B, 1,536 tokens, H200s), 0.82 of that where nothing was (Wan, 1,024)."""
+
+CPP_LAUNCH_SECONDS = 28e-6
+"""From C++, where each device's threads go on their own; at most: two H200s needed it at one micro-batch of
+FLUX.2-dev with all that they did beside launching."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -174,7 +174,12 @@ def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
         leaf.nbytes for node in spared for leaf in tree_leaves(node.meta["val"]) if leaf is not None
     )
     work = sum((work_of(node.target, _values(node), node.meta["val"]) for node in spared), Work())
-    return _with_fallbacks(kept, attention, there.work, back.work, work)
+    return _with_fallbacks(kept, attention, there.work, back.work + _gradients(block), work)
+
+
+def _gradients(block: nn.Module) -> Work:
+    """Each gradient is added to what there is, outside of what is traced."""
+    return Work(kernels=sum(parameter.requires_grad for parameter in block.parameters()))
 
 
 def _values(node: fx.Node) -> list[Any]:
@@ -199,7 +204,11 @@ def _with_fallbacks(
         backward=backward,
         recomputed={
             Residency.KEEP: Work(),
-            Residency.SELECTIVE: replace(forward, attention=forward.attention - spared.attention),
+            Residency.SELECTIVE: replace(
+                forward,
+                attention=forward.attention - spared.attention,
+                kernels=forward.kernels - spared.kernels,
+            ),
             Residency.RECOMPUTE: forward,
         },
     )
@@ -252,7 +261,7 @@ def _trace_eager(block: nn.Module, call: _Call) -> BlockTrace:
     return BlockTrace(
         footprints={residency: footprint for residency, (footprint, _, _) in measured.items()},
         forward=forward,
-        backward=backward,
+        backward=backward + _gradients(block),
         recomputed={residency: more - backward for residency, (_, _, more) in measured.items()},
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 _SMALLEST = 1e-30
 """Rows are scaled as if they reached this at least: a smaller scale is no normal fp32 number, or 0."""
 _PIECE = 2**25
-"""Numbers of a weight that are quantized at a time, through fp32 copies."""
+"""Numbers of a weight that are quantized at a time, through an fp32 copy of 128 MiB."""
 
 
 def quantize_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def quantize_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantize a weight's rows, its output channels; fp32 copies are made of a few rows at a time.
+    """Quantize a weight's rows, its output channels, some at a time.
 
     Args:
         weight: shape (R, C).

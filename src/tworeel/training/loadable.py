@@ -66,8 +66,10 @@ def require_quantization(config: RunConfig) -> None:
 
 
 def require_launcher(config: RunConfig) -> None:
-    """Raise `UserError` if blocks are to be launched from C++ and no compiler is here."""
-    if config.engine.cpp_wrapper:
+    """Raise `UserError` if blocks are to be launched from C++ on this machine and no compiler is here."""
+    engine = config.engine
+    compiles = torch.accelerator.is_available() if engine.compile is None else engine.compile
+    if engine.cpp_wrapper and compiles:
         try:
             require_cpp_compiler()
         except ValueError as error:

@@ -159,6 +159,8 @@ class PlannedRun:
         seconds = fmean(report.seconds for report in reports) / found.micro_batches
         for number, stage in enumerate(found.stages):
             worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
+            if found.host_bound:
+                continue  # waiting for the host says nothing of the card
             keep(budgets[stage.device], request.trace, worked, stage.forward + stage.backward)
         held = reports[-1].memory
         memory = ", ".join(

@@ -143,7 +143,8 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
     with collected(problems):
         require_quantization(config)
     with collected(problems):
-        require_launcher(config)
+        if devices is None:
+            require_launcher(config)
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
             require_no_file(folder, what)
