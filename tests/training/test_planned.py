@@ -135,9 +135,20 @@ def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -
     assert "cuda:0 3.0 GiB (planned 0.3)" in told[4]
 
 
+def test_where_the_host_limits_nothing_is_learnt_of_the_cards(job) -> None:
+    config, found = job
+    _, _, run = plan_on(config, found, pair())
+    assert run.plan.host_bound
+    for step in range(1, 6):
+        run.heard(report(step, 1.0))
+    _, _, again = plan_on(config, found, pair())
+    assert not again.plan.calibrated
+
+
 def test_the_next_plan_rests_on_what_was_measured(job) -> None:
     config, found = job
     _, _, run = plan_on(config, found, pair())
+    run.plan = replace(run.plan, host_bound=False)  # so tiny a model waits for the host
     once = run.plan.stages[0].forward + run.plan.stages[0].backward
     # Each stage works for half of a step of two clips: three times what was planned for the first one.
     for step in range(1, 6):
