@@ -88,7 +88,7 @@ def compare(prepared: Prepared, device: torch.device, options: argparse.Namespac
     times: dict[Callable[[], float], list[float]] = {time_plain: [], time_staged: []}
     for turn in range(options.rounds + 1):
         # By turns the first: a device that gets warm is slower for the second.
-        for time_it in sorted(times, key=list(times).index, reverse=turn % 2 == 1):
+        for time_it in reversed(times) if turn % 2 else times:
             seconds = time_it()
             if turn:  # the first one compiles
                 times[time_it].append(seconds)

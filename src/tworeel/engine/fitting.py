@@ -215,22 +215,36 @@ class Probe:
         if memory is None or kind in self.footprints[stage]:
             return
         found = self.footprints[stage][kind] = {}
-        # What comes out of a block goes into the next: inputs of these shapes will need a gradient.
-        shapes = {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
-
-        def fresh(tensor: Tensor) -> Tensor:
-            copy = tensor.detach()
-            return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
-
-        args, kwargs = tree_map_only(Tensor, fresh, (args, kwargs))
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        shared = sum(leaf.nbytes for leaf in leaves if leaf.shape not in shapes)
-        memory = self.memories[stage] = replace(memory, inputs=max(memory.inputs, shared))
+        inputs = max(memory.inputs, shared_bytes((args, kwargs), outputs))
+        memory = self.memories[stage] = replace(memory, inputs=inputs)
+        args, kwargs = as_in_training((args, kwargs), outputs)
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         for residency in (Residency.KEEP, Residency.SELECTIVE):
             if residency is Residency.KEEP or needs_fallback(memory, found[Residency.KEEP]):
                 measure = partial(_footprint, residency, device, run, args, kwargs, trained)
                 found[residency] = _after_warm_up(measure)
+
+
+def as_in_training(inputs: Any, outputs: Any) -> Any:
+    """A block's inputs anew: what comes out of a block goes into the next, and will need a gradient."""
+    shapes = _shapes(outputs)
+
+    def fresh(tensor: Tensor) -> Tensor:
+        copy = tensor.detach()
+        return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
+
+    return tree_map_only(Tensor, fresh, inputs)
+
+
+def shared_bytes(inputs: Any, outputs: Any) -> int:
+    """Bytes of what all blocks are given alike: of a block's inputs, those that no output looks like."""
+    shapes = _shapes(outputs)
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.shape not in shapes)
+
+
+def _shapes(outputs: Any) -> set[torch.Size]:
+    return {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
 
 
 def _after_warm_up(measure: Callable[[], Footprint]) -> Footprint:

@@ -144,7 +144,7 @@ class StageDraft:
         rates, kind = self.budget.rates, _traced_as(fallback)
         forward = sum(rates.forward(means.of(trace.forward)) for trace in self.traces)
         backward = sum(rates.backward(means.of(trace.backward)) for trace in self.traces)
-        again = self.traces[: len(self.traces) - kept]
+        again = self._again(kept)
         backward += sum(rates.forward(means.of(trace.recomputed[kind])) for trace in again)
         parked = sum(t.footprints[kind].kept for t in again) * means.linear if fallback.is_parked else 0.0
         copies = (parked + streamed * self.block) / rates.host
@@ -153,9 +153,12 @@ class StageDraft:
     def _kernels(self, kept: int, fallback: Residency) -> int:
         """Launched for a micro-batch."""
         works = [work for trace in self.traces for work in (trace.forward, trace.backward)]
-        again = self.traces[: len(self.traces) - kept]
-        works += [trace.recomputed[_traced_as(fallback)] for trace in again]
+        works += [trace.recomputed[_traced_as(fallback)] for trace in self._again(kept)]
         return sum(work.kernels for work in works)
+
+    def _again(self, kept: int) -> Sequence[BlockTrace]:
+        """The blocks that compute again."""
+        return self.traces[: len(self.traces) - kept]
 
 
 def _traced_as(fallback: Residency) -> Residency:

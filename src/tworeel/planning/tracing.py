@@ -16,9 +16,10 @@ from functorch.compile import aot_function, make_boxed_func, min_cut_remateriali
 from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tworeel.data.clips import Bucket
+from tworeel.engine.fitting import as_in_training, shared_bytes
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
@@ -60,7 +61,7 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         calls = _record(model, family, source, bucket, settings)
         trace = _trace_compiled if settings.compile else _trace_eager
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
-    return ModelTrace(blocks=blocks, inputs=max(map(_constant_bytes, calls.values())))
+    return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())))
 
 
 def _with_products(dtype: torch.dtype, other: torch.dtype, work: Work) -> Work:
@@ -137,23 +138,8 @@ def _record(
     return calls
 
 
-def _constant_bytes(call: _Call) -> int:
-    """Bytes of what all blocks are given alike: of the inputs, those that no output looks like."""
-    shapes = {leaf.shape for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor)}
-    tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.shape not in shapes)
-
-
-def _as_in_training(call: _Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments; what comes out of one block and goes into the next needs a gradient."""
-    shapes = {leaf.shape for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor)}
-
-    def fresh(tensor: Tensor) -> Tensor:
-        copy = tensor.detach()
-        return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
-
-    args, kwargs = tree_map_only(Tensor, fresh, (call.args, call.kwargs))
-    return args, kwargs
+def _shared_bytes(call: _Call) -> int:
+    return shared_bytes((call.args, call.kwargs), call.outputs)
 
 
 def _hidden_bytes(call: _Call) -> int:
@@ -215,7 +201,7 @@ def _with_fallbacks(
 
 
 def _compiled_graphs(block: nn.Module, call: _Call) -> dict[str, fx.Graph]:
-    args, kwargs = _as_in_training(call)
+    args, kwargs = as_in_training((call.args, call.kwargs), call.outputs)
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
@@ -252,7 +238,7 @@ def _compiled_graphs(block: nn.Module, call: _Call) -> dict[str, fx.Graph]:
 
 def _trace_eager(block: nn.Module, call: _Call) -> BlockTrace:
     """From a forward and a backward in each way."""
-    args, kwargs = _as_in_training(call)
+    args, kwargs = as_in_training((call.args, call.kwargs), call.outputs)
     measured = {
         residency: _run_watched(block, args, kwargs, residency)
         for residency in (Residency.KEEP, Residency.SELECTIVE, Residency.RECOMPUTE)

@@ -157,10 +157,9 @@ class PlannedRun:
         found, request = self.plan, self.planner.request
         budgets = {budget.device: budget for budget in request.budgets}
         seconds = fmean(report.seconds for report in reports) / found.micro_batches
-        for number, stage in enumerate(found.stages):
+        # Waiting for the host says nothing of the cards.
+        for number, stage in enumerate(() if found.host_bound else found.stages):
             worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
-            if found.host_bound:
-                continue  # waiting for the host says nothing of the card
             keep(budgets[stage.device], request.trace, worked, stage.forward + stage.backward)
         held = reports[-1].memory
         memory = ", ".join(
