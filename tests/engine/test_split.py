@@ -7,6 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit
 
+from fake_tensors import make_fake
 from tworeel import Pipeline, split
 from tworeel.engine import infer
 
@@ -45,16 +46,7 @@ def fake_wan(mode: FakeTensorMode, devices: list[str], residency: str) -> Pipeli
     pipeline = Pipeline(model, ["cpu"] * len(devices), residency=residency, forward=forward)
     placement = pipeline.split.placement
     object.__setattr__(placement, "devices", tuple(map(torch.device, devices)))
-    with mode:
-        for path, module in model.named_modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        device = placement.device_of(f"{path}.{name}".lstrip("."))
-                        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                        if isinstance(tensor, torch.nn.Parameter):
-                            fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                        table[name] = fake
+    make_fake(model, placement.device_of, mode)
     return pipeline
 
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from fake_tensors import make_fake
 from tworeel.engine import Pipeline, pipeline, split
 from tworeel.engine.schedule import Action
 from tworeel.lora.inject import inject_lora
@@ -93,30 +94,18 @@ def counted_peaks(request: Request, residency: str, monkeypatch: pytest.MonkeyPa
                 turns.end()
 
     monkeypatch.setattr(pipeline._Step, "carry", counted)
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        precise = tensor.requires_grad or {*name.split(".")} & {*family.keep_fp32}
+        return torch.bfloat16 if isinstance(tensor, nn.Parameter) and not precise else tensor.dtype
+
+    make_fake(model, division.placement.device_of, fakes, dtype_of)
     with fakes:
-        _give_weights(model, division.placement.device_of, family.keep_fp32)
         batches = list(_micro_batches(request, devices[0]))
     with fused_norms(model):
         step = Pipeline(division, slack=request.slack).step
         step(batches, lambda output, _: output.sample.float().square().mean())
     return [peaks[str(device)] for device in devices]
-
-
-def _give_weights(
-    model: nn.Module, device_of: Callable[[str], torch.device], keep_fp32: Sequence[str]
-) -> None:
-    for path, module in model.named_modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None:
-                continue
-            precise = tensor.requires_grad or {*path.split("."), name} & set(keep_fp32)
-            is_weight = isinstance(tensor, nn.Parameter)
-            dtype = torch.bfloat16 if is_weight and not precise else tensor.dtype
-            fake = torch.empty(tensor.shape, dtype=dtype, device=device_of(f"{path}.{name}".lstrip(".")))
-            if is_weight:
-                module._parameters[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            else:
-                module._buffers[name] = fake
 
 
 def _micro_batches(request: Request, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from fake_tensors import make_fake
 from tworeel import Pipeline, split
 from tworeel.engine.neighbours import adapters_of
 from tworeel.engine.split import Split
@@ -16,26 +17,14 @@ DEVICES = [torch.device("cpu:1"), torch.device("cpu:2")]
 FIRST = ["double_stream_modulation_img", "single_stream_modulation"]
 
 
-def fake(module: nn.Module, device_of, mode: FakeTensorMode) -> None:
-    """Make the tensors of a module fake; a fake parameter cannot be moved afterwards."""
-    with mode:
-        for path, part in module.named_modules():
-            for table in (part._parameters, part._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        made = torch.empty(tensor.shape, device=device_of(f"{path}.{name}".lstrip(".")))
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        table[name] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
-
-
 def make(mode: FakeTensorMode, checkpointing: str, first: list[str]) -> tuple[Split, nn.Module]:
     transformer = stand_ins.Flux2(checkpointing).requires_grad_(False)
     division = split(transformer, ["cpu", "cpu"], first=first, io_same_device=True)
     network = stand_ins.Network(transformer)
     object.__setattr__(division.placement, "devices", tuple(DEVICES))
-    fake(transformer, division.placement.device_of, mode)
+    make_fake(transformer, division.placement.device_of, mode)
     for adapter, layer in adapters_of(transformer).items():
-        fake(adapter, lambda _, layer=layer: division.placement.device_of(layer), mode)
+        make_fake(adapter, lambda _, layer=layer: division.placement.device_of(layer), mode)
     return division, network
 
 
