@@ -39,7 +39,8 @@ from tworeel.planning.plans import Plan
 
 STEPS = 2
 """The first one compiles and decides what blocks leave behind; the last one is timed."""
-EDGE_STEPS = 3
+EDGE_STEPS = (3, 2)
+"""Of a clip that is accepted, and of one that is refused."""
 WITHIN = 0.05
 """Of a measured peak, or half a GiB: what a plan may be off."""
 UNDER = 0.02
@@ -101,7 +102,7 @@ def run_edge(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
         _say(f"  {some.frames} frames, {'refused' if is_refused else 'accepted'}")
         planner = bench.planner(some)
         plan = planner.best()
-        result = compared(some, plan, bench.run(some, planner.request, plan, EDGE_STEPS))
+        result = compared(some, plan, bench.run(some, planner.request, plan, EDGE_STEPS[is_refused]))
         told = _told_edge(plan, result["measured"], bool(is_refused))
         _say(f"  {told}")
         yield some.name, {**result, "refused": bool(is_refused), "verdict": told}

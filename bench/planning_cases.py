@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[ModelShape, dict[str, Any]]] = {
 SIZES = {
     "480p": (480, 832),
     "720p": (704, 1280),
+    "720x1280": (720, 1280),
     "512x512": (512, 512),
     "1024x1024": (1024, 1024),
     "tiny": (64, 64),
@@ -122,7 +123,7 @@ CASES = (
     replace(_TI2V, frames=17, stages=1, caps=(22.5,), compile=True),
     replace(_EAGER, frames=81, caps=(22.5,), micro_batches=2),
     replace(_EAGER, caps=(15,), micro_batches=2),
-    replace(_EAGER, size="720p", frames=81, quantize="fp8", caps=(30,), micro_batches=2),
+    replace(_T2V, size="720x1280", frames=81, quantize="fp8", caps=(30,), micro_batches=2),
     replace(_T2V, stages=4),
     replace(_FLUX2, caps=(22.5,)),
     _FLUX2,

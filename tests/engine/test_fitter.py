@@ -21,13 +21,22 @@ SIZES = {
 
 
 class Devices:
-    """Takes the place of what is measured: devices of so much memory, that fit a forward after some tries."""
+    """Takes the place of what is measured: devices of so much memory, that fit a forward after some tries.
+
+    Of weights `streamable` bytes may go, as far as the split lets them.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, available: int, tries: int = 0, inputs: int = 0
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        available: int,
+        tries: int = 0,
+        inputs: int = 0,
+        streamable: int = 10**6,
     ) -> None:
         self._tries = tries
         self._inputs = inputs
+        self._streamable = streamable
         self._available = available
         monkeypatch.setattr(fitter, "_memory", self.memory)
         monkeypatch.setattr(fitter, "_measure", self.measure)
@@ -38,7 +47,8 @@ class Devices:
     def memory(self, split, stage, in_flight, holding):
         blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
         some = StageMemory(available=self._available, num_blocks=len(blocks), may_keep=0, in_flight=in_flight)
-        return replace(some, may_keep=len(blocks) - len(streamed), holding=holding)
+        streamable = self._streamable if split.may_stream else 0
+        return replace(some, may_keep=len(blocks) - len(streamed), holding=holding, streamable=streamable)
 
     def measure(self, split, forward, memories):
         self._tries -= 1
@@ -106,8 +116,15 @@ def test_a_forward_that_does_not_fit_has_more_and_more_weights_streamed(monkeypa
 def test_nothing_more_is_streamed_than_was_asked_for(monkeypatch):
     Devices(monkeypatch, available=100)
     pipeline = fitted(streamed=(1, 0))
-    assert "stage 0: 2 offload-selective, weights of 1 streamed; stage 1: 3 offload-selective" in (
-        pipeline.split.residency_in_words()
+    assert pipeline.split.residency_in_words() == (
+        "stage 0: 2 offload, weights of 1 streamed; stage 1: 3 offload"
+    )
+
+
+def test_where_streamed_weights_are_not_enough_only_the_blocks_inputs_are_parked(monkeypatch):
+    Devices(monkeypatch, available=100, streamable=1000)
+    assert fitted().split.residency_in_words() == (
+        "stage 0: 2 offload, weights of 2 streamed; stage 1: 3 offload, weights of 3 streamed"
     )
 
 

@@ -10,9 +10,18 @@ from toy_wan import make_wan
 
 from tworeel import split
 from tworeel.engine import fitting
-from tworeel.engine.fitting import Fit, Probe, StageMemory, fit_stage, fit_stages, needs_fallback
+from tworeel.engine.fitting import (
+    Fit,
+    Probe,
+    StageMemory,
+    fit_stage,
+    fit_stages,
+    needs_fallback,
+    streamable,
+)
 from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import SLOTS
 
 BLOCK = {
     Residency.KEEP: Footprint(kept=20, working=10, hidden=1),
@@ -47,8 +56,20 @@ def test_with_little_room_activations_wait_on_the_host():
     assert fit_stage(memory(48), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE)
 
 
-def test_what_is_missing_is_told():
-    assert fit_stage(memory(45), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE, missing=3)
+def test_what_is_missing_is_told_as_long_as_streamed_weights_can_make_up_for_it():
+    assert fit_stage(memory(45, streamable=3), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE, missing=3)
+
+
+def test_with_less_still_the_attentions_are_computed_again_too():
+    # 3 × 1 + 5 × 1 + 32: an input each is on the device, and what was kept beside it is made again
+    assert fit_stage(memory(45, streamable=2), SIZES) == Fit(0, Residency.OFFLOAD)
+    assert fit_stage(memory(40), SIZES) == Fit(0, Residency.OFFLOAD)
+    assert fit_stage(memory(38), SIZES) == Fit(0, Residency.OFFLOAD, missing=2)
+
+
+def test_streaming_frees_all_blocks_but_those_in_the_slots():
+    assert [streamable(7, 10, streamed) for streamed in (0, 3, 10)] == [(10 - SLOTS) * 7, 49, 0]
+    assert streamable(7, 1) == 0
 
 
 def test_more_micro_batches_in_flight_leave_room_for_less():
@@ -109,7 +130,9 @@ def test_blocks_of_each_kind_count_as_what_they_are():
     assert fit_stage(memory(320), MIXED) == Fit(6, Residency.SELECTIVE)
     # 3 × 2 + 5 × 8 + 70
     assert fit_stage(memory(116), MIXED) == Fit(0, Residency.OFFLOAD_SELECTIVE)
-    assert fit_stage(memory(115), MIXED) == Fit(0, Residency.OFFLOAD_SELECTIVE, missing=1)
+    # 3 × 2 + 5 × 2 + 76, by the large ones
+    assert fit_stage(memory(115), MIXED) == fit_stage(memory(92), MIXED) == Fit(0, Residency.OFFLOAD)
+    assert fit_stage(memory(91), MIXED) == Fit(0, Residency.OFFLOAD, missing=1)
 
 
 def test_what_is_parked_is_summed_over_the_kinds():

@@ -129,12 +129,22 @@ def test_smaller_clips_between_make_a_step_shorter_and_no_smaller() -> None:
 
 
 def test_what_does_not_fit_comes_with_changes_that_would() -> None:
-    found = plan(request_of(budgets=budgets_of("RTX 3060 12GB")))
+    trace = settings_of("wan2.2-t2v-a14b", rank=64)
+    clips = {Bucket(frames=33, height=480, width=832): 1.0}
+    found = plan(request_of(budgets=budgets_of("RTX 3060 12GB"), trace=trace, buckets=clips))
     assert not found.fits and "cuda:0 would need" in found.limit
     names = [change.name for change in found.changes]
     assert any("frames" in name for name in names)
     assert "one more RTX 3060 12GB" in names
     assert all(change.fits for change in found.changes)
+
+
+def test_where_streamed_weights_are_not_enough_attentions_are_computed_again() -> None:
+    """14 B parameters in bf16, 49 frames, on 12 GB."""
+    (stage,) = plan(request_of(budgets=budgets_of("RTX 3060 12GB"))).stages
+    assert stage.fits and stage.residency is Residency.OFFLOAD
+    roomier = plan(request_of(budgets=budgets_of("RTX 4060 Ti 16GB"))).stages[0]
+    assert roomier.fits and roomier.residency is Residency.OFFLOAD_SELECTIVE
 
 
 def test_too_little_host_memory_is_told() -> None:

@@ -15,6 +15,7 @@ from tworeel.engine.fitting import (
     available_memory,
     blocks_to_stream,
     fit_stages,
+    streamable,
 )
 from tworeel.engine.footprints import StageFootprints
 from tworeel.engine.releasing import release_memory
@@ -56,14 +57,15 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
     """What a stage has; None on a CPU."""
     if split.placement.devices[stage].type == "cpu":
         return None
-    blocks = split.placement.blocks_of(stage)
+    blocks, streamed = split.placement.blocks_of(stage), len(split.streamed_on(stage))
     return StageMemory(
         available=available_memory(split.placement, split.model, stage),
         num_blocks=len(blocks),
-        may_keep=len(blocks) - len(split.streamed_on(stage)),
+        may_keep=len(blocks) - streamed,
         in_flight=in_flight,
         holding=holding,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
+        streamable=streamable(_smallest(split, stage), len(blocks), streamed) if split.may_stream else 0,
     )
 
 
@@ -125,14 +127,15 @@ def _stream_more(split: Split) -> None:
 
 def _blocks_for(split: Split, stage: int, missing: int) -> int:
     """How many blocks of a stage must be streamed to free so many bytes more."""
+    num_blocks, streamed = len(split.placement.blocks_of(stage)), len(split.streamed_on(stage))
+    return blocks_to_stream(missing, _smallest(split, stage), num_blocks, streamed)
+
+
+def _smallest(split: Split, stage: int) -> int:
+    """Bytes of the frozen weights of the block of a stage that has fewest."""
     blocks = split.placement.blocks_of(stage)
-    smallest = min(_frozen_bytes(split, position) for position in blocks)
-    return blocks_to_stream(missing, smallest, len(blocks), len(split.streamed_on(stage)))
-
-
-def _frozen_bytes(split: Split, position: int) -> int:
-    block = split.model.get_submodule(split.placement.block_names[position])
-    return sum(parameter.nbytes for parameter in frozen_parameters(block))
+    names = [split.placement.block_names[position] for position in blocks]
+    return min(sum(p.nbytes for p in frozen_parameters(split.model.get_submodule(name))) for name in names)
 
 
 def _keep_most(split: Split, stage: int, fit: Fit) -> None:

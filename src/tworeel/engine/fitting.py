@@ -43,6 +43,8 @@ class StageMemory:
     """Micro-batches whose inputs it holds at a time: they are sent ahead of their turn."""
     inputs: int = 0
     """Bytes of a micro-batch that all blocks are given: text, rotary tables, modulation."""
+    streamable: int = 0
+    """Bytes of weights that could go to host memory beside those that are there already."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
 def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
     """Let as many blocks of a stage as possible keep everything.
 
+    Weights are streamed before attentions are computed again: that costs no time where clips are long.
+
     Args:
         memory: of the stage.
         footprints: of its blocks.
@@ -75,8 +79,11 @@ def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
         for num_kept in range(memory.may_keep, -1, -1):
             if needed(memory, footprints, num_kept, fallback) <= memory.available:
                 return Fit(num_kept, fallback)
-    least = needed(memory, footprints, 0, FALLBACKS[-1])
-    return Fit(0, FALLBACKS[-1], least - memory.available)
+    missing = needed(memory, footprints, 0, FALLBACKS[-1]) - memory.available
+    if missing <= memory.streamable:
+        return Fit(0, FALLBACKS[-1], missing)
+    least = needed(memory, footprints.inputs_only(), 0, Residency.OFFLOAD)
+    return Fit(0, Residency.OFFLOAD, max(0, least - memory.available))
 
 
 def fit_stages(
@@ -133,6 +140,12 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     waiting = (memory.in_flight - 1) * footprints.hidden
     crossing = memory.holding * (footprints.hidden + memory.inputs) + waiting
     return memory.in_flight * (kept + left) + crossing + once + working
+
+
+def streamable(block: int, num_blocks: int, streamed: int = 0) -> int:
+    """Bytes that streaming the rest of a stage's blocks would free; arguments as `blocks_to_stream`'s."""
+    in_slots = 0 if streamed else SLOTS
+    return max(0, num_blocks - streamed - in_slots) * block
 
 
 def blocks_to_stream(missing: int, block: int, num_blocks: int, streamed: int = 0) -> int:

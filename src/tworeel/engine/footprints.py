@@ -43,6 +43,7 @@ class StageFootprints:
     """
 
     def __init__(self, blocks: Sequence[Footprints]) -> None:
+        self._blocks = blocks
         keep = [found[Residency.KEEP] for found in blocks]
         other = [found.get(Residency.SELECTIVE, found[Residency.KEEP]) for found in blocks]
         self.left = [0, *accumulate(one.kept for one in other)]
@@ -51,3 +52,19 @@ class StageFootprints:
         self.kept = [*accumulate((one.kept for one in reversed(keep)), initial=0)][::-1]
         self.keeping = [*accumulate((one.working for one in reversed(keep)), max, initial=0)][::-1]
         self.hidden = max((one.hidden for one in other), default=0)
+
+    def inputs_only(self) -> StageFootprints:
+        """The same blocks, where those that do not keep everything leave behind their input alone."""
+        return StageFootprints(
+            [
+                {residency: _leaving_its_input(one) for residency, one in found.items()}
+                | {Residency.KEEP: found[Residency.KEEP]}
+                for found in self._blocks
+            ]
+        )
+
+
+def _leaving_its_input(block: Footprint) -> Footprint:
+    """What else it kept is there while it computes again."""
+    left = min(block.kept, block.hidden)
+    return Footprint(kept=left, working=block.working + block.kept - left, hidden=block.hidden)

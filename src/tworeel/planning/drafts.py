@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tworeel.engine.fitting import Fit, StageMemory, blocks_to_stream, needed
+from tworeel.engine.fitting import Fit, StageMemory, blocks_to_stream, needed, streamable
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
@@ -60,8 +60,13 @@ class StageDraft:
     holding: int
     """Micro-batches whose inputs it holds at a time."""
 
-    def memory(self, streamed: int) -> StageMemory:
-        """What its activations may take when the weights of so many blocks are streamed."""
+    def memory(self, streamed: int, *, may_stream: bool) -> StageMemory:
+        """What its activations may take when the weights of so many blocks are streamed.
+
+        Args:
+            streamed: blocks.
+            may_stream: more blocks may be streamed.
+        """
         on_device = self.weights - streamed * self.block + min(streamed, SLOTS) * self.block
         return StageMemory(
             available=self.free - self.spare - on_device - self.lora - self._workspace,
@@ -70,6 +75,7 @@ class StageDraft:
             in_flight=self.in_flight,
             holding=self.holding,
             inputs=self.inputs,
+            streamable=streamable(self.block, len(self.blocks), streamed) if may_stream else 0,
         )
 
     @property
@@ -93,7 +99,7 @@ class StageDraft:
             streamed: blocks whose weights are streamed.
             means: of the data.
         """
-        memory = self.memory(streamed)
+        memory = self.memory(streamed, may_stream=False)
         kept = min(fit.num_kept, memory.may_keep)
         blocks = self._as_run(fit.fallback)
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]

@@ -243,11 +243,12 @@ class Planner:
         """What all stages' blocks leave behind; as the engine decides it when it has measured."""
         residency, given = self.request.residency, self.request.streamed
         counts = given or (0,) * len(drafts)
-        memories = [draft.memory(count) for draft, count in zip(drafts, counts, strict=True)]
+        may_stream = given is None
+        memories = [d.memory(count, may_stream=may_stream) for d, count in zip(drafts, counts, strict=True)]
         if residency == AUTO:
             found = fit_stages(memories, [draft.footprints for draft in drafts], self.request.host_free)
             fits = [fit for fit in found if fit is not None]
-            if given is None:
+            if may_stream:
                 counts = tuple(d.to_stream(fit.missing) for d, fit in zip(drafts, fits, strict=True))
         elif residency == Residency.KEEP:
             fits = [Fit(memory.may_keep, Residency.SELECTIVE) for memory in memories]
