@@ -37,8 +37,6 @@ from tworeel.benchmarks import machine
 from tworeel.engine.releasing import release_memory
 from tworeel.planning.plans import Plan
 
-STEPS = 2
-"""The first one compiles and decides what blocks leave behind; the last one is timed."""
 EDGE_STEPS = (3, 2)
 """Of a clip that is accepted, and of one that is refused."""
 WITHIN = 0.05
@@ -87,7 +85,7 @@ def run_case(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
     """As it is planned."""
     planner = bench.planner(case)
     plan = planner.best()
-    yield case.name, compared(case, plan, bench.run(case, planner.request, plan, STEPS))
+    yield case.name, compared(case, plan, bench.run(case, planner.request, plan))
 
 
 def run_edge(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
@@ -100,9 +98,10 @@ def run_edge(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
             _say("  no longer clip is refused")
             continue
         _say(f"  {some.frames} frames, {'refused' if is_refused else 'accepted'}")
+        some = replace(some, steps=EDGE_STEPS[is_refused])
         planner = bench.planner(some)
         plan = planner.best()
-        result = compared(some, plan, bench.run(some, planner.request, plan, EDGE_STEPS[is_refused]))
+        result = compared(some, plan, bench.run(some, planner.request, plan))
         told = _told_edge(plan, result["measured"], bool(is_refused))
         _say(f"  {told}")
         yield some.name, {**result, "refused": bool(is_refused), "verdict": told}
@@ -133,7 +132,7 @@ def run_split(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
         some = replace(case, at=(at,))
         planner = bench.planner(some)
         plan = planner.best()
-        found = bench.run(some, planner.request, plan, STEPS) if plan.fits else None
+        found = bench.run(some, planner.request, plan) if plan.fits else None
         if found is not None and found.seconds is not None:
             times[at] = found.seconds
             _say(f"  split at {at}: {found.seconds:.2f} s (planned {plan.seconds_per_step:.2f})")
@@ -184,7 +183,7 @@ def cases_of(phase: str, options: argparse.Namespace) -> list[tuple[int, Case]]:
     found = chosen((TINY_PHASES if options.tiny else PHASES)[phase], options.cases)
     changes: dict[str, Any] = {
         name: value
-        for name in ("blocks", "stages", "compile")
+        for name in ("blocks", "stages", "steps", "compile")
         if (value := getattr(options, name)) is not None
     }
     return [(number, replace(case, **changes)) for number, case in found]
@@ -201,6 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--devices", help="for example cuda:0,cuda:1; all by default")
     parser.add_argument("--stages", type=int, help="instead of each case's own: 1 runs it on one device")
     parser.add_argument("--blocks", type=int, help="of the model; all by default")
+    parser.add_argument("--steps", type=int, help="of a case or boundary, 2 by default; the last is timed")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,

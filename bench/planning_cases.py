@@ -50,6 +50,8 @@ class Case:
     rank: int = 32
     blocks: int | None = None
     """All by default."""
+    steps: int = 2
+    """The first one compiles and decides what blocks leave behind; the last one is timed."""
 
     @property
     def name(self) -> str:

@@ -104,11 +104,11 @@ class Bench:
             frames += stride
         return None if frames < 1 else (replace(case, frames=frames), None)
 
-    def run(self, case: Case, request: Request, plan: Plan, steps: int) -> Measured:
-        """Train some steps with the plan's boundaries, in memory that nothing else has a part of."""
+    def run(self, case: Case, request: Request, plan: Plan) -> Measured:
+        """Train the case's steps with the plan's boundaries, in memory that nothing else has a part of."""
         devices = self.devices[: case.stages]
         self._forget_compiled(case)
-        done = unless_out_of_memory(lambda: _train(case, request, devices, plan.split_at, steps))
+        done = unless_out_of_memory(lambda: _train(case, request, devices, plan.split_at))
         peaks = machine.peaks(devices)
         release_memory()
         seconds, residency = (None, "") if done is None else done
@@ -171,7 +171,7 @@ class Bench:
 
 
 def _train(
-    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int], steps: int
+    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int]
 ) -> tuple[float, str]:
     """Seconds of the last step, and what the blocks left behind."""
     family = request.family
@@ -195,7 +195,7 @@ def _train(
     batches = list(_batches(case, request, family))
     seconds = 0.0
     with attention_backend("auto", devices):
-        for _ in range(steps):
+        for _ in range(case.steps):
             machine.synchronize(devices)
             begin = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
