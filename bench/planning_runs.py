@@ -16,6 +16,7 @@ from tworeel.benchmarks.preparing import unless_out_of_memory
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
+from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.lora.state import lora_parameters
 from tworeel.lora.targets import find_targets
 from tworeel.models.family import Family
@@ -108,7 +109,7 @@ class Bench:
         """Train the case's steps with the plan's boundaries, in memory that nothing else has a part of."""
         devices = self.devices[: case.stages]
         self._forget_compiled(case)
-        done = unless_out_of_memory(lambda: _train(case, request, devices, plan.split_at))
+        done = unless_out_of_memory(lambda: _train(case, request, devices, plan))
         peaks = machine.peaks(devices)
         release_memory()
         seconds, residency = (None, "") if done is None else done
@@ -170,25 +171,35 @@ class Bench:
         return tuple(replace(self._timed[b.device], total=b.total, free=b.free) for b in found)
 
 
-def _train(
-    case: Case, request: Request, devices: Sequence[torch.device], at: Sequence[int]
-) -> tuple[float, str]:
+def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: Plan) -> tuple[float, str]:
     """Seconds of the last step, and what the blocks left behind."""
     family = request.family
     model = family.build_transformer(request.source.transformer)
-    placement = place(model, devices, at=at, blocks=family.block_lists)
+    placement = place(model, devices, at=plan.split_at, blocks=family.block_lists)
     quantize: Any = case.quantize
+    counts = [stage.streamed for stage in plan.stages]
+    waiting = streamed_positions(placement, counts)
     machine.reset_peaks(devices)  # where weights alone do not fit, the peak is theirs
-    models.fill(model, family, placement, dtype=torch.bfloat16, rank=case.rank, quantize=quantize)
+    models.fill(
+        model,
+        family,
+        placement,
+        dtype=torch.bfloat16,
+        rank=case.rank,
+        quantize=quantize,
+        streamed=waiting,
+    )
     machine.reset_peaks(devices)
     optimizer = torch.optim.AdamW(lora_parameters(model).values())
     division = split(
         model,
         devices,
-        at=at,
+        at=plan.split_at,
         blocks=family.block_lists,
         residency=case.residency,
         compile=case.compile,
+        streamed=counts if any(counts) else None,
+        may_stream=True,
         host_limit=request.host_free,
     )
     pipeline = Pipeline(division, slack=request.slack)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from tworeel.diffsynth.settings import Settings
 from tworeel.diffsynth.splitting import split_pipeline
 from tworeel.engine import Pipeline
 from tworeel.engine.passage import Passage
+from tworeel.planning.budgets import budget_of_card
+from tworeel.planning.cards import known_cards, parse_cards
 
 pytestmark = pytest.mark.usefixtures("diffsynth_package")
 WRONG_WITH_ITS_CHECKPOINTING = {"s2v"}
@@ -76,8 +77,18 @@ def unsplit(name: str, micro_batches: int = 1, device: str = "cpu") -> tuple[lis
     return losses, gradients_of(toy.models)
 
 
-def pipe_of(name: str, toy: Toy) -> Any:
-    return SimpleNamespace(model_fn=model_function(name), **toy.models)
+class Pipe(nn.Module):
+    """What DiffSynth's pipelines are: a module of models, and what is run with them at each step."""
+
+    def __init__(self, model_fn: Callable[..., Any], models: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.model_fn = model_fn
+        for name, model in models.items():
+            self.add_module(name, model)
+
+
+def pipe_of(name: str, toy: Toy) -> Pipe:
+    return Pipe(model_function(name), toy.models)
 
 
 def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -145,6 +156,18 @@ def test_micro_batches_that_overlap_have_the_losses_and_gradients_of_one_after_t
     name: str, stages: int
 ) -> None:
     assert_overlapping_is_alike(name, ("cpu",) * stages)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_gpus_a_variant_is_shared_out_by_what_they_have(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [budget_of_card(card, i) for i, card in enumerate(parse_cards("2x RTX 4090", known_cards()))]
+    monkeypatch.setattr("tworeel.diffsynth.splitting.budgets", lambda devices: known)
+    pipe = pipe_of(name, made(name))
+    division, _ = split_pipeline(pipe, Settings(devices=("cpu", "cpu")), checkpointing=True, offload=False)
+    first, last = (len(division.placement.blocks_of(stage)) for stage in (0, 1))
+    assert first > 0 and last > 0
 
 
 @pytest.mark.parametrize("name", sorted(ONE_AT_A_TIME))

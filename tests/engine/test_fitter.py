@@ -11,7 +11,7 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 from tworeel import Pipeline
 from tworeel.engine import fitter, parking
 from tworeel.engine.fitting import Probe, StageMemory
-from tworeel.engine.footprints import Footprint
+from tworeel.engine.footprints import TOO_LARGE, Footprint
 from tworeel.engine.residency import Residency
 
 SIZES = {
@@ -23,7 +23,8 @@ SIZES = {
 class Devices:
     """Takes the place of what is measured: devices of so much memory, that fit a forward after some tries.
 
-    Of weights `streamable` bytes may go, as far as the split lets them.
+    Of weights `streamable` bytes may go, as far as the split lets them. With less than `tight` of its blocks
+    streamed, stage 1 has room for none.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Devices:
         tries: int = 0,
         inputs: int = 0,
         streamable: int = 10**6,
+        tight: int = 0,
     ) -> None:
         self._tries = tries
         self._inputs = inputs
         self._streamable = streamable
+        self._tight = tight
         self._available = available
         monkeypatch.setattr(fitter, "_memory", self.memory)
         monkeypatch.setattr(fitter, "_measure", self.measure)
@@ -56,6 +59,8 @@ class Devices:
             return None
         probe = Probe([replace(memory, inputs=self._inputs) for memory in memories])
         probe.footprints = [dict.fromkeys(split.placement.block_kinds, SIZES) for _ in memories]
+        if len(split.streamed_on(1)) < self._tight:
+            probe.footprints[1] = dict.fromkeys(split.placement.block_kinds, dict.fromkeys(SIZES, TOO_LARGE))
         return probe
 
 
@@ -111,6 +116,19 @@ def test_a_forward_that_does_not_fit_has_more_and_more_weights_streamed(monkeypa
         "stage 0: 1 keep, 1 selective, weights of 1 streamed; "
         "stage 1: 2 selective, 1 keep, weights of 2 streamed"
     )
+
+
+def test_where_not_one_block_fits_beside_the_weights_more_of_them_are_streamed(monkeypatch):
+    """Its size is known then, and no more has to give way than is needed."""
+    Devices(monkeypatch, available=100_000, tight=1)
+    assert fitted().split.residency_in_words() == (
+        "stage 0: 2 keep; stage 1: 2 selective, 1 keep, weights of 2 streamed"
+    )
+
+
+def test_a_block_that_never_fits_is_tried_with_all_weights_streamed(monkeypatch):
+    Devices(monkeypatch, available=100_000, tight=4)
+    assert "stage 1: 3 offload, weights of 3 streamed" in fitted().split.residency_in_words()
 
 
 def test_nothing_more_is_streamed_than_was_asked_for(monkeypatch):

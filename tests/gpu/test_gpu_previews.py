@@ -69,6 +69,8 @@ def test_what_is_rendered_is_about_what_the_cpu_renders(
 def test_previews_change_no_bit_of_a_run(
     folder: Path, devices: list[torch.device], quantize: str | None, streamed: tuple[int, ...] | None
 ) -> None:
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
     engine = {"attention": "deterministic", "residency": "recompute", "streamed_blocks": streamed}
     runs = []
     for name, asked in (("plain", {}), ("shown", {**SAMPLE, "every": 1})):

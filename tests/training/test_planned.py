@@ -15,6 +15,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
+from tworeel.training.assembly import load_model, split_model
 from tworeel.training.loadable import place_again
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
@@ -61,6 +62,21 @@ def test_blocks_go_where_the_plan_says(job) -> None:
     assert [str(device) for device in placed.placement.devices] == ["cuda:0", "cuda:1"]
 
 
+def test_weights_that_the_plan_streams_wait_in_host_memory_from_the_start(job) -> None:
+    config, found = job
+    _, placed, run = plan_on(config, found, [replace(budget, free=320 * 2**20) for budget in pair()])
+    assert run.plan.num_streamed > 0
+    assert placed.streamed_counts == tuple(stage.streamed for stage in run.plan.stages)
+
+
+def test_what_is_planned_to_be_streamed_is_and_more_may_be(job) -> None:
+    config, found = job
+    placed = place_again(found, [torch.device("cpu")] * 2, [2], [1, 0])
+    model = load_model(config, placed)
+    division = split_model(config, placed, model)
+    assert [len(division.streamed_on(stage)) for stage in (0, 1)] == [1, 0] and division.may_stream
+
+
 def left_open(config: RunConfig) -> RunConfig:
     """With precision and stages for the plan to decide."""
     model = config.model.model_copy(update={"quantize": "auto", "dtype": "bfloat16"})
@@ -103,7 +119,7 @@ def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.M
 
     monkeypatch.setattr(planned, "budgets_of_devices", lambda _: pair())
     monkeypatch.setattr(planned, "measured", measured)
-    on_gpus = place_again(found, config, [torch.device("cuda:0"), torch.device("cuda:1")], [2])
+    on_gpus = place_again(found, [torch.device("cuda:0"), torch.device("cuda:1")], [2], [0, 0])
     _, _, run = plan_job(left_open(config), on_gpus, print)
     assert timed == ["cuda:0", "cuda:1"] and run is not None and run.plan.calibrated
 
@@ -115,7 +131,7 @@ def test_on_a_cpu_there_is_nothing_to_plan(job) -> None:
 
 def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.MonkeyPatch) -> None:
     config, found = job
-    on_gpus = place_again(found, config, [torch.device("cuda:0"), torch.device("cuda:1")], [2])
+    on_gpus = place_again(found, [torch.device("cuda:0"), torch.device("cuda:1")], [2], [0, 0])
 
     def refuse(*_: object) -> None:
         raise RuntimeError("tracing has changed")

@@ -17,7 +17,7 @@ from tworeel.engine.fitting import (
     fit_stages,
     streamable,
 )
-from tworeel.engine.footprints import StageFootprints
+from tworeel.engine.footprints import TOO_LARGE, StageFootprints
 from tworeel.engine.releasing import release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import most_holding
@@ -42,9 +42,10 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
     while True:
         memories = [_memory(split, stage, in_flight[stage], holding[stage]) for stage in stages]
         probe = _measure(split, forward, memories)
-        if probe is not None:
+        if not (short := _short_of_memory(split, probe)):
             break
-        _stream_more(split)
+        _stream_more(split, short)
+    assert probe is not None
     footprints = [_of_stage(split, stage, probe) for stage in stages]
     for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_pool.limit)):
         if found is not None:
@@ -80,11 +81,23 @@ def _measure(
         with split.probing(probe):
             forward()
     except torch.OutOfMemoryError as error:
-        if not _can_stream(split):
+        if not _can_stream(split, _accelerated(split)):
             raise
         traceback.clear_frames(error.__traceback__)
         return None
     return probe
+
+
+def _short_of_memory(split: Split, probe: Probe | None) -> list[int]:
+    """Stages on which not even one block fits as long as so many weights are there; all without a probe."""
+    if probe is None:
+        return _accelerated(split)
+    kinds = {stage: probe.footprints[stage].values() for stage in _accelerated(split)}
+    return [
+        stage
+        for stage, found in kinds.items()
+        if _can_stream(split, [stage]) and any(one.get(Residency.SELECTIVE) == TOO_LARGE for one in found)
+    ]
 
 
 def _of_stage(split: Split, stage: int, probe: Probe) -> StageFootprints:
@@ -109,17 +122,16 @@ def _accelerated(split: Split) -> list[int]:
     return [stage for stage, device in enumerate(split.placement.devices) if device.type != "cpu"]
 
 
-def _can_stream(split: Split) -> bool:
-    """Whether there are weights that could still go to host memory."""
-    stages = _accelerated(split)
+def _can_stream(split: Split, stages: Sequence[int]) -> bool:
+    """Whether stages have weights that could still go to host memory."""
     return split.may_stream and any(
         len(split.streamed_on(stage)) < len(split.placement.blocks_of(stage)) for stage in stages
     )
 
 
-def _stream_more(split: Split) -> None:
-    """Stream half of the blocks whose weights are still on their devices."""
-    for stage in _accelerated(split):
+def _stream_more(split: Split, stages: Sequence[int]) -> None:
+    """Stream half of the blocks of stages whose weights are still on their devices."""
+    for stage in stages:
         streamed, blocks = len(split.streamed_on(stage)), len(split.placement.blocks_of(stage))
         split.stream(stage, streamed + -(-(blocks - streamed) // 2))
     release_memory()

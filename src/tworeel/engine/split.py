@@ -37,6 +37,7 @@ def split(
     compile: bool = False,
     cpp_wrapper: bool = False,
     streamed: Sequence[int] | None = None,
+    may_stream: bool | None = None,
     host_limit: int | None = None,
     run_ahead: int | None = None,
     io_same_device: bool = False,
@@ -62,6 +63,8 @@ def split(
         streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
             brought to the device ahead of use. Such blocks have to recompute. None by default; with the
             residency `auto`, as many as are needed.
+        may_stream: whether the residency `auto` may let more weights be streamed than `streamed` says; by
+            default where that says nothing.
         host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
         io_same_device: bring what the forward returns back to the first device, where a loop that knows
@@ -94,7 +97,8 @@ def split(
         model,
         placement,
         residency,
-        None if streamed is None else positions,
+        positions,
+        may_stream=streamed is None if may_stream is None else may_stream,
         compiler=compiler,
         host_limit=host_limit,
         run_ahead=run_ahead,
@@ -137,8 +141,9 @@ class Split:
         model: nn.Module,
         placement: Placement,
         residency: Residency | str | Sequence[Residency | str],
-        streamed: Sequence[int] | None = None,
+        streamed: Sequence[int] = (),
         *,
+        may_stream: bool = True,
         compiler: BlockCompiler | None = None,
         host_limit: int | None = None,
         run_ahead: int | None = None,
@@ -154,8 +159,8 @@ class Split:
         self.run_ahead = RunAhead(run_ahead)
         self.io_same_device = io_same_device
         self.between = between
-        self.streamed = StreamedBlocks(model, placement, streamed or ())
-        self.may_stream = streamed is None
+        self.streamed = StreamedBlocks(model, placement, streamed)
+        self.may_stream = may_stream
         self.under_way = UnderWay(placement)
         self.block_runs = BlockRuns(self)
         self._forwards = Forwards(self)

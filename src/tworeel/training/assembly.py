@@ -119,7 +119,8 @@ def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
         residency=engine.residency,
         compile=compile,
         cpp_wrapper=compile and engine.cpp_wrapper,
-        streamed=engine.streamed_blocks,
+        streamed=job.streamed_counts,
+        may_stream=engine.streamed_blocks is None,
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
     )
 

@@ -36,6 +36,12 @@ class Loadable:
     streamed: tuple[int, ...]
     """Positions of the blocks whose weights wait in host memory."""
 
+    @property
+    def streamed_counts(self) -> tuple[int, ...] | None:
+        """How many of each stage's blocks they are; None where there are none."""
+        blocks = [self.placement.blocks_of(stage) for stage in range(self.placement.num_stages)]
+        return tuple(len({*one} & {*self.streamed}) for one in blocks) if self.streamed else None
+
 
 J = TypeVar("J", bound=Loadable)
 
@@ -108,7 +114,14 @@ def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
         raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
 
 
-def place_again(job: J, config: RunConfig, devices: Sequence[torch.device], at: Sequence[int]) -> J:
-    """The job with its blocks elsewhere: a device a stage; `at` is the first block of each but the first."""
+def place_again(job: J, devices: Sequence[torch.device], at: Sequence[int], streamed: Sequence[int]) -> J:
+    """The job with its blocks elsewhere.
+
+    Args:
+        job: with its blocks placed somehow.
+        devices: one a stage.
+        at: first block of each stage but the first.
+        streamed: blocks of each stage whose weights wait in host memory.
+    """
     placement = place(job.transformer, devices, at=at, blocks=job.family.block_lists)
-    return replace(job, placement=placement, streamed=_streamed(placement, config))
+    return replace(job, placement=placement, streamed=tuple(streamed_positions(placement, streamed)))

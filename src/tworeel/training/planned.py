@@ -239,5 +239,5 @@ def _followed(config: RunConfig, job: Job, request: Request) -> tuple[RunConfig,
     found, decided = explained(choice), choice.planner.request
     devices = [torch.device(stage.device) for stage in found.stages]
     quantize, stages = decided.trace.quantize, decided.stages_per_device
-    placed = place_again(job, config, devices, found.split_at)
+    placed = place_again(job, devices, found.split_at, [stage.streamed for stage in found.stages])
     return settled(config, quantize, stages), placed, PlannedRun(found, choice.planner)
