@@ -18,7 +18,7 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline, split
 from tworeel.engine import compiling
-from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.compiling import BlockCompiler, may_launch_from_cpp
 from tworeel.engine.residency import plain_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -73,6 +73,14 @@ def test_without_a_cpp_compiler_or_compilation_nothing_is_split(monkeypatch):
     with pytest.raises(ValueError, match="cpp_wrapper: what is not compiled"):
         split(model, ["cpu", "cpu"], cpp_wrapper=True)
     split(model, ["cpu", "cpu"], compile=True)
+    assert not may_launch_from_cpp()
+
+
+@pytest.mark.parametrize(("system", "may"), [("linux", True), ("win32", False)])
+def test_blocks_are_launched_from_cpp_unasked_only_on_linux(monkeypatch, system, may):
+    monkeypatch.setattr("tworeel.engine.compiling.require_cpp_compiler", lambda: None)
+    monkeypatch.setattr("sys.platform", system)
+    assert may_launch_from_cpp() is may
 
 
 class Block(nn.Module):

@@ -1,4 +1,5 @@
-"""What may be left to the planner beside the split: the precision of the weights, the stages of a device."""
+"""What may be left to the planner beside the split: precision of the weights, stages a device, and from where
+kernels are launched."""
 
 from __future__ import annotations
 
@@ -96,3 +97,32 @@ def test_where_eight_bits_do_not_fit_four_may() -> None:
     names = [change.name for change in found.changes]
     assert not found.fits and "model.quantize = 'nf4'" in names
     assert not any("fp8" in name for name in names)
+
+
+def test_several_cards_are_launched_from_cpp_even_if_no_time_is_planned_to_be_gained() -> None:
+    choice = choose(request_of(budgets=budgets_of("2x H100 80GB"), may_launch_from_cpp=True))
+    assert choice.plan.cpp_wrapper and choice.planner.request.cpp_wrapper
+    (lost,) = choice.lost
+    assert lost.name == "kernels launched from Python" and "hold up each other's launches" in lost.reason
+
+
+def test_where_the_host_limits_what_is_gained_is_told() -> None:
+    found = plan(request_of(buckets={IMAGE: 1.0}, micro_batches=16, may_launch_from_cpp=True))
+    (lost,) = found.alternatives
+    assert found.cpp_wrapper and lost.seconds_per_step > 1.5 * found.seconds_per_step
+    assert lost.reason.endswith("times the time of a clip")
+
+
+def test_one_card_is_launched_from_cpp_only_where_it_waits_for_the_host() -> None:
+    one = budgets_of("1x H200")
+    clip = request_of(budgets=one, may_launch_from_cpp=True)
+    image = replace(clip, buckets={IMAGE: 1.0}, micro_batches=16)
+    assert [plan(request).cpp_wrapper for request in (clip, image)] == [False, True]
+
+
+def test_the_chosen_order_of_unlike_cards_stays_when_they_are_launched_from_cpp() -> None:
+    request = request_of(budgets=budgets_of("RTX 4090, RTX 5090"), may_reorder=True)
+    before, after = (plan(replace(request, may_launch_from_cpp=may)) for may in (False, True))
+    assert after.cpp_wrapper and not before.cpp_wrapper
+    assert [stage.device for stage in before.stages] == [stage.device for stage in after.stages]
+    assert before.split_at == after.split_at

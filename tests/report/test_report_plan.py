@@ -31,6 +31,7 @@ PLAN = Plan(
     model="wan2.2-t2v-a14b",
     precision="bfloat16",
     compiled=True,
+    cpp_wrapper=False,
     micro_batches=8,
     tokens=20_280,
     stages=(FIRST, SECOND),

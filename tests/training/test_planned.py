@@ -16,6 +16,7 @@ from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
 from tworeel.training.assembly import load_model, split_model
+from tworeel.training.choices import settled
 from tworeel.training.loadable import place_again
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
@@ -109,6 +110,37 @@ def test_a_run_has_nothing_open_once_it_is_planned(job) -> None:
     assert len(placed.placement.devices) == 2 * run.plan.stages_per_device
 
 
+def test_several_cards_are_launched_from_cpp_where_that_is_left_open(job) -> None:
+    config, found = job
+    decided, _, run = plan_on(left_open(config), found, pair())
+    assert decided.engine.cpp_wrapper is True and run.plan.cpp_wrapper
+    engine = config.engine.model_copy(update={"cpp_wrapper": False})
+    decided, _, run = plan_on(config.model_copy(update={"engine": engine}), found, pair())
+    assert decided.engine.cpp_wrapper is False and not run.plan.cpp_wrapper
+
+
+@pytest.mark.parametrize("change", [{"compile": False}, {"cpp_wrapper": False}])
+def test_what_is_not_compiled_or_not_wanted_is_not_launched_from_cpp(job, change: dict[str, bool]) -> None:
+    config, found = job
+    config = config.model_copy(update={"engine": config.engine.model_copy(update=change)})
+    assert not make_request(config, found, pair()).may_launch_from_cpp
+
+
+def test_int8s_own_kernel_is_launched_from_python(job) -> None:
+    config, found = job
+    for kind, may in (("fp8", True), ("int8", False)):
+        model = config.model.model_copy(update={"quantize": kind})
+        request = make_request(config.model_copy(update={"model": model}), found, pair())
+        assert request.may_launch_from_cpp is may
+    (int8,) = make_request(left_open(config), found, pair("RTX 3090", "RTX 4090")).less_precise
+    assert not int8.may_launch_from_cpp
+
+
+def test_where_there_is_no_compiler_blocks_are_launched_from_python(job) -> None:
+    config, found = job
+    assert not make_request(config, found, pair(), may_launch_from_cpp=False).may_launch_from_cpp
+
+
 def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.MonkeyPatch) -> None:
     config, found = job
     timed: list[str] = []
@@ -126,7 +158,7 @@ def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.M
 
 def test_on_a_cpu_there_is_nothing_to_plan(job) -> None:
     config, found = job
-    assert plan_job(config, found, print) == (config, found, None)
+    assert plan_job(config, found, print) == (settled(config), found, None)
 
 
 def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +170,7 @@ def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(planned, "budgets_of_devices", refuse)
     said: list[str] = []
-    assert plan_job(config, on_gpus, said.append) == (config, on_gpus, None)
+    assert plan_job(config, on_gpus, said.append) == (settled(config), on_gpus, None)
     assert said == ["no plan could be made (RuntimeError: tracing has changed); the blocks are shared evenly"]
 
 

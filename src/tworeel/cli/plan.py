@@ -81,6 +81,7 @@ def plan(
         # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
         import torch
 
+        from tworeel.engine.compiling import may_launch_from_cpp
         from tworeel.planning.explaining import plan as make_plan
         from tworeel.training.planned import make_request
         from tworeel.training.preflight import survey
@@ -95,6 +96,7 @@ def plan(
             budgets,
             host_memory=None if host_memory_gib is None else int(host_memory_gib * GIB),
             may_reorder=devices is None and run_config.engine.devices is None,
+            may_launch_from_cpp=gpus is not None or may_launch_from_cpp(),
         )
         made = make_plan(request, explain=explain)
     _show(made)

@@ -57,7 +57,7 @@ _RULES = (
     ),
     _Rule(
         ("engine.cpp_wrapper", "engine.compile"),
-        lambda cpp_wrapper, compile: compile or not cpp_wrapper,
+        lambda cpp_wrapper, compile: compile or cpp_wrapper is not True,
         "what is not compiled cannot be launched from C++",
     ),
     _Rule(

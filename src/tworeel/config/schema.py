@@ -180,8 +180,9 @@ class EngineConfig(Section):
     """What each block leaves behind for its backward; `auto` keeps as much as the devices have room for."""
     compile: bool | None = None
     """Compile the blocks: less time and memory after the first step; by default on GPUs."""
-    cpp_wrapper: bool = False
-    """Launch compiled blocks from C++, for short steps: takes a C++ compiler and a longer first step."""
+    cpp_wrapper: bool | Literal["auto"] = "auto"
+    """Launch compiled blocks from C++, so that no GPU waits for another one's launches: takes a C++ compiler
+    and a longer first step. `auto` does it on Linux for several GPUs, and for one that waits for the host."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "deterministic"] = "auto"
     """Attention kernel; `deterministic` makes two runs on GPUs equal to the bit."""
     slack: NonNegativeInt = 1

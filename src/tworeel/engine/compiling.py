@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import types
 import warnings
@@ -71,6 +72,15 @@ def require_cpp_compiler() -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"launching from C++ needs a C++ compiler: {reason}") from None
+
+
+def may_launch_from_cpp() -> bool:
+    """Whether blocks are launched from C++ here without being asked to: on Linux, with a compiler."""
+    try:
+        require_cpp_compiler()
+    except ValueError:
+        return False
+    return sys.platform == "linux"
 
 
 def _settle() -> None:

@@ -1,5 +1,5 @@
-"""Chooses what may be left to the planner beside the split: how precise weights are, and how many stages a
-device has.
+"""Chooses what may be left to the planner beside the split: how precise weights are, how many stages a device
+has, and from where kernels are launched.
 
 Precision comes before speed: weights stay as precise as they are given where they fit without being streamed.
 """
@@ -34,6 +34,11 @@ def choose(request: Request) -> Choice:
     Raises:
         ValueError: the request's own settings contradict each other, as `tworeel.engine.place` says.
     """
+    return _with_launcher(_with_precision(request))
+
+
+def _with_precision(request: Request) -> Choice:
+    """With weights as precise as they fit."""
     first = _with_stages(Planner(request))
     if not request.less_precise or _level(first.plan) == 0:
         return first
@@ -52,10 +57,7 @@ def _with_stages(planner: Planner) -> Choice:
     single = Choice(planner=planner, plan=one)
     if not request.may_interleave or len(request.budgets) == 1:
         return single
-    # In the order that is best for one stage each: to try all orders anew takes long.
-    order = [stage.device for stage in one.stages]
-    budgets = tuple(sorted(request.budgets, key=lambda budget: order.index(budget.device)))
-    changed = replace(request, budgets=budgets, may_reorder=False, stages_per_device=STAGES)
+    changed = replace(_in_order(request, one), stages_per_device=STAGES)
     halved = Planner(changed, planner.trace, planner)
     try:
         two = halved.best()
@@ -69,6 +71,30 @@ def _with_stages(planner: Planner) -> Choice:
     if two.fits:
         lost = replace(lost, reason=f"{lost.reason}; less than {100 * WORTH:.0f} % would be gained")
     return Choice(planner=planner, plan=one, lost=(lost,))
+
+
+def _with_launcher(choice: Choice) -> Choice:
+    """Launched from C++ where one card's launches would hold up another's, or where the host limits all."""
+    planner, plan = choice.planner, choice.plan
+    if not planner.request.may_launch_from_cpp:
+        return choice
+    changed = replace(_in_order(planner.request, plan), cpp_wrapper=True)
+    other = Planner(changed, planner.trace, planner)
+    found = other.best()
+    faster = found.seconds_per_step < (1 - WORTH) * plan.seconds_per_step
+    if len(planner.request.budgets) == 1 and not faster:
+        return choice
+    lost = alternative_of("kernels launched from Python", plan, found)
+    if plan.fits and not faster:
+        lost = replace(lost, reason="the cards would hold up each other's launches, for what no plan knows")
+    return Choice(planner=other, plan=found, lost=(*choice.lost, lost))
+
+
+def _in_order(request: Request, plan: Plan) -> Request:
+    """The request with its devices in the order that is best already: to try all orders anew takes long."""
+    order = [stage.device for stage in plan.stages]
+    budgets = tuple(sorted(request.budgets, key=lambda budget: order.index(budget.device)))
+    return replace(request, budgets=budgets, may_reorder=False)
 
 
 def _is_better(plan: Plan, best: Plan) -> bool:

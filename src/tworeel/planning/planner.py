@@ -177,6 +177,7 @@ class Planner:
             model=request.source.traits.variant,
             precision=request.trace.quantize or str(request.trace.dtype).removeprefix("torch."),
             compiled=request.trace.compile,
+            cpp_wrapper=request.cpp_wrapper,
             micro_batches=request.micro_batches,
             tokens=tokens(self.largest, request.source.traits),
             stages=tuple(made),

@@ -80,6 +80,8 @@ class Plan:
     precision: str
     """Of the frozen weights of the blocks."""
     compiled: bool
+    cpp_wrapper: bool
+    """Whether compiled blocks are launched from C++."""
     micro_batches: int
     """Clips of an optimizer step."""
     tokens: int

@@ -38,5 +38,7 @@ class Request:
     """Whether each device may have two stages where it is asked for one."""
     cpp_wrapper: bool = False
     """Whether compiled blocks are launched from C++."""
+    may_launch_from_cpp: bool = False
+    """Whether they may be where that is better."""
     less_precise: tuple[Request, ...] = ()
     """The same with other weights, which may be taken where these do not fit; in order of preference."""

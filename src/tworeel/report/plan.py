@@ -55,6 +55,11 @@ def verdict_lines(plan: Plan) -> list[str]:
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
         f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
         *([f"What limits: {plan.limit}"] if plan.fits else []),
+        *(
+            ["Blocks are launched from C++: the first step takes a minute or two more"]
+            if plan.cpp_wrapper
+            else []
+        ),
     ]
 
 

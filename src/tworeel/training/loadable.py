@@ -75,7 +75,7 @@ def require_launcher(config: RunConfig) -> None:
     """Raise `UserError` if blocks are to be launched from C++ on this machine and no compiler is here."""
     engine = config.engine
     compiles = torch.accelerator.is_available() if engine.compile is None else engine.compile
-    if engine.cpp_wrapper and compiles:
+    if engine.cpp_wrapper is True and compiles:
         try:
             require_cpp_compiler()
         except ValueError as error:

@@ -13,6 +13,7 @@ import torch
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
+from tworeel.engine.compiling import may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
@@ -59,6 +60,7 @@ def make_request(
     *,
     host_memory: int | None = None,
     may_reorder: bool | None = None,
+    may_launch_from_cpp: bool = True,
 ) -> Request:
     """What is to be planned for a run.
 
@@ -69,6 +71,7 @@ def make_request(
         host_memory: bytes of the machine's memory; what is available here by default.
         may_reorder: whether the devices may change places; where the configuration does not name them by
             default.
+        may_launch_from_cpp: whether the machine could.
     """
     weights = [source.weight * source.repeats for source in config.data.sources]
     buckets: dict[Bucket, float] = defaultdict(float)
@@ -94,12 +97,20 @@ def make_request(
         steps=config.train.steps,
         clips_per_epoch=sum(config.data.sources[clip.source].repeats for clip in job.clips),
         may_interleave=engine.stages_per_device == "auto",
-        cpp_wrapper=engine.cpp_wrapper,
+        cpp_wrapper=engine.cpp_wrapper is True,
+        may_launch_from_cpp=may_launch_from_cpp and engine.cpp_wrapper == "auto" and _launches(settings),
     )
     if config.model.quantize != "auto":
         return _calibrated(request)
-    eight_bit = replace(request, trace=replace(settings, quantize=_eight_bit_kind(budgets)))
+    settings = replace(settings, quantize=_eight_bit_kind(budgets))
+    launches = request.may_launch_from_cpp and _launches(settings)
+    eight_bit = replace(request, trace=settings, may_launch_from_cpp=launches)
     return replace(_calibrated(request), less_precise=(_calibrated(eight_bit),))
+
+
+def _launches(settings: TraceSettings) -> bool:
+    """Whether what is compiled is known to run when it is launched from C++: int8's own kernel is not."""
+    return settings.compile and settings.quantize != "int8"
 
 
 def _eight_bit_kind(budgets: Sequence[Budget]) -> str:
@@ -207,7 +218,8 @@ def plan_job(
     if any(device.type == "cpu" for device in devices):
         return settled(config), job, None
     try:
-        request = make_request(config, job, budgets_of_devices(devices))
+        budgets = budgets_of_devices(devices)
+        request = make_request(config, job, budgets, may_launch_from_cpp=may_launch_from_cpp())
         return _followed(config, job, _timed(request))
     except Exception as error:  # noqa: BLE001  # torch's tracing is its own affair: a run needs no plan
         say(f"no plan could be made ({type(error).__name__}: {error}); the blocks are shared evenly")
@@ -240,4 +252,5 @@ def _followed(config: RunConfig, job: Job, request: Request) -> tuple[RunConfig,
     devices = [torch.device(stage.device) for stage in found.stages]
     quantize, stages = decided.trace.quantize, decided.stages_per_device
     placed = place_again(job, devices, found.split_at, [stage.streamed for stage in found.stages])
-    return settled(config, quantize, stages), placed, PlannedRun(found, choice.planner)
+    config = settled(config, quantize, stages, cpp_wrapper=decided.cpp_wrapper)
+    return config, placed, PlannedRun(found, choice.planner)
