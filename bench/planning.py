@@ -55,6 +55,8 @@ def compared(case: Case, plan: Plan, found: Measured) -> Results:
     """The plan's figures beside the measured ones, told at once."""
     _say(f"  {'planned':9}{_figures(plan.peaks, plan.seconds_per_step)}, split at {plan.split_at}")
     _say(f"  {'measured':9}{_figures(found.peaks, found.seconds)}, {found.residency or 'ran out of memory'}")
+    if found.settled:
+        _say(f"  {'':9}{_peaks(found.settled)} after the first step")
     result = {"case": case.name, "plan": plan.as_json(), "measured": asdict(found)}
     if found.seconds is None:
         return result
@@ -77,8 +79,11 @@ def _verdict(plan: Plan, found: Measured) -> str:
 
 
 def _figures(peaks: dict[str, int], seconds: float | None) -> str:
-    sizes = ", ".join(f"{name} {gib(size)}" for name, size in peaks.items())
-    return f"{sizes or 'no peaks'}; {'no step' if seconds is None else f'{seconds:.2f} s a step'}"
+    return f"{_peaks(peaks)}; {'no step' if seconds is None else f'{seconds:.2f} s a step'}"
+
+
+def _peaks(peaks: dict[str, int]) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in peaks.items()) or "no peaks"
 
 
 def run_case(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -12,7 +12,7 @@ import torch
 from planning_cases import Case
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.preparing import unless_out_of_memory
+from tworeel.benchmarks.preparing import launches_from_cpp, unless_out_of_memory
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
@@ -46,6 +46,8 @@ class Measured:
     """In tensors by accelerator, also where it ran out."""
     reserved: dict[str, int]
     """Held by torch's allocator."""
+    settled: dict[str, int] = field(default_factory=dict)
+    """Peaks after the first step, which compiles and measures; none if there was but one."""
     residency: str = ""
     """What the blocks left behind, in words."""
 
@@ -110,14 +112,18 @@ class Bench:
         devices = self.devices[: case.stages]
         self._forget_compiled(case)
         done = unless_out_of_memory(lambda: _train(case, request, devices, plan))
-        peaks = machine.peaks(devices)
+        found = machine.peaks(devices)
         release_memory()
-        seconds, residency = (None, "") if done is None else done
+        peaks = {name: peak.allocated for name, peak in found.items()}
+        reserved = {name: peak.reserved for name, peak in found.items()}
+        if done is None:
+            return Measured(seconds=None, peaks=peaks, reserved=reserved)
         return Measured(
-            seconds=seconds,
-            peaks={name: peak.allocated for name, peak in peaks.items()},
-            reserved={name: peak.reserved for name, peak in peaks.items()},
-            residency=residency,
+            seconds=done.seconds,
+            peaks={name: max(peak, done.first[name].allocated) for name, peak in peaks.items()},
+            reserved={name: max(size, done.first[name].reserved) for name, size in reserved.items()},
+            settled=peaks if case.steps > 1 else {},
+            residency=done.residency,
         )
 
     def _forget_compiled(self, case: Case) -> None:
@@ -153,6 +159,7 @@ class Bench:
             host_free=int(HOST_SHARE * psutil.virtual_memory().available),
             steps=1,
             clips_per_epoch=case.micro_batches,
+            cpp_wrapper=case.compile and launches_from_cpp(devices, case.quantize),
         )
 
     def _budgets(self, case: Case, devices: Sequence[torch.device]) -> tuple[Budget, ...]:
@@ -171,8 +178,19 @@ class Bench:
         return tuple(replace(self._timed[b.device], total=b.total, free=b.free) for b in found)
 
 
-def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: Plan) -> tuple[float, str]:
-    """Seconds of the last step, and what the blocks left behind."""
+@dataclass(frozen=True)
+class _Trained:
+    """Some steps that did not run out of memory."""
+
+    seconds: float
+    """Of the last one."""
+    residency: str
+    first: dict[str, machine.Peak]
+    """Peaks of the first one."""
+
+
+def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: Plan) -> _Trained:
+    """Follow the plan from the weights on."""
     family = request.family
     model = family.build_transformer(request.source.transformer)
     placement = place(model, devices, at=plan.split_at, blocks=family.block_lists)
@@ -198,6 +216,7 @@ def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: 
         blocks=family.block_lists,
         residency=case.residency,
         compile=case.compile,
+        cpp_wrapper=request.cpp_wrapper,
         streamed=counts if any(counts) else None,
         may_stream=True,
         host_limit=request.host_free,
@@ -205,8 +224,9 @@ def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: 
     pipeline = Pipeline(division, slack=request.slack)
     batches = list(_batches(case, request, family))
     seconds = 0.0
+    first: dict[str, machine.Peak] = {}
     with attention_backend("auto", devices):
-        for _ in range(case.steps):
+        for number in range(case.steps):
             machine.synchronize(devices)
             begin = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
@@ -214,7 +234,11 @@ def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: 
             optimizer.step()
             machine.synchronize(devices)
             seconds = time.perf_counter() - begin
-    return seconds, division.residency_in_words()
+            if number == 0:
+                first = machine.peaks(devices)
+                for device in machine.accelerators(devices):
+                    torch.accelerator.reset_peak_memory_stats(device)
+    return _Trained(seconds, division.residency_in_words(), first)
 
 
 def _batches(case: Case, request: Request, family: Family) -> Iterator[dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.shapes import Case
 from tworeel.engine import Placement
 from tworeel.engine.attention import AttentionBackend
+from tworeel.engine.compiling import may_launch_from_cpp
 from tworeel.engine.releasing import release_memory
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.errors import UserError
@@ -70,6 +71,19 @@ class Settings:
     def stages(self) -> tuple[torch.device, ...]:
         """The device of each stage."""
         return self.devices * self.stages_per_device
+
+
+def launched(settings: Settings, cpp_wrapper: bool | None) -> Settings:
+    """The same, launched from C++ or not; None leaves it open."""
+    if cpp_wrapper is None:
+        cpp_wrapper = settings.compile and launches_from_cpp(settings.devices, settings.quantize)
+    return replace(settings, cpp_wrapper=cpp_wrapper)
+
+
+def launches_from_cpp(devices: Sequence[torch.device], quantize: str | None) -> bool:
+    """Whether a run on these devices, if it is compiled, is launched from C++ without being asked to."""
+    several = len({device for device in devices if device.type != "cpu"}) > 1
+    return several and quantize != "int8" and may_launch_from_cpp()
 
 
 @dataclass(frozen=True, kw_only=True)

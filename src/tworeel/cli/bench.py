@@ -41,7 +41,7 @@ def bench(
     precision: given.Precision = None,
     residency: given.Residency = "auto",
     compile: given.Compile = None,
-    cpp_wrapper: given.CppWrapper = False,
+    cpp_wrapper: given.CppWrapper = None,
     attention: given.Attention = "auto",
     slack: given.Slack = 1,
     stages_per_device: given.StagesPerDevice = 1,
@@ -85,7 +85,7 @@ def bench(
         import torch
 
         from tworeel.benchmarks.machine import devices_of
-        from tworeel.benchmarks.preparing import Settings
+        from tworeel.benchmarks.preparing import Settings, launched
         from tworeel.engine.attention import before_first_product
 
         before_first_product(attention)
@@ -107,7 +107,6 @@ def bench(
             blocks=blocks,
             residency=residency,
             compile=compiles,
-            cpp_wrapper=cpp_wrapper,
             attention=attention,
             slack=slack,
             streamed=numbers["--streamed"],
@@ -120,7 +119,7 @@ def bench(
         caps: list[float | None] = [*cap_gib] if cap_gib else [None]
         precisions = precision or [PrecisionName.BF16]
         runs = [
-            (case, replace(settings, quantize=QUANTIZE[one], cap_gib=cap))
+            (case, launched(replace(settings, quantize=QUANTIZE[one], cap_gib=cap), cpp_wrapper))
             for one, case, cap in itertools.product(precisions, cases, caps)
         ]
         measure(runs, observer, json_file, timeline)

@@ -102,8 +102,12 @@ Compile = Annotated[
     ),
 ]
 CppWrapper = Annotated[
-    bool,
-    typer.Option("--cpp-wrapper", help="Launch what is compiled from C++.", rich_help_panel=HOW),
+    bool | None,
+    typer.Option(
+        "--cpp-wrapper/--no-cpp-wrapper",
+        help="Whether what is compiled is launched from C++. As for training by default: on several GPUs.",
+        rich_help_panel=HOW,
+    ),
 ]
 Attention = Annotated[
     Literal["auto", "cudnn", "flash", "efficient", "deterministic"],
