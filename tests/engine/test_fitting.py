@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,11 +15,13 @@ from tworeel import split
 from tworeel.engine import fitting
 from tworeel.engine.fitting import (
     Fit,
+    Forward,
     Probe,
     StageMemory,
     fit_stage,
     fit_stages,
     needs_fallback,
+    own_copies,
     streamable,
 )
 from tworeel.engine.footprints import Footprint, StageFootprints
@@ -143,3 +148,22 @@ def test_what_is_parked_is_summed_over_the_kinds():
 
 def test_with_several_kinds_each_is_measured_in_both_ways():
     assert needs_fallback(memory(10_000, num_kinds=2), BLOCK[Residency.KEEP])
+
+
+def test_of_a_forward_alone_there_is_left_what_it_saved():
+    seen: dict[str, weakref.ref[torch.Tensor]] = {}
+    weight = nn.Parameter(torch.ones(3))
+    x = torch.arange(3.0).requires_grad_()
+
+    def run(saves: bool, hidden: torch.Tensor) -> torch.Tensor:
+        output = hidden * weight if saves else hidden + weight
+        seen.update(input=weakref.ref(hidden.untyped_storage()), output=weakref.ref(output.untyped_storage()))
+        return output
+
+    for saves in (True, False):
+        ran = Forward(partial(run, saves), [own_copies((x,))])
+        gc.collect()
+        assert (seen["input"]() is not None) is saves and seen["output"]() is None
+        assert ran.hidden == x.nbytes
+        ran.backward((x,), [weight])
+    assert x.grad is None and weight.grad is None, "a probe leaves no gradient behind"

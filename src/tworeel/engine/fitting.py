@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
@@ -283,15 +284,44 @@ def _footprint(
     torch.accelerator.synchronize(device)
     before = torch.accelerator.memory_allocated(device)
     torch.accelerator.reset_peak_memory_stats(device)
-    outputs = [leaf for leaf in tree_leaves(run(residency, args, kwargs)) if isinstance(leaf, Tensor)]
-    # The output is the next block's input, so it counts once a block.
+    ran = Forward(partial(run, residency), [own_copies((args, kwargs))])
     kept = torch.accelerator.memory_allocated(device) - before
-    hidden = sum(output.nbytes for output in outputs)
-    outputs = [output for output in outputs if output.requires_grad]
-    # Not a backward(), which would add to the parameters' gradients.
-    wanted = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    torch.autograd.grad(
-        outputs, [*wanted, *trained], [torch.ones_like(output) for output in outputs], allow_unused=True
-    )
+    ran.backward((args, kwargs), trained)
     peak = torch.accelerator.max_memory_allocated(device) - before
-    return Footprint(kept=kept, working=peak - kept, hidden=hidden)
+    return Footprint(kept=kept, working=peak - kept, hidden=ran.hidden)
+
+
+def own_copies(inputs: Any) -> Any:
+    """A block's inputs, of which those that need a gradient lie where nothing else holds them."""
+    return tree_map_only(Tensor, lambda leaf: leaf.clone() if leaf.requires_grad else leaf, inputs)
+
+
+class Forward:
+    """A block's forward of which nothing is left but what it saved for its backward.
+
+    Its input and its output may be among that, or not: what the block before, or the next one, keeps of them
+    is counted there.
+
+    Args:
+        run: the block.
+        inputs: (args, kwargs) in a list, which gives them up.
+
+    Attributes:
+        hidden: bytes that it gave.
+    """
+
+    def __init__(self, run: Callable[[Any, Any], Any], inputs: list[Any]) -> None:
+        outputs = [leaf for leaf in tree_leaves(run(*inputs.pop())) if isinstance(leaf, Tensor)]
+        self.hidden = sum(output.nbytes for output in outputs)
+        outputs = [output for output in outputs if output.requires_grad]
+        self._edges = [get_gradient_edge(output) for output in outputs]
+        self._like = [partial(torch.ones, o.shape, dtype=o.dtype, device=o.device) for o in outputs]
+
+    def backward(self, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
+        """Compute the gradients of the inputs that were copied and of the parameters.
+
+        Not as a `backward()`, which would add to the parameters' gradients.
+        """
+        wanted = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        gradients = [ones() for ones in self._like]
+        torch.autograd.grad(self._edges, [*wanted, *trained], gradients, allow_unused=True)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tworeel.data.clips import Bucket
-from tworeel.engine.fitting import as_in_training, shared_bytes
+from tworeel.engine.fitting import Forward, as_in_training, own_copies, shared_bytes
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
@@ -256,18 +256,18 @@ def _run_watched(
     block: nn.Module, args: Any, kwargs: Any, residency: Residency
 ) -> tuple[Footprint, Work, Work]:
     """What the block holds, and the work of its forward and of its backward."""
+    run = partial(_run_block, block, residency)
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
     with fused_norms(block), Watch() as watch:
-        outputs = run_block(block, args, kwargs, residency=residency)
+        inputs = [own_copies((args, kwargs))]
+        watch.work = Work()
+        ran = Forward(run, inputs)
         kept, forward = watch.live, watch.work
         watch.work = Work()
-        wanted = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        hidden = sum(leaf.nbytes for leaf in wanted)
-        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        inputs = [
-            leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
-        del outputs
-        gradients = [torch.ones_like(leaf) for leaf in wanted]
-        torch.autograd.grad(wanted, [*inputs, *trained], gradients, allow_unused=True)
-    footprint = Footprint(kept=kept, working=watch.peak - kept, hidden=hidden)
+        ran.backward((args, kwargs), trained)
+    footprint = Footprint(kept=kept, working=watch.peak - kept, hidden=ran.hidden)
     return footprint, forward, watch.work
+
+
+def _run_block(block: nn.Module, residency: Residency, args: Any, kwargs: Any) -> Any:
+    return run_block(block, args, kwargs, residency=residency)
