@@ -14,6 +14,8 @@ from tworeel.planning import plan
 from tworeel.planning.cards import GIB
 from tworeel.planning.choosing import WORTH, choose
 from tworeel.planning.requests import Request
+from tworeel.planning.traces import TraceSettings
+from tworeel.planning.tracing import trace_model
 
 FOUR = budgets_of("4x H100 80GB")
 
@@ -41,6 +43,22 @@ def test_weights_stay_precise_where_eight_bits_must_be_streamed_too() -> None:
     found = plan(precision_open("int8", budgets=budgets_of("2x RTX 3060 12GB"), slack=0))
     assert found.fits and found.precision == "bfloat16"
     assert "bfloat16 is more precise and fits so too" in found.alternatives[0].reason
+
+
+def test_weights_that_the_cards_cannot_hold_are_not_even_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[str | None] = []
+
+    def trace(family: Any, source: Any, bucket: Bucket, settings: TraceSettings) -> Any:
+        traced.append(settings.quantize)
+        return trace_model(family, source, bucket, settings)
+
+    monkeypatch.setattr("tworeel.planning.planner.trace_model", trace)
+    found = plan(precision_open(budgets=budgets_of("RTX 4090"), buckets={IMAGE: 1.0}))
+    assert found.fits and found.precision == "fp8" and traced == ["fp8"]
+    (lost,) = found.alternatives
+    assert lost.name == "bfloat16 weights" and lost.seconds_per_step is None and not lost.peaks
+    assert lost.reason.startswith("the weights alone take 26.7 of 23.0 GiB")
+    assert "streamed" in lost.reason
 
 
 def test_what_fits_in_no_way_is_planned_in_the_way_that_is_nearest() -> None:

@@ -121,6 +121,12 @@ def test_alternatives_have_their_figures_and_a_reason() -> None:
     assert "90 s" in text and "60.0 GiB" in text and "no room" in text
 
 
+def test_what_was_clear_without_a_plan_has_no_figures() -> None:
+    one = Alternative(name="bf16 weights", fits=False, seconds_per_step=None, peaks=(), reason="too large")
+    text = printed(alternatives_table([one], "What else was weighed"))
+    assert "bf16 weights" in text and "too large" in text and "None" not in text
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(50, "50 seconds"), (300, "5.0 minutes"), (7200, "2.0 hours"), (260_000, "3.0 days")],

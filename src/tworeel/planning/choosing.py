@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tworeel.planning.cards import GIB
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
 from tworeel.planning.requests import Request
@@ -39,14 +40,21 @@ def choose(request: Request) -> Choice:
 
 def _with_precision(request: Request) -> Choice:
     """With weights as precise as they fit."""
-    first = _with_stages(Planner(request))
-    if not request.less_precise or _level(first.plan) == 0:
+    planner, others = Planner(request), request.less_precise
+    known: list[Choice] = []
+    if others and not planner.has_room_for_weights:
+        # Half of the time of a plan is the trace: that of weights which must be streamed may be spared.
+        known = [_with_stages(Planner(other, like=planner)) for other in others]
+        for choice in known:
+            if _level(choice.plan) == 0:
+                return replace(choice, lost=(_too_large(planner), *choice.lost))
+    first = _with_stages(planner)
+    if not others or _level(first.plan) == 0:
         return first
-    best, tried = first, [first]
-    for other in request.less_precise:
-        tried.append(_with_stages(Planner(other, like=first.planner)))
-        if _is_better(tried[-1].plan, best.plan):
-            best = tried[-1]
+    best, tried = first, [first, *(known or [_with_stages(Planner(o, like=planner)) for o in others])]
+    for other in tried[1:]:
+        if _is_better(other.plan, best.plan):
+            best = other
     lost = [_lost(other.plan, best.plan) for other in tried if other is not best]
     return replace(best, lost=(*lost, *best.lost))
 
@@ -109,6 +117,15 @@ def _level(plan: Plan) -> int:
     if not plan.fits:
         return 2
     return int(plan.num_streamed > 0)
+
+
+def _too_large(planner: Planner) -> Alternative:
+    """Weights that were not planned with."""
+    settings, budgets = planner.request.trace, planner.request.budgets
+    name = settings.quantize or str(settings.dtype).removeprefix("torch.")
+    held, free = (size / GIB for size in (planner.weights, sum(budget.free for budget in budgets)))
+    reason = f"the weights alone take {held:.1f} of {free:.1f} GiB: some would have to be streamed"
+    return Alternative(name=f"{name} weights", fits=False, seconds_per_step=None, peaks=(), reason=reason)
 
 
 def _lost(plan: Plan, best: Plan) -> Alternative:

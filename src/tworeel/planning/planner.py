@@ -72,6 +72,16 @@ class Planner:
         settings = request.trace if mode is None else replace(request.trace, mode=mode)
         return trace_model(request.family, request.source, self.largest, settings)
 
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of all frozen weights."""
+        return sum(unit.frozen for unit in self._units)
+
+    @property
+    def has_room_for_weights(self) -> bool:
+        """Whether the cards together could hold them, were there nothing else; needs no trace."""
+        return self.weights <= sum(b.free - SPARE * b.total for b in self.request.budgets)
+
     def best(self) -> Plan:
         """The fastest plan that fits; the one that is nearest to it if none does."""
         return min(self._candidates(), key=rank)

@@ -65,9 +65,10 @@ class Alternative:
 
     name: str
     fits: bool
-    seconds_per_step: float
+    seconds_per_step: float | None
+    """None where it was clear without."""
     peaks: tuple[int, ...]
-    """By stage."""
+    """By stage; none where it was clear without."""
     reason: str
     """Why it is not the plan, or what it would change."""
 

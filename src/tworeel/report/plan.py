@@ -85,7 +85,8 @@ def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table
         table.add_column(column)
     for one in alternatives:
         peaks = " ".join(gibibytes(peak) for peak in one.peaks)
-        table.add_row(one.name, f"{one.seconds_per_step:.3g} s", peaks, one.reason)
+        seconds = "" if one.seconds_per_step is None else f"{one.seconds_per_step:.3g} s"
+        table.add_row(one.name, seconds, peaks, one.reason)
     return table
 
 
