@@ -34,6 +34,7 @@ SMALL = {
 }
 CLIP_BENCH = "tworeel bench --shapes 480x832x49 --micro-batches 8"
 IMAGE_BENCH = "tworeel bench --model flux2-dev --shapes"
+SHORT = "--shapes 480x832x49 --blocks 16 --micro-batches 8 --micro-batches 4"
 CAPPED = "--cap-gib 22.5 --cap-gib 30 --rounds 2 --compare naive"
 INSTALLS = "would change the environment that the tests run in"
 NOT_RUN = {
@@ -54,6 +55,16 @@ NOT_RUN = {
     f"{IMAGE_BENCH} 512x512 --split-at 27 --precision bf16 --rounds 2 --compare naive": "needs GPUs",
     f"{IMAGE_BENCH} 1024x1024 --split-at 24 --precision fp8 {CAPPED}": "needs GPUs",
     f"{IMAGE_BENCH} 1024x1024 --split-at 26 --precision int8 {CAPPED}": "needs GPUs",
+    **{
+        f"{command} --rounds 3 --{launched}": "needs GPUs"
+        for launched in ("cpp-wrapper", "no-cpp-wrapper")
+        for command in (
+            "tworeel bench --shapes image-1536",
+            f"{IMAGE_BENCH} 512x512 --split-at 25 --precision fp8 --cap-gib 30",
+        )
+    },
+    f"tworeel bench --eager {SHORT} --rounds 2": "needs GPUs",
+    f"tworeel bench --no-cpp-wrapper {SHORT} --rounds 3 --timeline steps": "needs GPUs",
     "python bench/flux2_dev.py --phase write text run --cap-gib 22.5": "needs GPUs",
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
         "tests/diffsynth runs it where DiffSynth's repository is"
