@@ -12,13 +12,12 @@ from tworeel.diffsynth.layouts import Layout
 from tworeel.engine.placement import Placement
 from tworeel.planning.budgets import Budget
 from tworeel.planning.shares import BlockWeights, share_out
-from tworeel.training.planned import budgets_of_devices
+from tworeel.training.by_weights import budgets_on
 
 
 def budgets(devices: Sequence[str]) -> tuple[Budget, ...] | None:
     """What the devices have free, and how fast they are; None where one is a CPU."""
-    found = [torch.device(device) for device in devices]
-    return None if any(device.type == "cpu" for device in found) else budgets_of_devices(found)
+    return budgets_on([torch.device(device) for device in devices])
 
 
 def planned(

@@ -15,6 +15,7 @@ from tworeel.lora.tensors import LoraFile
 from tworeel.models.family import Family, ModelSource
 from tworeel.models.locate import locate_model
 from tworeel.sampling.request import SampleRequest, make_request, require_sampling
+from tworeel.training.by_weights import placed_by_weights
 from tworeel.training.loadable import Loadable, check_transformer, place_blocks, require_quantization
 from tworeel.training.preflight import cache_folder, model_request
 from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
@@ -87,7 +88,8 @@ def sample_preflight(
     _require_lora(config, turns, request)
     for place, what in needed.items():
         make_writable(place, what)
-    return SampleJob(turns=tuple(turns), request=request, folder=folder)
+    placed = tuple(placed_by_weights(turn, config) for turn in turns)
+    return SampleJob(turns=placed, request=request, folder=folder)
 
 
 def _sources(

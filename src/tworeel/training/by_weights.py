@@ -1,0 +1,70 @@
+"""Where the blocks of a transformer go that only renders: by its weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from tworeel.config.schema import RunConfig
+from tworeel.engine.fitting import blocks_to_stream
+from tworeel.engine.residency import Residency
+from tworeel.planning.budgets import Budget
+from tworeel.planning.shares import WEIGHTS_SHARE, BlockWeights, share_out
+from tworeel.planning.traces import TraceSettings
+from tworeel.planning.weights import UnitBytes, unit_bytes
+from tworeel.training.choices import settled
+from tworeel.training.loadable import J, place_again, torch_dtype
+from tworeel.training.planned import budgets_of_devices
+
+
+def placed_by_weights(job: J, config: RunConfig) -> J:
+    """The transformer with what the configuration leaves open decided: boundaries, and streamed weights.
+
+    A plan is for training; to render takes little beside the weights. On CPUs all stays as it is, and blocks
+    that are set to keep their activations are not streamed.
+
+    Args:
+        job: with its blocks placed as the configuration says.
+        config: of the run.
+    """
+    devices, engine = job.placement.devices, config.engine
+    budgets = budgets_on(devices)
+    if budgets is None:
+        return job
+    settings = TraceSettings(
+        targets=(), dtype=torch_dtype(config.model.dtype), quantize=settled(config).model.quantize
+    )
+    units = unit_bytes(job.transformer, job.family, settings)
+    blocks = [unit for unit in units if unit.is_block]
+    others = [unit for unit in units if not unit.is_block]
+    around = [0] * len(budgets)
+    around[0] += sum(unit.frozen for unit in others if unit.blocks_before == 0)
+    around[-1] += sum(unit.frozen for unit in others if unit.blocks_before > 0)
+    at: Sequence[int] = job.placement.boundaries[1:-1]
+    if engine.split_at is None:
+        size = settings.dtype.itemsize
+        weights = [BlockWeights(block.frozen, {settings.dtype: block.frozen // size}) for block in blocks]
+        first, last = (around[0], around[-1]) if len(budgets) > 1 else (around[0], 0)
+        at = share_out(weights, budgets, first=first, last=last)
+    counts = engine.streamed_blocks or (0,) * len(budgets)
+    if engine.streamed_blocks is None and engine.residency != Residency.KEEP:
+        stages = [blocks[start:stop] for start, stop in pairwise((0, *at, len(blocks)))]
+        rooms = [
+            WEIGHTS_SHARE * budget.free / devices.count(device) - taken
+            for budget, device, taken in zip(budgets, devices, around, strict=True)
+        ]
+        counts = tuple(map(_too_many, stages, rooms))
+    return place_again(job, devices, at, counts)
+
+
+def budgets_on(devices: Sequence[torch.device]) -> tuple[Budget, ...] | None:
+    """What the stages' devices have free, and how fast they are; None where one is a CPU."""
+    return None if any(device.type == "cpu" for device in devices) else budgets_of_devices(devices)
+
+
+def _too_many(blocks: Sequence[UnitBytes], room: float) -> int:
+    """How many of a stage's blocks must be streamed."""
+    missing = sum(block.frozen for block in blocks) - int(room)
+    return blocks_to_stream(missing, min(b.frozen for b in blocks), len(blocks)) if missing > 0 else 0
