@@ -51,9 +51,10 @@ def placed_by_weights(job: J, config: RunConfig) -> J:
     counts = engine.streamed_blocks or (0,) * len(budgets)
     if engine.streamed_blocks is None and engine.residency != Residency.KEEP:
         stages = [blocks[start:stop] for start, stop in pairwise((0, *at, len(blocks)))]
+        names = [budget.device for budget in budgets]
         rooms = [
-            WEIGHTS_SHARE * budget.free / devices.count(device) - taken
-            for budget, device, taken in zip(budgets, devices, around, strict=True)
+            WEIGHTS_SHARE * budget.free / names.count(budget.device) - taken
+            for budget, taken in zip(budgets, around, strict=True)
         ]
         counts = tuple(map(_too_many, stages, rooms))
     return place_again(job, devices, at, counts)
