@@ -73,6 +73,16 @@ def test_launched_from_cpp_a_step_takes_the_launching_of_one_card() -> None:
     assert fast.seconds_per_step < 0.6 * slow.seconds_per_step
 
 
+def test_launched_from_cpp_an_image_takes_what_was_measured() -> None:
+    """Wan 14B, 1,536 tokens, two H200s: 0.1137 seconds."""
+    image = Bucket(frames=1, height=512, width=768)
+    found = plan(
+        request_of(buckets={image: 1.0}, micro_batches=16, cpp_wrapper=True, budgets=budgets_of("2x H200"))
+    )
+    assert found.host_bound
+    assert found.seconds_per_step / 16 == pytest.approx(0.1137, rel=0.15)
+
+
 def test_what_is_computed_again_is_launched_again() -> None:
     some = request_of(buckets={IMAGE: 1.0}, micro_batches=16)
     kept, again = (plan(replace(some, residency=name)) for name in ("keep", "recompute"))

@@ -126,9 +126,9 @@ def test_what_is_not_compiled_or_not_wanted_is_not_launched_from_cpp(job, change
     assert not make_request(config, found, pair()).may_launch_from_cpp
 
 
-def test_int8s_own_kernel_is_launched_from_python(job) -> None:
+def test_kernels_that_were_not_tried_so_are_launched_from_python(job) -> None:
     config, found = job
-    for kind, may in (("fp8", True), ("int8", False)):
+    for kind, may in (("fp8", True), ("int8", False), ("nf4", False)):
         model = config.model.model_copy(update={"quantize": kind})
         request = make_request(config.model_copy(update={"model": model}), found, pair())
         assert request.may_launch_from_cpp is may

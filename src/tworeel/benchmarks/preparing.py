@@ -15,7 +15,7 @@ from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.shapes import Case
 from tworeel.engine import Placement
 from tworeel.engine.attention import AttentionBackend
-from tworeel.engine.compiling import may_launch_from_cpp
+from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.releasing import release_memory
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.errors import UserError
@@ -83,7 +83,7 @@ def launched(settings: Settings, cpp_wrapper: bool | None) -> Settings:
 def launches_from_cpp(devices: Sequence[torch.device], quantize: str | None) -> bool:
     """Whether a run on these devices, if it is compiled, is launched from C++ without being asked to."""
     several = len({device for device in devices if device.type != "cpu"}) > 1
-    return several and quantize != "int8" and may_launch_from_cpp()
+    return several and quantize in TRIED_FROM_CPP and may_launch_from_cpp()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,9 @@ MOST_COMPILATIONS = 64
 BACKEND = "inductor"
 """What compiles the graphs."""
 
+TRIED_FROM_CPP = frozenset({None, "fp8"})
+"""Precisions of frozen weights whose kernels are known to run launched from C++."""
+
 BlockCall = Callable[..., Any]
 """(block, *args, **kwargs) -> what the block's forward returns."""
 

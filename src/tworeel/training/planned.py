@@ -13,7 +13,7 @@ import torch
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
-from tworeel.engine.compiling import may_launch_from_cpp
+from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
@@ -109,8 +109,8 @@ def make_request(
 
 
 def _launches(settings: TraceSettings) -> bool:
-    """Whether what is compiled is known to run when it is launched from C++: int8's own kernel is not."""
-    return settings.compile and settings.quantize != "int8"
+    """Whether there is something to launch that is known to run so."""
+    return settings.compile and settings.quantize in TRIED_FROM_CPP
 
 
 def _eight_bit_kind(budgets: Sequence[Budget]) -> str:
