@@ -26,8 +26,8 @@ Python's lock, so it adds up over them. Measured where cards wait for the host: 
 FLUX.2-dev in fp8 and int8, Wan 14B, 1,536 tokens, H200s), 0.82 of that where nothing was (Wan, 1,024)."""
 
 CPP_LAUNCH_SECONDS = 28e-6
-"""From C++, where each device's threads go on their own. Two H200s needed 28 µs (Wan 14B, 1,536 tokens) and 31
-(FLUX.2-dev in fp8, 512 x 512)."""
+"""From C++, where each device's threads go on their own. Two H200s needed 28 µs (Wan 14B, 1,536 tokens) and
+31 (FLUX.2-dev in fp8, 512 x 512)."""
 
 
 @dataclass(frozen=True, kw_only=True)
