@@ -24,8 +24,8 @@ def make_model(device: torch.device | str = "cpu") -> nn.Module:
     return make_wan("t2v", torch.bfloat16, **SIZES).to(device)
 
 
-def make_batches(count: int) -> list[dict[str, Tensor]]:
-    """Micro-batches of 256 tokens."""
+def make_batches(count: int, *, alike: bool = True) -> list[dict[str, Tensor]]:
+    """Micro-batches of 256 tokens; or of 256, 128 and 64."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -33,21 +33,23 @@ def make_batches(count: int) -> list[dict[str, Tensor]]:
 
     return [
         {
-            "hidden_states": randn(1, 16, 4, 16, 16),
+            "hidden_states": randn(1, 16, 4 if alike else 4 >> i % 3, 16, 16),
             "timestep": torch.tensor([500.0]),
             "encoder_hidden_states": randn(1, 12, 16),
         }
-        for _ in range(count)
+        for i in range(count)
     ]
 
 
-def step(devices: list[torch.device], **options: Any) -> tuple[dict[str, Tensor], Pipeline]:
+def step(
+    devices: list[torch.device], *, alike: bool = True, **options: Any
+) -> tuple[dict[str, Tensor], Pipeline]:
     """The second step's gradients, on the CPU."""
     model = make_model()
     pipeline = Pipeline(model, devices, **options)
     for _ in range(2):
         model.zero_grad()
-        pipeline.step(make_batches(4), square_loss)
+        pipeline.step(make_batches(4, alike=alike), square_loss)
     return {name: gradient.cpu() for name, gradient in gradients(model).items()}, pipeline
 
 
@@ -86,7 +88,7 @@ def test_every_residency_gives_the_gradients_of_the_plain_model(
     assert not (pipeline.split.compiler and pipeline.split.compiler.failed)
 
 
-@pytest.mark.parametrize("residency", ["keep", "selective", "recompute"])
+@pytest.mark.parametrize("residency", ["keep", "selective", "recompute", "offload", "offload-selective"])
 def test_blocks_launched_from_cpp_give_the_gradients_of_the_plain_model(
     two_gpus: list[torch.device], expected: dict[str, Tensor], residency: str
 ) -> None:
@@ -95,13 +97,26 @@ def test_blocks_launched_from_cpp_give_the_gradients_of_the_plain_model(
     assert pipeline.split.compiler is not None and not pipeline.split.compiler.failed
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "how", [{}, {"compile": True}, {"compile": True, "cpp_wrapper": True}], ids=["eager", "compiled", "cpp"]
+)
 def test_streamed_weights_give_the_gradients_of_the_plain_model(
-    two_gpus: list[torch.device], expected: dict[str, Tensor], compile: bool
+    two_gpus: list[torch.device], expected: dict[str, Tensor], how: dict[str, bool]
 ) -> None:
-    found, pipeline = step(two_gpus, residency="selective", streamed=(3, 2), compile=compile, slack=1)
+    found, pipeline = step(two_gpus, residency="selective", streamed=(3, 2), slack=1, **how)
     assert_alike(found, expected)
     assert pipeline.split.streamed_bytes > 0
+
+
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_compiled_blocks_give_the_gradients_of_the_plain_model_for_clips_of_several_sizes(
+    two_gpus: list[torch.device], cpp_wrapper: bool
+) -> None:
+    expected, _ = step(two_gpus[:1], alike=False)
+    options: dict[str, Any] = {"residency": "recompute", "compile": True, "cpp_wrapper": cpp_wrapper}
+    found, pipeline = step(two_gpus, alike=False, slack=1, **options)
+    assert_alike(found, expected)
+    assert pipeline.split.compiler is not None and not pipeline.split.compiler.failed
 
 
 def test_interleaved_stages_give_the_gradients_of_the_plain_model(
