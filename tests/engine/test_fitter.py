@@ -10,8 +10,9 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline
 from tworeel.engine import fitter, parking
-from tworeel.engine.fitting import Probe, StageMemory
+from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import TOO_LARGE, Footprint
+from tworeel.engine.probing import Probe
 from tworeel.engine.residency import Residency
 
 SIZES = {

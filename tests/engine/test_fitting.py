@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import nn
 from toy_wan import make_wan
 
 from tworeel import split
-from tworeel.engine import fitting
 from tworeel.engine.fitting import (
     Fit,
-    Forward,
-    Probe,
     StageMemory,
     fit_stage,
     fit_stages,
     needs_fallback,
-    own_copies,
     streamable,
 )
 from tworeel.engine.footprints import Footprint, StageFootprints
@@ -88,17 +80,6 @@ def test_inputs_that_wait_for_their_turn_leave_room_for_less():
     assert fit_stage(memory(413 + 3 * 6, inputs=6, holding=3), SIZES).num_kept < 10
 
 
-def test_a_probe_finds_what_all_blocks_are_given_alike(monkeypatch):
-    monkeypatch.setattr(fitting, "_after_warm_up", lambda measure: BLOCK[Residency.KEEP])
-    probe = Probe([memory(10_000), None])
-    hidden, text, table = torch.zeros(1, 8, 4), torch.zeros(1, 5, 4), torch.zeros(8, 2)
-    inputs = ((hidden, text), {"rotary_emb": (table, table)})
-    for stage in (0, 1):
-        probe.measure(stage, "blocks", torch.device("cpu"), nn.Identity(), None, *inputs, hidden)
-    assert probe.memories[0] == memory(10_000, inputs=text.nbytes + 2 * table.nbytes)
-    assert probe.memories[1] is None
-
-
 def test_blocks_with_streamed_weights_never_keep():
     assert fit_stage(memory(10_000, may_keep=4), SIZES) == Fit(4, Residency.SELECTIVE)
     assert needs_fallback(memory(10_000, may_keep=4), BLOCK[Residency.KEEP])
@@ -148,22 +129,3 @@ def test_what_is_parked_is_summed_over_the_kinds():
 
 def test_with_several_kinds_each_is_measured_in_both_ways():
     assert needs_fallback(memory(10_000, num_kinds=2), BLOCK[Residency.KEEP])
-
-
-def test_of_a_forward_alone_there_is_left_what_it_saved():
-    seen: dict[str, weakref.ref[torch.Tensor]] = {}
-    weight = nn.Parameter(torch.ones(3))
-    x = torch.arange(3.0).requires_grad_()
-
-    def run(saves: bool, hidden: torch.Tensor) -> torch.Tensor:
-        output = hidden * weight if saves else hidden + weight
-        seen.update(input=weakref.ref(hidden.untyped_storage()), output=weakref.ref(output.untyped_storage()))
-        return output
-
-    for saves in (True, False):
-        ran = Forward(partial(run, saves), [own_copies((x,))])
-        gc.collect()
-        assert (seen["input"]() is not None) is saves and seen["output"]() is None
-        assert ran.hidden == x.nbytes
-        ran.backward((x,), [weight])
-    assert x.grad is None and weight.grad is None, "a probe leaves no gradient behind"

@@ -17,7 +17,8 @@ from tworeel import split
 from tworeel.benchmarks import models
 from tworeel.data.clips import Bucket
 from tworeel.engine import place
-from tworeel.engine.fitting import Probe, StageMemory, as_in_training
+from tworeel.engine.fitting import StageMemory
+from tworeel.engine.probing import Probe, as_in_training
 from tworeel.engine.residency import Residency
 from tworeel.models.family import Family, ModelSource
 from tworeel.models.flux2.family import FLUX2

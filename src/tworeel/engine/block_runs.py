@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tworeel.engine.fitting import Probe
 from tworeel.engine.parking import Berth
 from tworeel.engine.passage import Passage
 from tworeel.engine.placement import Unit
+from tworeel.engine.probing import Probe
 from tworeel.engine.residency import Residency, run_block
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import torch
 
 from tworeel.engine.fitting import (
     Fit,
-    Probe,
     StageMemory,
     available_memory,
     blocks_to_stream,
@@ -18,6 +17,7 @@ from tworeel.engine.fitting import (
     streamable,
 )
 from tworeel.engine.footprints import TOO_LARGE, StageFootprints
+from tworeel.engine.probing import Probe
 from tworeel.engine.releasing import release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import most_holding

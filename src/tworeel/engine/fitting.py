@@ -1,25 +1,18 @@
 """Chooses what each block leaves behind by the memory that its device has: as much as fits.
 
-One block of each kind of each stage is run once in each way, on the largest micro-batch, and what it keeps
-and takes is measured. More kept blocks are less to compute again.
+More kept blocks are less to compute again.
 """
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
-from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
+from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.placement import Placement
-from tworeel.engine.releasing import release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
 
@@ -186,142 +179,3 @@ def total_and_free(device: torch.device) -> tuple[int, int]:
         limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         return limit, min(free, limit - allocated)
     return total, free
-
-
-Run = Callable[[Residency, tuple[Any, ...], dict[str, Any]], Any]
-"""(residency, args, kwargs of a block) -> its output."""
-
-
-class Probe:
-    """Measures what a block of each kind takes on each stage, beside a forward without gradients.
-
-    Args:
-        memories: of each stage, as far as it is known; None for those that are not measured.
-    """
-
-    def __init__(self, memories: Sequence[StageMemory | None]) -> None:
-        self.memories = list(memories)
-        """With the bytes of a micro-batch's inputs."""
-        self.footprints: list[dict[str, dict[Residency, Footprint]]] = [{} for _ in memories]
-        """Of each stage, by the kind of block."""
-
-    def measure(
-        self,
-        stage: int,
-        kind: str,
-        device: torch.device,
-        block: nn.Module,
-        run: Run,
-        args: Any,
-        kwargs: Any,
-        outputs: Any,
-    ) -> None:
-        """Run the block forward and backward in each way that is asked for.
-
-        Args:
-            stage, kind, device: of the block; each kind is measured once a stage.
-            block: the block.
-            run: runs it.
-            args, kwargs: of its forward.
-            outputs: what it returned for them.
-        """
-        memory = self.memories[stage]
-        if memory is None or kind in self.footprints[stage]:
-            return
-        found = self.footprints[stage][kind] = {}
-        inputs = max(memory.inputs, shared_bytes((args, kwargs), outputs))
-        memory = self.memories[stage] = replace(memory, inputs=inputs)
-        args, kwargs = as_in_training((args, kwargs), outputs)
-        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
-        for residency in (Residency.KEEP, Residency.SELECTIVE):
-            if residency is Residency.KEEP or needs_fallback(memory, found[Residency.KEEP]):
-                measure = partial(_footprint, residency, device, run, args, kwargs, trained)
-                found[residency] = _after_warm_up(measure)
-
-
-def as_in_training(inputs: Any, outputs: Any) -> Any:
-    """A block's inputs anew: what comes out of a block goes into the next, and will need a gradient."""
-    shapes = _shapes(outputs)
-
-    def fresh(tensor: Tensor) -> Tensor:
-        copy = tensor.detach()
-        return copy.requires_grad_() if tensor.shape in shapes and tensor.is_floating_point() else copy
-
-    return tree_map_only(Tensor, fresh, inputs)
-
-
-def shared_bytes(inputs: Any, outputs: Any) -> int:
-    """Bytes of what all blocks are given alike: of a block's inputs, those that no output looks like."""
-    shapes = _shapes(outputs)
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.shape not in shapes)
-
-
-def _shapes(outputs: Any) -> set[torch.Size]:
-    return {leaf.shape for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)}
-
-
-def _after_warm_up(measure: Callable[[], Footprint]) -> Footprint:
-    """What the second run finds, since the first compiles; more than any device has if that does not fit."""
-    try:
-        with torch.enable_grad():
-            measure()
-            return measure()
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)
-    release_memory()
-    return TOO_LARGE
-
-
-def _footprint(
-    residency: Residency,
-    device: torch.device,
-    run: Run,
-    args: Any,
-    kwargs: Any,
-    trained: Sequence[nn.Parameter],
-) -> Footprint:
-    torch.accelerator.synchronize(device)
-    before = torch.accelerator.memory_allocated(device)
-    torch.accelerator.reset_peak_memory_stats(device)
-    ran = Forward(partial(run, residency), [own_copies((args, kwargs))])
-    kept = torch.accelerator.memory_allocated(device) - before
-    ran.backward((args, kwargs), trained)
-    peak = torch.accelerator.max_memory_allocated(device) - before
-    return Footprint(kept=kept, working=peak - kept, hidden=ran.hidden)
-
-
-def own_copies(inputs: Any) -> Any:
-    """A block's inputs, of which those that need a gradient lie where nothing else holds them."""
-    return tree_map_only(Tensor, lambda leaf: leaf.clone() if leaf.requires_grad else leaf, inputs)
-
-
-class Forward:
-    """A block's forward of which nothing is left but what it saved for its backward.
-
-    Its input and its output may be among that, or not: what the block before, or the next one, keeps of them
-    is counted there.
-
-    Args:
-        run: the block.
-        inputs: (args, kwargs) in a list, which gives them up.
-
-    Attributes:
-        hidden: bytes that it gave.
-    """
-
-    def __init__(self, run: Callable[[Any, Any], Any], inputs: list[Any]) -> None:
-        outputs = [leaf for leaf in tree_leaves(run(*inputs.pop())) if isinstance(leaf, Tensor)]
-        self.hidden = sum(output.nbytes for output in outputs)
-        outputs = [output for output in outputs if output.requires_grad]
-        self._edges = [get_gradient_edge(output) for output in outputs]
-        self._like = [partial(torch.ones, o.shape, dtype=o.dtype, device=o.device) for o in outputs]
-
-    def backward(self, inputs: Any, trained: Sequence[nn.Parameter]) -> None:
-        """Compute the gradients of the inputs that were copied and of the parameters.
-
-        Not as a `backward()`, which would add to the parameters' gradients.
-        """
-        wanted = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        gradients = [ones() for ones in self._like]
-        torch.autograd.grad(self._edges, [*wanted, *trained], gradients, allow_unused=True)

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 from tworeel.engine.block_runs import BlockRuns
 from tworeel.engine.compiling import BlockCompiler
-from tworeel.engine.fitting import Probe
 from tworeel.engine.forwards import Forwards
 from tworeel.engine.moving import lodgers, move
 from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters
 from tworeel.engine.parking import HostPool
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, place
+from tworeel.engine.probing import Probe
 from tworeel.engine.residency import AUTO, Residency, one_a_block, refuse_dropout
 from tworeel.engine.run_ahead import RunAhead
 from tworeel.engine.streamed_blocks import StreamedBlocks, refuse_kept_streamed, streamed_positions

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from tworeel.data.clips import Bucket
-from tworeel.engine.fitting import Forward, as_in_training, own_copies, shared_bytes
 from tworeel.engine.footprints import Footprint
+from tworeel.engine.probing import Forward, as_in_training, own_copies, shared_bytes
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource

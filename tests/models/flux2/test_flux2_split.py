@@ -9,8 +9,9 @@ from torch._subclasses import FakeTensorMode
 
 from tworeel.demo.tiny_flux2 import tiny_transformer
 from tworeel.engine import Pipeline, fitter, split
-from tworeel.engine.fitting import Probe, StageMemory
+from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import Footprint
+from tworeel.engine.probing import Probe
 from tworeel.engine.residency import Residency
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
