@@ -12,7 +12,7 @@ from real_models import IMAGE, budgets_of, limited, request_of
 from tworeel.data.clips import Bucket
 from tworeel.planning import plan
 from tworeel.planning.cards import GIB
-from tworeel.planning.choosing import WORTH, choose
+from tworeel.planning.choosing import LONG, WORTH, choose
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
 from tworeel.planning.tracing import trace_model
@@ -122,6 +122,13 @@ def test_several_cards_are_launched_from_cpp_even_if_no_time_is_planned_to_be_ga
     assert choice.plan.cpp_wrapper and choice.planner.request.cpp_wrapper
     (lost,) = choice.lost
     assert lost.name == "kernels launched from Python" and "hold up each other's launches" in lost.reason
+
+
+def test_a_short_run_does_not_wait_for_a_longer_first_step() -> None:
+    request = request_of(budgets=budgets_of("2x H100 80GB"), may_launch_from_cpp=True)
+    seconds = plan(request).seconds_per_step
+    steps = [int(share * LONG / seconds) for share in (0.9, 1.1)]
+    assert [plan(replace(request, steps=n)).cpp_wrapper for n in steps] == [False, True]
 
 
 def test_where_the_host_limits_what_is_gained_is_told() -> None:

@@ -182,7 +182,8 @@ class EngineConfig(Section):
     """Compile the blocks: less time and memory after the first step; by default on GPUs."""
     cpp_wrapper: bool | Literal["auto"] = "auto"
     """Launch compiled blocks from C++, so that no GPU waits for another one's launches: takes a C++ compiler
-    and a longer first step. `auto` does it on Linux for several GPUs, and for one that waits for the host."""
+    and a longer first step. `auto` does it on Linux, in runs of ten minutes and more, for several GPUs, and
+    for one that waits for the host."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "deterministic"] = "auto"
     """Attention kernel; `deterministic` makes two runs on GPUs equal to the bit."""
     slack: NonNegativeInt = 1

@@ -17,6 +17,8 @@ WORTH = 0.03
 """A step must get shorter by more than this share for what costs something else; plans err by as much."""
 STAGES = 2
 """That a device may have instead of one."""
+LONG = 600.0
+"""Seconds of a run for which a first step that takes a minute or two more is worth it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +84,9 @@ def _with_stages(planner: Planner) -> Choice:
 
 
 def _with_launcher(choice: Choice) -> Choice:
-    """Launched from C++ where one card's launches would hold up another's, or where the host limits all."""
+    """In a long run launched from C++, where one card's launches would hold up another's, or the host limits."""
     planner, plan = choice.planner, choice.plan
-    if not planner.request.may_launch_from_cpp:
+    if not planner.request.may_launch_from_cpp or plan.steps * plan.seconds_per_step < LONG:
         return choice
     changed = replace(_in_order(planner.request, plan), cpp_wrapper=True)
     other = Planner(changed, planner.trace, planner)
