@@ -84,7 +84,7 @@ def _with_stages(planner: Planner) -> Choice:
 
 
 def _with_launcher(choice: Choice) -> Choice:
-    """In a long run launched from C++, where one card's launches would hold up another's, or the host limits."""
+    """A long run is launched from C++ where one card would hold up another, or the host limits."""
     planner, plan = choice.planner, choice.plan
     if not planner.request.may_launch_from_cpp or plan.steps * plan.seconds_per_step < LONG:
         return choice
