@@ -11,6 +11,7 @@ from tworeel import split
 from tworeel.engine.fitting import (
     Fit,
     StageMemory,
+    blocks_to_stream,
     fit_stage,
     fit_stages,
     needs_fallback,
@@ -67,6 +68,21 @@ def test_with_less_still_the_attentions_are_computed_again_too():
 def test_streaming_frees_all_blocks_but_those_in_the_slots():
     assert [streamable(7, 10, streamed) for streamed in (0, 3, 10)] == [(10 - SLOTS) * 7, 49, 0]
     assert streamable(7, 1) == 0
+
+
+def test_blocks_of_several_sizes_are_counted_so_that_enough_is_freed():
+    """Which are streamed is not known here: each frees at least the smallest, a slot takes the largest."""
+    assert blocks_to_stream(30, 10, 20) == 3 + SLOTS
+    assert blocks_to_stream(30, 10, 20, slot=25) == 3 + SLOTS * 25 // 10
+    assert streamable(10, 20, slot=25) == 20 * 10 - SLOTS * 25
+
+
+def test_inputs_alone_are_what_an_offloading_stage_parks():
+    memories = [memory(45), memory(48)]
+    parked = 2 * 10 * 1 + 2 * 10 * 3
+    for limit, second in ((parked, Residency.OFFLOAD_SELECTIVE), (parked - 1, Residency.OFFLOAD)):
+        found = fit_stages(memories, [SIZES, SIZES], limit)
+        assert [fit.fallback for fit in found] == [Residency.OFFLOAD, second]
 
 
 def test_more_micro_batches_in_flight_leave_room_for_less():

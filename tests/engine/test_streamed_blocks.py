@@ -11,15 +11,28 @@ from tworeel.engine import place
 from tworeel.engine.streamed_blocks import StreamedBlocks, streamed_positions
 
 
-def test_they_are_spread_over_each_stage_and_change_stage_by_stage():
+def test_they_are_spread_over_each_stage_and_become_more_stage_by_stage():
     model = make_wan("t2v", torch.float32)
     placement = place(model, ["cpu", "cpu"], at=[3])
     blocks = StreamedBlocks(model, placement, streamed_positions(placement, (1, 2)))
     assert [blocks.on(stage) for stage in range(2)] == [[1], [3, 4]]
     before = blocks.host_bytes
     blocks.stream(0, 2)
-    assert blocks.positions == (0, 2, 3, 4) and 2 in blocks and 1 not in blocks
+    assert blocks.positions == (1, 2, 3, 4) and 2 in blocks and 0 not in blocks
     assert blocks.host_bytes * 3 == before * 4
+    blocks.stream(0, 1)
+    assert blocks.positions == (1, 2, 3, 4), "nothing would bring it back to its device"
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 3, 5), (0, 4, 5), (2, 3)])
+def test_what_waits_in_host_memory_stays_there_when_more_does(counts):
+    model = make_wan("t2v", torch.float32)
+    placement = place(model, ["cpu"])
+    blocks = StreamedBlocks(model, placement, streamed_positions(placement, counts[:1]))
+    for count in counts[1:]:
+        before = set(blocks.positions)
+        blocks.stream(0, count)
+        assert len(blocks.positions) == count and before < set(blocks.positions)
 
 
 @pytest.mark.parametrize(

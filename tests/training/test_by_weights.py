@@ -101,6 +101,16 @@ def test_what_is_set_is_kept(
     assert placed.streamed_counts == counts and placed.placement.boundaries[1] == 2
 
 
+def test_counts_that_are_set_are_those_of_even_shares(
+    turn: tuple[RunConfig, Turn], cards: Callable[..., None]
+) -> None:
+    config, found = turn
+    whole, blocks = bytes_of(found)
+    cards(4 * whole, 1.9 * blocks[-1] / WEIGHTS_SHARE)
+    placed = placed_by_weights(found, with_engine(config, streamed_blocks=(0, 2)))
+    assert placed.streamed_counts == (0, 2) and placed.placement.boundaries == found.placement.boundaries
+
+
 def test_with_streamed_weights_the_same_is_rendered(
     make_config: MakeConfig, tmp_path: Path, cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

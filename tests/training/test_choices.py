@@ -26,31 +26,20 @@ def config_of(folder: Path, model: ModelConfig | None = None, **engine: Any) -> 
 def test_what_is_open_is_settled_as_decided(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert stages_per_device(config) == 1
-    found = settled(config, "fp8", 2, cpp_wrapper=True)
+    found = settled(config, "fp8", 2)
     assert (found.model.quantize, found.engine.stages_per_device) == ("fp8", 2)
-    assert found.engine.cpp_wrapper is True
     assert settled(found, "int8", 1) == found
     undecided = settled(config)
     assert (undecided.model.quantize, undecided.engine.stages_per_device) == (None, 1)
-    assert undecided.engine.cpp_wrapper is False
 
 
-@pytest.mark.parametrize(
-    ("devices", "stages", "launched"), [(("cpu", "cpu"), 2, True), (("cpu",), "auto", "auto")]
-)
-def test_a_resumed_run_has_the_precision_that_it_had_and_on_the_same_devices_all_else(
-    tmp_path: Path, devices: tuple[str, ...], stages: object, launched: object
+@pytest.mark.parametrize(("devices", "stages"), [(("cpu", "cpu"), 2), (("cpu",), "auto")])
+def test_a_resumed_run_has_the_precision_that_it_had_and_on_the_same_devices_its_stages(
+    tmp_path: Path, devices: tuple[str, ...], stages: object
 ) -> None:
-    before = settled(config_of(tmp_path), "int8", 2, cpp_wrapper=True).model_dump(mode="json")
+    before = settled(config_of(tmp_path), "int8", 2).model_dump(mode="json")
     found = as_before(config_of(tmp_path, devices=devices), before)
-    assert found.model.quantize == "int8"
-    assert (found.engine.stages_per_device, found.engine.cpp_wrapper) == (stages, launched)
-
-
-def test_a_run_that_knew_of_no_other_way_to_launch_goes_on(tmp_path: Path) -> None:
-    before = settled(config_of(tmp_path)).model_dump(mode="json")
-    del before["engine"]["cpp_wrapper"]
-    assert as_before(config_of(tmp_path), before).engine.cpp_wrapper == "auto"
+    assert found.model.quantize == "int8" and found.engine.stages_per_device == stages
 
 
 def test_what_is_set_is_not_taken_from_the_run_before(tmp_path: Path) -> None:

@@ -112,14 +112,15 @@ def test_a_run_has_nothing_open_once_it_is_planned(job) -> None:
 
 def test_in_a_long_run_several_cards_are_launched_from_cpp_where_that_is_left_open(job) -> None:
     config, found = job
-    decided, _, run = plan_on(config, found, pair())
-    assert decided.engine.cpp_wrapper is False, "a minute more at the first step is not worth it"
+    _, placed, run = plan_on(config, found, pair())
+    assert not placed.cpp_wrapper, "a minute more at the first step is not worth it"
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": 1_000_000})})
-    decided, _, run = plan_on(left_open(config), found, pair())
-    assert decided.engine.cpp_wrapper is True and run.plan.cpp_wrapper
+    decided, placed, run = plan_on(left_open(config), found, pair())
+    assert placed.cpp_wrapper and run.plan.cpp_wrapper
+    assert decided.engine.cpp_wrapper == "auto", "a resumed run, or one on another machine, decides anew"
     engine = config.engine.model_copy(update={"cpp_wrapper": False})
-    decided, _, run = plan_on(config.model_copy(update={"engine": engine}), found, pair())
-    assert decided.engine.cpp_wrapper is False and not run.plan.cpp_wrapper
+    _, placed, run = plan_on(config.model_copy(update={"engine": engine}), found, pair())
+    assert not placed.cpp_wrapper and not run.plan.cpp_wrapper
 
 
 @pytest.mark.parametrize("change", [{"compile": False}, {"cpp_wrapper": False}])

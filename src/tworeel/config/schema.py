@@ -189,7 +189,8 @@ class EngineConfig(Section):
     slack: NonNegativeInt = 1
     """Micro-batches in flight beyond what 1F1B needs: absorbs jitter, costs one more clip's activations."""
     streamed_blocks: tuple[NonNegativeInt, ...] | None = None
-    """Blocks of each stage whose weights wait in pinned host memory until they are used; none by default."""
+    """Blocks of each stage whose weights wait in pinned host memory until they are used; with the residency
+    `auto` as many as the plan needs by default."""
 
 
 class SampleConfig(Section):

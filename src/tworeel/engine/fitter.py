@@ -66,7 +66,7 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
         in_flight=in_flight,
         holding=holding,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
-        streamable=streamable(_smallest(split, stage), len(blocks), streamed) if split.may_stream else 0,
+        streamable=_streamable(split, stage) if split.may_stream else 0,
     )
 
 
@@ -140,14 +140,23 @@ def _stream_more(split: Split, stages: Sequence[int]) -> None:
 def _blocks_for(split: Split, stage: int, missing: int) -> int:
     """How many blocks of a stage must be streamed to free so many bytes more."""
     num_blocks, streamed = len(split.placement.blocks_of(stage)), len(split.streamed_on(stage))
-    return blocks_to_stream(missing, _smallest(split, stage), num_blocks, streamed)
+    smallest, largest = _extremes(split, stage)
+    return blocks_to_stream(missing, smallest, num_blocks, streamed, slot=largest)
 
 
-def _smallest(split: Split, stage: int) -> int:
-    """Bytes of the frozen weights of the block of a stage that has fewest."""
+def _streamable(split: Split, stage: int) -> int:
+    """Bytes of weights of a stage that could still go to host memory."""
+    num_blocks, streamed = len(split.placement.blocks_of(stage)), len(split.streamed_on(stage))
+    smallest, largest = _extremes(split, stage)
+    return streamable(smallest, num_blocks, streamed, slot=largest)
+
+
+def _extremes(split: Split, stage: int) -> tuple[int, int]:
+    """Bytes of the frozen weights of a stage's smallest block, and of its largest."""
     blocks = split.placement.blocks_of(stage)
-    names = [split.placement.block_names[position] for position in blocks]
-    return min(sum(p.nbytes for p in frozen_parameters(split.model.get_submodule(name))) for name in names)
+    modules = [split.model.get_submodule(split.placement.block_names[position]) for position in blocks]
+    sizes = [sum(parameter.nbytes for parameter in frozen_parameters(module)) for module in modules]
+    return min(sizes), max(sizes)
 
 
 def _keep_most(split: Split, stage: int, fit: Fit) -> None:

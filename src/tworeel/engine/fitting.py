@@ -94,7 +94,7 @@ def fit_stages(
         for memory, found in zip(memories, footprints, strict=True)
     ]
     parked = sum(
-        memory.in_flight * found.left[memory.num_blocks - fit.num_kept]
+        memory.in_flight * _parked(found, fit)[memory.num_blocks - fit.num_kept]
         for memory, found, fit in zip(memories, footprints, fits, strict=True)
         if memory is not None and fit is not None and fit.fallback.is_parked
     )
@@ -104,6 +104,11 @@ def fit_stages(
         replace(fit, fallback=Residency.OFFLOAD) if fit is not None and fit.fallback.is_parked else fit
         for fit in fits
     ]
+
+
+def _parked(footprints: StageFootprints, fit: Fit) -> list[int]:
+    """Bytes that the first blocks of a stage park for a micro-batch, by their number."""
+    return (footprints.inputs_only() if fit.fallback is Residency.OFFLOAD else footprints).left
 
 
 def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
@@ -136,23 +141,30 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     return memory.in_flight * (kept + left) + crossing + once + working
 
 
-def streamable(block: int, num_blocks: int, streamed: int = 0) -> int:
+def streamable(block: int, num_blocks: int, streamed: int = 0, *, slot: int | None = None) -> int:
     """Bytes that streaming the rest of a stage's blocks would free; arguments as `blocks_to_stream`'s."""
-    in_slots = 0 if streamed else SLOTS
-    return max(0, num_blocks - streamed - in_slots) * block
+    return max(0, (num_blocks - streamed) * block - _slots(streamed, slot or block))
 
 
-def blocks_to_stream(missing: int, block: int, num_blocks: int, streamed: int = 0) -> int:
+def blocks_to_stream(
+    missing: int, block: int, num_blocks: int, streamed: int = 0, *, slot: int | None = None
+) -> int:
     """How many of a stage's blocks must be streamed to free so many bytes more.
 
     Args:
         missing: bytes that are too few.
-        block: frozen weights of one block, in bytes.
+        block: frozen weights of one block, in bytes; of the smallest, if they differ.
         num_blocks: of the stage.
         streamed: blocks that are streamed already; the first ones also pay for the slots.
+        slot: frozen weights of the largest block, if they differ.
     """
-    in_slots = 0 if streamed else SLOTS
-    return min(num_blocks, streamed + in_slots + -(-missing // max(1, block)))
+    more = -(-(missing + _slots(streamed, slot or block)) // max(1, block))
+    return min(num_blocks, streamed + more)
+
+
+def _slots(streamed: int, slot: int) -> int:
+    """Bytes that the slots still take on the device."""
+    return 0 if streamed else SLOTS * slot
 
 
 def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:

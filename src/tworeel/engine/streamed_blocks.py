@@ -39,10 +39,15 @@ class StreamedBlocks:
         return [position for position in self._placement.blocks_of(stage) if position in self.positions]
 
     def stream(self, stage: int, count: int) -> None:
-        """Let the weights of so many blocks of a stage wait in host memory from now on."""
-        blocks = self._placement.blocks_of(stage)
-        others = [position for position in self.positions if position not in blocks]
-        self.positions = tuple(sorted([*others, *spread(blocks, count)]))
+        """Let the weights of so many blocks of a stage wait in host memory from now on.
+
+        Those that wait there already stay: nothing would bring them back.
+        """
+        here = [block for block in self._placement.blocks_of(stage) if block not in self.positions]
+        more = count - len(self.on(stage))
+        if more <= 0:
+            return
+        self.positions = tuple(sorted([*self.positions, *spread(here, more)]))
         self._streamers[stage] = self._streamer_of(stage)
 
     def use(self, stage: int, position: int, *, backward: bool) -> None:

@@ -17,6 +17,7 @@ WORTH = 0.03
 """A step must get shorter by more than this share for what costs something else; plans err by as much."""
 STAGES = 2
 """That a device may have instead of one."""
+_STAGES_LOST = ("one stage a device", "two stages a device")
 LONG = 600.0
 """Seconds of a run for which a first step that takes a minute or two more is worth it."""
 
@@ -75,9 +76,9 @@ def _with_stages(planner: Planner) -> Choice:
         return single
     faster = two.seconds_per_step < (1 - WORTH) * one.seconds_per_step
     if two.fits and (not one.fits or (faster and _level(two) <= _level(one))):
-        lost = alternative_of("one stage a device", one, two)
+        lost = alternative_of(_STAGES_LOST[0], one, two)
         return Choice(planner=halved, plan=two, lost=(lost,))
-    lost = alternative_of("two stages a device", two, one)
+    lost = alternative_of(_STAGES_LOST[1], two, one)
     if two.fits:
         lost = replace(lost, reason=f"{lost.reason}; less than {100 * WORTH:.0f} % would be gained")
     return Choice(planner=planner, plan=one, lost=(lost,))
@@ -89,15 +90,19 @@ def _with_launcher(choice: Choice) -> Choice:
     if not planner.request.may_launch_from_cpp or plan.steps * plan.seconds_per_step < LONG:
         return choice
     changed = replace(_in_order(planner.request, plan), cpp_wrapper=True)
-    other = Planner(changed, planner.trace, planner)
-    found = other.best()
+    if changed.may_interleave:
+        changed = replace(changed, stages_per_device=1)
+    again = _with_stages(Planner(changed, planner.trace, planner))
+    found = again.plan
     faster = found.seconds_per_step < (1 - WORTH) * plan.seconds_per_step
-    if len(planner.request.budgets) == 1 and not faster:
+    if len({budget.device for budget in planner.request.budgets}) == 1 and not faster:
         return choice
     lost = alternative_of("kernels launched from Python", plan, found)
     if plan.fits and not faster:
         lost = replace(lost, reason="the cards would hold up each other's launches, for what no plan knows")
-    return Choice(planner=other, plan=found, lost=(*choice.lost, lost))
+    # Stages a device were weighed again.
+    weights = [one for one in choice.lost if one.name not in _STAGES_LOST]
+    return replace(again, lost=(*weights, lost, *again.lost))
 
 
 def _in_order(request: Request, plan: Plan) -> Request:

@@ -46,6 +46,8 @@ class StageDraft:
     """Of each block."""
     block: int
     """Frozen weights of its largest block."""
+    smallest: int
+    """Of its smallest; both count where it is not known which are streamed."""
     weights: int
     lora: int
     """Weights, gradients and both moments."""
@@ -67,16 +69,21 @@ class StageDraft:
             streamed: blocks.
             may_stream: more blocks may be streamed.
         """
-        on_device = self.weights - streamed * self.block + min(streamed, SLOTS) * self.block
         return StageMemory(
-            available=self.free - self.spare - on_device - self.lora - self._workspace,
+            available=self.free - self.spare - self._on_device(streamed) - self.lora - self._workspace,
             num_blocks=len(self.blocks),
             may_keep=len(self.blocks) - streamed,
             in_flight=self.in_flight,
             holding=self.holding,
             inputs=self.inputs,
-            streamable=streamable(self.block, len(self.blocks), streamed) if may_stream else 0,
+            streamable=(
+                streamable(self.smallest, len(self.blocks), streamed, slot=self.block) if may_stream else 0
+            ),
         )
+
+    def _on_device(self, streamed: int) -> int:
+        """Bytes of weights on the device when those of so many blocks are streamed, at most."""
+        return self.weights - streamed * self.smallest + min(streamed, SLOTS) * self.block
 
     @property
     def _workspace(self) -> int:
@@ -84,7 +91,9 @@ class StageDraft:
 
     def to_stream(self, missing: int) -> int:
         """How many blocks must be streamed to free so many bytes."""
-        return blocks_to_stream(missing, self.block, len(self.blocks)) if missing > 0 else 0
+        if missing <= 0:
+            return 0
+        return blocks_to_stream(missing, self.smallest, len(self.blocks), slot=self.block)
 
     @property
     def footprints(self) -> StageFootprints:
@@ -117,7 +126,7 @@ class StageDraft:
             streamed=streamed,
             in_flight=self.in_flight,
             parts={
-                "weights": self.weights - (streamed - min(streamed, SLOTS)) * self.block,
+                "weights": self._on_device(streamed),
                 "LoRA, gradients, optimizer": self.lora,
                 "activations": rest - inputs,
                 "workspace": working + self._workspace,

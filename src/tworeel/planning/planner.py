@@ -231,6 +231,7 @@ class Planner:
             blocks=blocks,
             traces=[self.trace.blocks[unit.name.rpartition(".")[0]] for unit in own],
             block=max(unit.frozen for unit in own),
+            smallest=min(unit.frozen for unit in own),
             weights=sum(unit.frozen for unit in (*own, *around)),
             lora=_TRAINING_COPIES * sum(unit.trained for unit in (*own, *around)),
             inputs=self.trace.inputs,

@@ -118,7 +118,7 @@ def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
         blocks=job.family.block_lists,
         residency=engine.residency,
         compile=compile,
-        cpp_wrapper=compile and engine.cpp_wrapper is True,
+        cpp_wrapper=compile and job.cpp_wrapper,
         streamed=job.streamed_counts,
         may_stream=engine.streamed_blocks is None,
         host_limit=int(HOST_SHARE * psutil.virtual_memory().available),

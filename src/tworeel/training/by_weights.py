@@ -43,7 +43,7 @@ def placed_by_weights(job: J, config: RunConfig) -> J:
     around[0] += sum(unit.frozen for unit in others if unit.blocks_before == 0)
     around[-1] += sum(unit.frozen for unit in others if unit.blocks_before > 0)
     at: Sequence[int] = job.placement.boundaries[1:-1]
-    if engine.split_at is None:
+    if engine.split_at is None and engine.streamed_blocks is None:
         size = settings.dtype.itemsize
         weights = [BlockWeights(block.frozen, {settings.dtype: block.frozen // size}) for block in blocks]
         first, last = (around[0], around[-1]) if len(budgets) > 1 else (around[0], 0)
@@ -68,4 +68,7 @@ def budgets_on(devices: Sequence[torch.device]) -> tuple[Budget, ...] | None:
 def _too_many(blocks: Sequence[UnitBytes], room: float) -> int:
     """How many of a stage's blocks must be streamed."""
     missing = sum(block.frozen for block in blocks) - int(room)
-    return blocks_to_stream(missing, min(b.frozen for b in blocks), len(blocks)) if missing > 0 else 0
+    if missing <= 0:
+        return 0
+    sizes = [block.frozen for block in blocks]
+    return blocks_to_stream(missing, min(sizes), len(blocks), slot=max(sizes))

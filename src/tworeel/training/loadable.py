@@ -35,6 +35,8 @@ class Loadable:
     placement: Placement
     streamed: tuple[int, ...]
     """Positions of the blocks whose weights wait in host memory."""
+    cpp_wrapper: bool = False
+    """Whether compiled blocks are launched from C++."""
 
     @property
     def streamed_counts(self) -> tuple[int, ...] | None:

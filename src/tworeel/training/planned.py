@@ -97,7 +97,7 @@ def make_request(
         steps=config.train.steps,
         clips_per_epoch=sum(config.data.sources[clip.source].repeats for clip in job.clips),
         may_interleave=engine.stages_per_device == "auto",
-        cpp_wrapper=engine.cpp_wrapper is True,
+        cpp_wrapper=engine.cpp_wrapper is True and settings.compile,
         may_launch_from_cpp=may_launch_from_cpp and engine.cpp_wrapper == "auto" and _launches(settings),
     )
     if config.model.quantize != "auto":
@@ -213,6 +213,7 @@ def plan_job(
         The configuration with nothing left open; the job; and what was planned, None where a stage is on a
         CPU: there is nothing to choose.
     """
+    job = replace(job, cpp_wrapper=config.engine.cpp_wrapper is True)
     stages = job.placement.devices
     devices = stages[: len(stages) // stages_per_device(config)]
     if any(device.type == "cpu" for device in devices):
@@ -252,5 +253,5 @@ def _followed(config: RunConfig, job: Job, request: Request) -> tuple[RunConfig,
     devices = [torch.device(stage.device) for stage in found.stages]
     quantize, stages = decided.trace.quantize, decided.stages_per_device
     placed = place_again(job, devices, found.split_at, [stage.streamed for stage in found.stages])
-    config = settled(config, quantize, stages, cpp_wrapper=decided.cpp_wrapper)
-    return config, placed, PlannedRun(found, choice.planner)
+    placed = replace(placed, cpp_wrapper=decided.cpp_wrapper)
+    return settled(config, quantize, stages), placed, PlannedRun(found, choice.planner)
