@@ -99,5 +99,5 @@ def test_split_alone_serves_the_transformer_through_its_model_function() -> None
             return model_function("t2v")(dit=self.dit, **inputs)
 
     model = Model()
-    tworeel.split(model, ["cpu", "cpu"], between=True)
+    tworeel.split(model, ["cpu", "cpu"])
     assert torch.equal(model(**given), expected)

@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from contextvars import ContextVar
+from typing import Any
 
 import pytest
 import torch
@@ -337,6 +338,17 @@ def test_wrong_use_is_refused_with_what_to_do():
 
 
 def test_a_tensor_that_goes_from_stage_to_stage_uncut_is_explained():
+    class Doubled(torch.autograd.Function):
+        """Torch shows its call to nobody."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return 2 * gradient
+
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -347,7 +359,7 @@ def test_a_tensor_that_goes_from_stage_to_stage_uncut_is_explained():
             y = first
             for block in self.blocks[1:]:
                 y = block(y)
-            return y * first
+            return y + Doubled.apply(first)
 
     with pytest.raises(RuntimeError, match="second time") as caught:
         Pipeline(Residual(), ["cpu", "cpu"]).step([torch.ones(1, 2)], lambda y, _: y.sum())

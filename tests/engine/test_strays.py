@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from tworeel import Pipeline, split
 from tworeel.engine import place
+from tworeel.engine.streams import Arrival
 
 WIDTH, BLOCKS = 6, 4
 
@@ -79,10 +81,10 @@ def test_gradients_through_hints_are_those_of_the_model_that_is_not_split(
     stages: int, residency: str
 ) -> None:
     expected, alone, overlapping = unsplit(), made(), made()
-    split(alone, ["cpu"] * stages, residency=residency, between=True, **HOW)
+    split(alone, ["cpu"] * stages, residency=residency, **HOW)
     for batch in batches():
         alone(batch).square().sum().backward()
-    division = split(overlapping, ["cpu"] * stages, residency=residency, between=True, **HOW)
+    division = split(overlapping, ["cpu"] * stages, residency=residency, **HOW)
     Pipeline(division).step([(batch,) for batch in batches()], lambda output, _: output.square().sum())
     for ours in (gradients(alone), gradients(overlapping)):
         assert ours.keys() == expected.keys()
@@ -90,10 +92,48 @@ def test_gradients_through_hints_are_those_of_the_model_that_is_not_split(
             torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_without_asking_for_it_such_a_forward_is_an_error_and_not_a_wrong_gradient() -> None:
-    division = split(made(), ["cpu", "cpu"], **HOW)
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        Pipeline(division).step([(batch,) for batch in batches()], lambda output, _: output.square().sum())
+class LikeTheFirst(nn.Module):
+    """Its tail uses what was made on the first stage, and moves by itself what has to be there, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.table = nn.Parameter(torch.randn(2, WIDTH), requires_grad=False)
+        self.embed = nn.Linear(3, WIDTH).requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = first = self.embed(inputs)
+        for block in self.blocks:
+            hidden = block(hidden)
+        shift, scale = (self.table.to(first.device) + first.mean(0)).chunk(2)
+        ones = torch.ones(WIDTH, device=first.device)
+        return hidden * (ones + scale.to(hidden.device)) + shift.to(device=hidden.device)
+
+
+def test_the_tail_of_a_forward_moves_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which gives nothing back: a copy from it would raise."""
+    monkeypatch.setattr("tworeel.engine.passage.mark", lambda _: None)
+    plain = lambda tensor, device, _: Arrival(tensor.to(device))  # noqa: E731  # without streams
+    monkeypatch.setattr("tworeel.engine.passage.start_copy", plain)
+    model = LikeTheFirst()
+    model.blocks[2:].to("meta")
+    split(model, ["cpu", "meta"], blocks=["blocks"], first=["embed"])
+    assert model(torch.randn(2, 3)).device.type == "meta"
+
+
+def test_modules_see_no_mode() -> None:
+    seen: list[Any] = []
+
+    class Looking(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            seen.extend(_get_current_function_mode_stack())
+            return super().forward(hidden)
+
+    model = made()
+    model.blocks[3] = Looking().double()
+    division = split(model, ["cpu", "cpu"], **HOW)
+    Pipeline(division).step([(batch,) for batch in batches()], lambda output, _: output.square().sum())
+    assert seen == []
 
 
 def test_modules_live_with_their_block_and_what_is_not_behind_the_blocks_is_before_them() -> None:

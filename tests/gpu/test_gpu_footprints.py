@@ -56,7 +56,8 @@ def made(
     sample = family.make_sample(
         source.traits, cached, torch.randn(shapes["latents"]), 0.9, dtype=torch.bfloat16
     )
-    return model, tree_map_only(Tensor, lambda tensor: tensor.to(device), sample.inputs)
+    # What is in no state dict, such as rotary tables, has stayed behind.
+    return model.to(device), tree_map_only(Tensor, lambda tensor: tensor.to(device), sample.inputs)
 
 
 def traced(variant: str, *, compile: bool) -> ModelTrace:

@@ -63,7 +63,6 @@ def split_pipeline(
         residency=residency,
         beside=layout.beside,
         first=first,
-        between=True,
     )
     for model in models.values():
         stay(model, division.placement)

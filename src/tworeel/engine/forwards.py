@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import nn
 from tworeel.engine.neighbours import refuse_replaced
 from tworeel.engine.passage import Passage
 from tworeel.engine.placement import Unit
-from tworeel.engine.strays import Strays
+from tworeel.engine.strays import Strays, without_strays
 
 if TYPE_CHECKING:
     from tworeel.engine.split import Split
@@ -77,7 +76,7 @@ class Forwards:
             if passage.stage > 0:
                 raise RuntimeError("the model ran twice in one micro-batch: give each run its own")
             args, kwargs = passage.arrive(0, (args, kwargs), block=False)
-            with Strays(passage) if split.between else nullcontext():
+            with Strays(passage):
                 return forward(*args, **kwargs)
 
         root.split = split  # type: ignore[attr-defined]
@@ -94,7 +93,7 @@ class Forwards:
                 args, kwargs = split.under_way.recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
             _refuse_return(unit, passage)
-            with passage.within():
+            with passage.within(), without_strays():
                 args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
                 if position is None:
                     outputs = passage.leave_prologue(forward(*args, **kwargs))

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tworeel.engine.parking import Berth
-from tworeel.engine.streams import Arrival, start_copy
+from tworeel.engine.streams import Arrival, mark, start_copy
 
 
 class Gate(Protocol):
@@ -65,6 +65,7 @@ class Passage:
         self._devices = devices
         self._gate = gate
         self._blocks_reached = False
+        self._left: dict[torch.device, torch.Event] = {}
         self._owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._under_way: dict[tuple[int, int], Arrival] = {}
         self._stand_ins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -120,16 +121,19 @@ class Passage:
     def gather(self, inputs: Any) -> Any:
         """Return `inputs` of an operation between the blocks as they stand on the stage where it runs.
 
-        A tensor on a device of no stage, say a scheduler's table in host memory, stays there.
+        A tensor on a device of no stage, say a scheduler's table in host memory, stays there. A device of
+        another stage is that of a tensor from there: it becomes this stage's, where that tensor is used.
         """
 
-        def bring(tensor: Tensor) -> Tensor:
-            if tensor.device not in self._devices and not tensor.requires_grad:
-                return tensor
-            self._owner.setdefault(tensor, self.stage)
-            return self._bring(tensor, self.stage)
+        def bring(given: Any) -> Any:
+            if isinstance(given, torch.device) and given in self._devices:
+                return self._devices[self.stage]
+            if isinstance(given, Tensor) and (given.device in self._devices or given.requires_grad):
+                self._owner.setdefault(given, self.stage)
+                return self._bring(given, self.stage)
+            return given
 
-        return tree_map_only(Tensor, bring, inputs) if self.stage > 0 else inputs
+        return tree_map(bring, inputs) if self.stage > 0 else inputs
 
     def leave_prologue(self, outputs: Any) -> Any:
         """Cut what a module before the blocks has made, so that several stages can use it.
@@ -185,14 +189,16 @@ class Passage:
             self._prologue.clear()
 
     def _depart(self, tensors: Sequence[Tensor], stage: int) -> None:
-        device = self._devices[stage]
+        here, device = self._devices[self.stage], self._devices[stage]
+        if here.type != "cpu":
+            self._left[here] = mark(here)
         for tensor in tensors:
             is_there = tensor.device == device or stage in self._stand_ins.get(tensor, {})
             if self._may_cut(tensor) and not is_there and (id(tensor), stage) not in self._under_way:
-                self._under_way[id(tensor), stage] = start_copy(self._nearest(tensor, stage).detach(), device)
+                self._under_way[id(tensor), stage] = self._send(self._nearest(tensor, stage).detach(), device)
 
     def _nearest(self, tensor: Tensor, stage: int) -> Tensor:
-        """What a copy for `stage` is made from: it waits for all that is queued on the device it is on.
+        """What a copy for `stage` is made from.
 
         For a constant, what stands for it on the stage's device, or on the latest stage before.
         """
@@ -228,7 +234,14 @@ class Passage:
         if not self._may_cut(tensor):
             return tensor.to(self._devices[stage])
         arrival = self._under_way.get((identity or id(tensor), stage))
-        return (arrival or start_copy(self._nearest(tensor, stage), self._devices[stage])).wait()
+        return (arrival or self._send(self._nearest(tensor, stage), self._devices[stage])).wait()
+
+    def _send(self, tensor: Tensor, device: torch.device) -> Arrival:
+        """Begin to copy a tensor of a stage that this micro-batch has left.
+
+        Not behind what other micro-batches have queued there since.
+        """
+        return start_copy(tensor, device, self._left.get(tensor.device))
 
 
 def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:

@@ -42,7 +42,6 @@ def split(
     run_ahead: int | None = None,
     io_same_device: bool = False,
     beside: Mapping[str, str] | None = None,
-    between: bool = False,
 ) -> Split:
     """Spread `model`'s blocks over `devices`; its forward and backward then work as before.
 
@@ -71,8 +70,6 @@ def split(
             nothing of the split has its targets. A `Pipeline` computes its loss on the last one all the same.
         beside: names of modules that the forward calls between blocks, each with the block that it follows:
             they live on that block's device and leave behind what it does.
-        between: whether the forward's own code between the blocks may use tensors from before an earlier
-            block, which are then brought to where it runs. Costs microseconds an operation.
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
@@ -103,7 +100,6 @@ def split(
         host_limit=host_limit,
         run_ahead=run_ahead,
         io_same_device=io_same_device,
-        between=between,
     )
 
 
@@ -131,7 +127,6 @@ class Split:
         host_pool: pinned host memory for activations.
         run_ahead: bounds how many blocks are queued on a device.
         io_same_device: whether the forward's result comes back to the first device.
-        between: whether code between the blocks may use tensors from before.
         under_way: the micro-batches that are on their way.
         block_runs: runs a block as all of this says.
     """
@@ -148,7 +143,6 @@ class Split:
         host_limit: int | None = None,
         run_ahead: int | None = None,
         io_same_device: bool = False,
-        between: bool = False,
     ) -> None:
         self.model = model
         self.placement = placement
@@ -158,7 +152,6 @@ class Split:
         self.host_pool = HostPool(host_limit)
         self.run_ahead = RunAhead(run_ahead)
         self.io_same_device = io_same_device
-        self.between = between
         self.streamed = StreamedBlocks(model, placement, streamed)
         self.may_stream = may_stream
         self.under_way = UnderWay(placement)

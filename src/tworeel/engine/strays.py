@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from tworeel.engine.passage import Passage
 
@@ -13,7 +14,7 @@ from tworeel.engine.passage import Passage
 class Strays(TorchFunctionMode):
     """Brings what a forward's own code uses to the stage where that code runs, and cuts it where it has to.
 
-    Modules need no such help: their inputs arrive with them. Inside of them nothing is looked at.
+    Left to itself, the code's own `.to()` would let both devices wait for all that is queued on the other.
     """
 
     def __init__(self, passage: Passage) -> None:
@@ -36,6 +37,16 @@ class Strays(TorchFunctionMode):
         outputs = func(*args[:fixed], *passage.gather(tuple(args[fixed:])), **passage.gather(dict(kwargs)))
         passage.own(outputs, passage.stage)
         return outputs
+
+
+@contextmanager
+def without_strays() -> Iterator[None]:
+    """Modules need no such help: their inputs arrive with them. Nor can compiled ones know of it."""
+    if isinstance(_get_current_function_mode(), Strays):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 def _writes(name: str) -> bool:

@@ -31,14 +31,20 @@ class Arrival:
         return self.tensor
 
 
-def start_copy(tensor: Tensor, device: torch.device) -> Arrival:
-    """Begin to bring a tensor to a device, behind the work that makes it and beside all other."""
+def start_copy(tensor: Tensor, device: torch.device, made: torch.Event | None = None) -> Arrival:
+    """Begin to bring a tensor to a device, behind the work that makes it and beside all other.
+
+    Args:
+        tensor: that is copied.
+        device: where it goes.
+        made: happens when the tensor is there; behind all that is queued on its device by default.
+    """
     if tensor.device == device:
         return Arrival(tensor)
     if "cpu" in (tensor.device.type, device.type):
         return Arrival(_to_or_from_host(tensor, device))
     leaving, arriving = side_stream(tensor.device, "out"), side_stream(device, "in")
-    leaving.wait_event(mark(tensor.device))
+    leaving.wait_event(made or mark(tensor.device))
     with using(arriving, leaving):
         copy = tensor.to(device, non_blocking=True)
     tensor.record_stream(leaving)
