@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import cpp_builder
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.exc import InvalidCxxCompiler
@@ -132,6 +134,43 @@ def test_where_the_cpp_wrapper_fails_blocks_stay_compiled(monkeypatch):
     assert not compiler.failed and len(compiler._compiled) == 1
     with warnings.catch_warnings(action="error"):
         call(compiler, Block(), x)
+
+
+@pytest.mark.parametrize("inner", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_running_out_of_memory_while_kernels_are_tuned_is_told_as_such_and_holds_nothing(
+    monkeypatch, inner, cpp_wrapper
+):
+    """So that who looks for what fits goes on with less."""
+    held = []
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: object, **options: object) -> object:
+        tensor = torch.ones(2)
+        held.append(weakref.ref(tensor))
+        raise inner("Failed to run autotuning code block: CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(compiling, "lookup_backend", lambda name: compile_graph)
+    compiler = BlockCompiler(cpp_wrapper=cpp_wrapper)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory") as caught:
+        call(compiler, Block(), torch.ones(2, 4))
+    assert caught.value.__context__ is None and held[0]() is None
+    assert not compiler.failed
+
+
+def test_the_backward_is_compiled_before_the_forward_runs(monkeypatch):
+    done = []
+
+    def noting(name: str) -> object:
+        def compile_graph(graph: torch.fx.GraphModule, inputs: object) -> object:
+            done.append(name)
+            return make_boxed_func(lambda *tensors: done.append("runs") or graph(*tensors))
+
+        return compile_graph
+
+    backend = aot_autograd(fw_compiler=noting("forward"), bw_compiler=noting("backward"))
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    call(BlockCompiler(), Block(), torch.ones(2, 4, requires_grad=True))
+    assert done == ["forward", "backward", "runs"]
 
 
 def test_every_thread_compiles_as_often_as_it_takes(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import traceback
 import types
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import get_cpp_wrapper_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -90,8 +92,8 @@ def _settle() -> None:
     """Set what compiling blocks needs of torch: since 2.13 a thread does not see what another one has set."""
     # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
     # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
-    if torch._functorch.config.enable_autograd_cache:
-        torch._functorch.config.enable_autograd_cache = False
+    if functorch_config.enable_autograd_cache:
+        functorch_config.enable_autograd_cache = False
     # One for each device, for the first block (whose input needs no gradient) and for other shapes.
     if torch._dynamo.config.recompile_limit < MOST_COMPILATIONS:
         torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
@@ -107,8 +109,13 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         options = {"config_patches": {"cpp_wrapper": True, **patches}}
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> BlockCall:
-        """As any other backend, but says when what it has compiled begins to run."""
-        compiled = lookup_backend(BACKEND)(graph, inputs, **options)
+        """As any other backend, but says when what it has compiled begins to run.
+
+        The backward is compiled with the forward: where that fails there is still another way to run the
+        block, kernels are tuned before its activations are there, and this thread's settings of torch hold.
+        """
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            compiled = lookup_backend(BACKEND)(graph, inputs, **options)
 
         def run(*args: Any) -> Any:
             _searching.found()
@@ -157,12 +164,15 @@ class BlockCompiler:
             with _searching:
                 return compiled(block, *args, **kwargs)
         except TorchDynamoException as error:
-            if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
-                raise
-            if self._cpp_wrapper:
-                self._launch_from_python(call, block, error)
-                return self(call, block, *args, **kwargs)
-            self._give_up(call, block, error)
+            traceback.clear_frames(error.__traceback__)
+            failure = error
+        # Not while it is handled: what is raised then would keep its frames, and these tensors.
+        if "out of memory" in (reason := _reason(failure)):
+            raise torch.OutOfMemoryError(reason)
+        if self._cpp_wrapper:
+            self._launch_from_python(call, block, reason)
+            return self(call, block, *args, **kwargs)
+        self._give_up(call, block, reason)
         return call(block, *args, **kwargs)
 
     def _compiled_of(self, call: BlockCall, block: nn.Module) -> BlockCall:
@@ -174,21 +184,25 @@ class BlockCompiler:
                 )
             return self._compiled[call]
 
-    def _launch_from_python(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
+    def _launch_from_python(self, call: BlockCall, block: nn.Module, reason: str) -> None:
         with self._lock:
-            warnings.warn(_failure(block, "Inductor's C++ wrapper", error), stacklevel=4)
+            warnings.warn(_failure(block, "Inductor's C++ wrapper", reason), stacklevel=4)
             self._cpp_wrapper = False
             del self._compiled[call]
 
-    def _give_up(self, call: BlockCall, block: nn.Module, error: Exception) -> None:
+    def _give_up(self, call: BlockCall, block: nn.Module, reason: str) -> None:
         with self._lock:
             if not self.failed:
-                warnings.warn(_failure(block, "torch.compile", error), stacklevel=4)
+                warnings.warn(_failure(block, "torch.compile", reason), stacklevel=4)
             self.failed.add(call)
 
 
-def _failure(block: nn.Module, without: str, error: Exception) -> str:
-    reason = str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
+def _reason(error: Exception) -> str:
+    """The first line of what was the matter."""
+    return str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
+
+
+def _failure(block: nn.Module, without: str, reason: str) -> str:
     return f"{type(block).__name__} runs without {without}, which failed: {reason}"
 
 
