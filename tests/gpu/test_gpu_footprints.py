@@ -81,9 +81,9 @@ def test_a_block_keeps_and_works_with_what_its_trace_says(
         for residency in (Residency.KEEP, Residency.SELECTIVE):
             ours, theirs = block.footprints[residency], found[name][residency]
             assert ours.hidden == theirs.hidden
-            assert ours.kept == pytest.approx(theirs.kept, rel=0.03), (name, residency)
+            assert ours.kept == pytest.approx(theirs.kept, rel=0.04), (name, residency)
             planned, taken = ours.kept + ours.working, theirs.kept + theirs.working
-            assert 0.98 * taken <= planned <= 1.05 * taken, (name, residency)
+            assert 0.98 * taken <= planned <= 1.1 * taken, (name, residency)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -37,6 +37,34 @@ def test_a_chain_without_products_is_one_pass() -> None:
     assert cost.peak == cost.end == SIZE
 
 
+def test_what_reads_the_same_is_written_by_one_kernel_and_needs_memory_at_once() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = x @ y
+        return (made.sin() @ y) @ (made.cos() @ y)
+
+    # The product; with both of what is made of it; one of them is free when it has been multiplied.
+    assert GraphReader(graph_of(function, inputs=2)).cost().peak == 3 * SIZE
+
+
+def test_a_kernel_that_waits_for_a_product_is_not_joined_with_what_that_is_made_from() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        first = y.sin() @ x
+        return (y * first) @ x
+
+    cost = GraphReader(graph_of(function, inputs=2)).cost()
+    # The sine is free when the first product is there, and that when the second factor is.
+    assert cost.peak == 2 * SIZE and cost.work.kernels == 4
+
+
+def test_what_is_computed_from_many_values_is_written_once_if_it_is_used_again() -> None:
+    def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        many = sum(inputs[1:], inputs[0])
+        return many[:1].sin(), many[1:].cos()
+
+    few, enough = (GraphReader(graph_of(function, inputs=n)).cost().work.kernels for n in (4, 5))
+    assert (few, enough) == (2, 3)
+
+
 def test_views_take_no_memory_of_their_own() -> None:
     reader = GraphReader(graph_of(lambda x: ((x @ x).t(), (x @ x).view(-1))))
     assert reader.cost().end == 2 * SIZE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from tworeel.engine.residency import Residency
@@ -57,14 +57,14 @@ class StageFootprints:
         """The same blocks, where those that do not keep everything leave behind their input alone."""
         return StageFootprints(
             [
-                {residency: _leaving_its_input(one) for residency, one in found.items()}
-                | {Residency.KEEP: found[Residency.KEEP]}
+                {Residency.SELECTIVE: _leaving_its_input(found), Residency.KEEP: found[Residency.KEEP]}
                 for found in self._blocks
             ]
         )
 
 
-def _leaving_its_input(block: Footprint) -> Footprint:
-    """What else it kept is there while it computes again."""
-    left = min(block.kept, block.hidden)
-    return Footprint(kept=left, working=block.working + block.kept - left, hidden=block.hidden)
+def _leaving_its_input(block: Footprints) -> Footprint:
+    """While it computes again it holds what it would have kept; compiled, less than a selective one does."""
+    least = min(block.values(), key=lambda one: one.kept + one.working)
+    left = min(least.kept, least.hidden)
+    return replace(least, kept=left, working=least.working + least.kept - left)

@@ -2,19 +2,23 @@
 
 A graph is what `torch.compile` hands to its code generator: a forward or a backward of core operations. The
 generator fuses: a value is written to memory where a matrix product or an attention reads or writes it, where
-it leaves the graph, and where a sum over many elements ends; everything between is computed as it is read.
+it leaves the graph, where a sum over many elements ends, and where it is computed from many others; what lies
+between is computed as it is read (`torch/_inductor/graph.py`, `run_node`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+
+from tworeel.planning.fusing import kernels_of
 
 aten = torch.ops.aten
 
@@ -48,8 +52,10 @@ _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 _UNCOUNTED = {aten._int_mm, _ATTENTION, _ATTENTION_BACKWARD}
 """What torch's own counter does not know."""
-_MANY_READERS = 4
-"""A value that more operations read than this is written, as torch's code generator does."""
+_READS_IF_USED_AGAIN = 4
+_READS = 8
+"""A value that is computed from more values than this is written; with several readers, from fewer
+(torch's `realize_reads_threshold` and `realize_acc_reads_threshold`)."""
 
 
 @dataclass(frozen=True)
@@ -115,27 +121,41 @@ class GraphReader:
                 self._owners.setdefault(self._released[node.name], node)
         self._inputs = {node for node in self._nodes if node.op == "placeholder"}
         self._output = next(node for node in self._nodes if node.op == "output")
-        self._written = self._find_written()
-        self._reads = {node: self._find_reads(node) for node in self._nodes if node in self._written}
+        self._readers = self._find_readers()
+        self._reads = self._find_reads()
 
     def cost(self) -> GraphCost:
-        """Walk through the graph once."""
-        order = [node for node in self._nodes if node in self._written and node not in self._of_weights]
-        last_use = {read: i for i, node in enumerate(order) for read in self._reads[node]}
+        """Walk through the graph once, kernel by kernel."""
+        kernels = kernels_of(
+            self._parts(),
+            self._reads,
+            may_join=lambda value: not _is_product(value),
+            elements=_elements,
+            size=_size,
+        )
+        last_use = {
+            touched: i
+            for i, kernel in enumerate(kernels)
+            for value in kernel
+            for touched in (value, *self._reads[value])
+        }
+        ending: dict[int, list[fx.Node]] = defaultdict(list)
+        for value, i in last_use.items():
+            ending[i].append(value)
         kept = {self._origin(node) for node in self._output.all_input_nodes}
         live = peak = 0
         # What is made of weights alone takes little of a card, but the host launches it: casts of the LoRA's.
-        work = Work(kernels=sum(_kernels(node) for node in self._written & self._of_weights))
-        for i, node in enumerate(order):
-            live += _size(node)
+        casts = [node for node in self._of_weights if any(map(_is_heavy, self._readers[node]))]
+        work = Work(kernels=sum(map(_kernels, casts)))
+        # Apart, as if nothing were joined: what joined kernels read less, they lose by reading slower.
+        for part in self._parts():
+            work += self._work_of(part)
+        for i, kernel in enumerate(kernels):
+            live += sum(map(_size, kernel))
             peak = max(peak, live)
-            work += self._work_of(node)
-            for read in {*self._reads[node], node}:
-                made = read not in self._inputs and read not in self._of_weights
-                free = made or read.name in self._released
-                if last_use.get(read, -1) <= i and read not in kept and free:
-                    live -= _size(read)
-                    last_use[read] = len(order)
+            for value in ending[i]:
+                if value not in kept and (value in self._reads or value.name in self._released):
+                    live -= _size(value)
         return GraphCost(peak=peak, end=live, work=work)
 
     def returned(self) -> dict[str, str]:
@@ -163,39 +183,48 @@ class GraphReader:
             node = node.args[0]  # type: ignore[assignment]  # a view's first argument is what it shows
         return self._owners.get(self._released.get(node.name, ""), node)
 
-    def _find_written(self) -> set[fx.Node]:
-        written = {self._origin(node) for node in self._output.all_input_nodes}
+    def _find_reads(self) -> dict[fx.Node, set[fx.Node]]:
+        """What each value that is written is computed from: written values, and inputs."""
+        returned = {self._origin(node) for node in self._output.all_input_nodes}
+        written: dict[fx.Node, set[fx.Node]] = {}
+        computed: dict[fx.Node, set[fx.Node]] = {}
         for node in self._nodes:
-            if node.op != "call_function" or _packet(node) in _VIEWS:
+            if not _computes(node) or node in self._of_weights:
                 continue
-            if _is_heavy(node):
-                written |= {node, *map(self._origin, node.all_input_nodes)}
-            elif node.target is operator.getitem or _packet(node) in _SUMS or len(node.users) > _MANY_READERS:
-                written.add(node)
-        return written - self._inputs
-
-    def _find_reads(self, node: fx.Node) -> set[fx.Node]:
-        """The written values and inputs that a value is computed from."""
-        found: set[fx.Node] = set()
-        waiting = list(node.all_input_nodes)
-        seen: set[fx.Node] = set()
-        while waiting:
-            origin = self._origin(waiting.pop())
-            if origin in seen:
-                continue
-            seen.add(origin)
-            if origin in self._written or origin in self._inputs:
-                found.add(origin)
+            reads: set[fx.Node] = set()
+            for origin in map(self._origin, node.all_input_nodes):
+                reads |= computed.get(origin, {origin})
+            using = self._readers[node]
+            many = _READS_IF_USED_AGAIN if len(using) > 1 else _READS
+            is_written = _ends_kernel(node) or node in returned or any(map(_is_heavy, using))
+            if is_written or (len(reads) > many and _packet(node) not in _PARTS):
+                written[node] = reads
             else:
-                waiting += origin.all_input_nodes
-        return found
+                computed[node] = reads
+        return written
 
-    def _work_of(self, node: fx.Node) -> Work:
-        if _is_heavy(node):
+    def _find_readers(self) -> dict[fx.Node, set[fx.Node]]:
+        """The operations that read a value, or a view of it."""
+        readers: dict[fx.Node, set[fx.Node]] = defaultdict(set)
+        for node in self._nodes:
+            if _computes(node):
+                for origin in map(self._origin, node.all_input_nodes):
+                    readers[origin].add(node)
+        return readers
+
+    def _parts(self) -> Iterable[list[fx.Node]]:
+        """The values by the operation that they are of."""
+        parts: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for value in self._reads:
+            parts[_operation(value)].append(value)
+        return parts.values()
+
+    def _work_of(self, kernel: Sequence[fx.Node]) -> Work:
+        if _is_product(kernel[0]):
+            node = _operation(kernel[0])
             return work_of(node.target, [_value(argument) for argument in node.args], _value(node))
-        if node.target is operator.getitem and _is_heavy(node.args[0]):
-            return Work()
-        return Work(traffic=_size(node) + sum(map(_size, self._reads[node])), kernels=_kernels(node))
+        read = {value for own in kernel for value in self._reads[own]} - set(kernel)
+        return Work(traffic=float(sum(map(_size, (*kernel, *read)))), kernels=1)
 
 
 def operations(target: Any, args: Sequence[Any], out: Any) -> float:
@@ -238,8 +267,36 @@ def _packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
+def _computes(node: fx.Node) -> bool:
+    return node.op == "call_function" and _packet(node) not in _VIEWS
+
+
 def _is_heavy(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and is_heavy(node.target)
+
+
+def _operation(node: fx.Node) -> fx.Node:
+    """What made a value: the operation of which it is one of several results, or itself."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a matrix product or an attention made a value."""
+    return _is_heavy(_operation(node))
+
+
+def _ends_kernel(node: fx.Node) -> bool:
+    """Whether a value is written because of what makes it."""
+    return _is_product(node) or _packet(_operation(node)) in _SUMS
+
+
+def _elements(node: fx.Node) -> int:
+    """Over how many numbers the kernel that makes a value goes."""
+    made_by = _operation(node)
+    if _packet(made_by) in _SUMS:
+        made_by = made_by.args[0]  # type: ignore[assignment]
+    value = made_by.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def _kernels(node: fx.Node) -> int:

@@ -7,6 +7,7 @@ compile.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
@@ -24,7 +26,7 @@ from tworeel.engine.probing import Forward, as_in_training, own_copies, shared_b
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
-from tworeel.planning.graphs import GraphReader, Work, work_of
+from tworeel.planning.graphs import GraphCost, GraphReader, Work, work_of
 from tworeel.planning.traces import STORED_ONLY, BlockTrace, ModelTrace, TraceSettings
 from tworeel.planning.watching import Watch, fused_norms
 from tworeel.quant import block_linears, quantize_blocks
@@ -148,19 +150,41 @@ def _hidden_bytes(call: _Call) -> int:
 
 def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
     """From the forward and backward graphs that `torch.compile` would be given for the block."""
-    graphs = _compiled_graphs(block, call)
-    forward, backward = graphs["forward"], graphs["backward"]
+    plain, selective = _compiled_graphs(block, call)
     hidden = _hidden_bytes(call)
     num_weights = len(list(block.parameters())) + len(list(block.buffers()))
-    reader = GraphReader(forward, num_weights=num_weights)
-    there, back = reader.cost(), GraphReader(backward, reader.returned()).cost()
-    kept = Footprint(kept=there.end, working=max(there.peak - there.end, hidden + back.peak), hidden=hidden)
-    spared = [node for node in forward.nodes if is_kept(node.target, _values(node))]
-    attention = sum(
-        leaf.nbytes for node in spared for leaf in tree_leaves(node.meta["val"]) if leaf is not None
+
+    def cost(graphs: _Graphs) -> tuple[GraphCost, GraphCost, Footprint]:
+        reader = GraphReader(graphs.forward, num_weights=num_weights)
+        there, back = reader.cost(), GraphReader(graphs.backward, reader.returned()).cost()
+        working = max(there.peak - there.end, hidden + back.peak)
+        return there, back, Footprint(kept=there.end, working=working, hidden=hidden)
+
+    there, back, kept = cost(plain)
+    most = kept.kept + kept.working
+    footprints = {
+        Residency.KEEP: kept,
+        Residency.SELECTIVE: cost(selective)[-1],
+        # Outside of what is compiled: it holds, while its backward runs, what it would have kept.
+        Residency.RECOMPUTE: Footprint(kept=hidden, working=most - hidden, hidden=hidden),
+    }
+    attentions = [node for node in plain.forward.nodes if is_kept(node.target, _values(node))]
+    spared = sum((work_of(node.target, _values(node), node.meta["val"]) for node in attentions), Work())
+    again = replace(
+        there.work,
+        attention=there.work.attention - spared.attention,
+        kernels=there.work.kernels - spared.kernels,
     )
-    work = sum((work_of(node.target, _values(node), node.meta["val"]) for node in spared), Work())
-    return _with_fallbacks(kept, attention, there.work, back.work + _gradients(block), work)
+    return BlockTrace(
+        footprints=footprints,
+        forward=there.work,
+        backward=back.work + _gradients(block),
+        recomputed={
+            Residency.KEEP: Work(),
+            Residency.SELECTIVE: again,
+            Residency.RECOMPUTE: there.work,
+        },
+    )
 
 
 def _gradients(block: nn.Module) -> Work:
@@ -172,40 +196,21 @@ def _values(node: fx.Node) -> list[Any]:
     return [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in node.args]
 
 
-def _with_fallbacks(
-    keep: Footprint, attention: int, forward: Work, backward: Work, spared: Work
-) -> BlockTrace:
-    """A block that recomputes holds, while its backward runs, what it would have kept."""
-    most, hidden = keep.kept + keep.working, keep.hidden
-    footprints = {
-        Residency.KEEP: keep,
-        Residency.SELECTIVE: Footprint(
-            kept=hidden + attention, working=most - hidden - attention, hidden=hidden
-        ),
-        Residency.RECOMPUTE: Footprint(kept=hidden, working=most - hidden, hidden=hidden),
-    }
-    return BlockTrace(
-        footprints=footprints,
-        forward=forward,
-        backward=backward,
-        recomputed={
-            Residency.KEEP: Work(),
-            Residency.SELECTIVE: replace(
-                forward,
-                attention=forward.attention - spared.attention,
-                kernels=forward.kernels - spared.kernels,
-            ),
-            Residency.RECOMPUTE: forward,
-        },
-    )
+@dataclass
+class _Graphs:
+    """What one way to run a block is compiled to."""
+
+    forward: fx.Graph
+    backward: fx.Graph
 
 
-def _compiled_graphs(block: nn.Module, call: _Call) -> dict[str, fx.Graph]:
+def _compiled_graphs(block: nn.Module, call: _Call) -> tuple[_Graphs, _Graphs]:
+    """Of a block that keeps everything, and of one under a checkpoint that keeps attentions."""
     args, kwargs = as_in_training((call.args, call.kwargs), call.outputs)
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    found: dict[str, fx.Graph] = {}
+    found: list[_Graphs] = []
 
     def run(state: dict[str, Tensor], *tensors: Tensor) -> Any:
         merged = list(leaves)
@@ -214,15 +219,22 @@ def _compiled_graphs(block: nn.Module, call: _Call) -> dict[str, fx.Graph]:
         inner_args, inner_kwargs = tree_unflatten(merged, spec)
         return torch.func.functional_call(block, state, inner_args, inner_kwargs)
 
-    def keep(name: str, graph: fx.GraphModule, _inputs: Any) -> Any:
-        found[name] = graph.graph
+    def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        """Into forward and backward, as the compiler would: both ways from one trace."""
+        divide = partial(min_cut_rematerialization_partition, compiler="inductor", **options)
+        copy = _copied(joint)
+        _mark_recomputed(copy.graph)
+        plain, selective = divide(joint, inputs), divide(copy, inputs)
+        found.extend(_Graphs(forward.graph, backward.graph) for forward, backward in (plain, selective))
+        return plain
+
+    def as_it_is(graph: fx.GraphModule, _inputs: Any) -> Any:
         return make_boxed_func(graph)
 
     compiled = aot_function(
         run,
-        fw_compiler=partial(keep, "forward"),
-        bw_compiler=partial(keep, "backward"),
-        partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
+        fw_compiler=as_it_is,
+        partition_fn=partition,
         decompositions=select_decomp_table(),
     )
     outputs = compiled(state, *(leaves[i] for i in places))
@@ -233,7 +245,34 @@ def _compiled_graphs(block: nn.Module, call: _Call) -> dict[str, fx.Graph]:
         [torch.ones_like(leaf) for leaf in wanted],
         allow_unused=True,
     )
-    return found
+    plain, selective = found
+    return plain, selective
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """With nodes of its own: dividing a graph changes it."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(module.graph, copies)
+    graph.output(returned).meta = dict(module.graph.output_node().meta)
+    return fx.GraphModule(module, graph)
+
+
+def _mark_recomputed(joint: fx.Graph) -> None:
+    """Mark a forward's operations as `selective_call`'s checkpoint does when it is compiled.
+
+    Args:
+        joint: forward and backward of a block; what depends on the gradients that come in is the backward.
+    """
+    of_gradients: set[fx.Node] = set()
+    for node in joint.nodes:
+        if node.name.startswith("tangents") or of_gradients.intersection(node.all_input_nodes):
+            of_gradients.add(node)
+        elif node.op == "call_function":
+            made_by = node.args[0] if node.target is operator.getitem else node
+            kept = is_kept(made_by.target, _values(made_by))
+            policy = CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta |= {"recompute": policy, "ac_graph_id": 0}
 
 
 def _trace_eager(block: nn.Module, call: _Call) -> BlockTrace:
