@@ -57,6 +57,8 @@ def compared(case: Case, plan: Plan, found: Measured) -> Results:
     _say(f"  {'measured':9}{_figures(found.peaks, found.seconds)}, {found.residency or 'ran out of memory'}")
     if found.settled:
         _say(f"  {'':9}{_peaks(found.settled)} after the first step")
+    for name, lines in found.at_peak.items():
+        _say("\n    ".join([f"  at the peak of {name}:", *lines]))
     result = {"case": case.name, "plan": plan.as_json(), "measured": asdict(found)}
     if found.seconds is None:
         return result
@@ -211,6 +213,7 @@ def parse_arguments() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="compile blocks; as each case says by default",
     )
+    parser.add_argument("--at-peak", action="store_true", help="tell what lies in each GPU's memory then")
     parser.add_argument("--json", type=Path, default=Path("planning.json"), help="file for the figures")
     parser.add_argument("--tiny", action="store_true", help="a model of a few million parameters")
     return parser.parse_args()
@@ -231,11 +234,13 @@ def main() -> int:
                 _say(f"{phase} {number}: {case.name}")
         return 0
     devices = _devices(options.devices)
+    if options.at_peak and any(device.type != "cuda" for device in devices):
+        sys.exit("--at-peak: only CUDA's allocator tells what lies in memory")
     facts = machine.facts(dict.fromkeys(devices))
     measuring.print_machine(facts)
     machine.wake(devices)
     measuring.add_results(options.json, {"machine": facts})
-    bench = Bench(devices)
+    bench = Bench(devices, looks=options.at_peak)
     failed = [
         name
         for phase in options.phase

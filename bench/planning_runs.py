@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
 import torch
+from at_peak import watched
 from planning_cases import Case
 
 from tworeel.benchmarks import machine, models
@@ -50,6 +52,8 @@ class Measured:
     """Peaks after the first step, which compiles and measures; none if there was but one."""
     residency: str = ""
     """What the blocks left behind, in words."""
+    at_peak: dict[str, list[str]] = field(default_factory=dict)
+    """What lay in each device's memory then, if that was asked for."""
 
 
 class Bench:
@@ -57,10 +61,12 @@ class Bench:
 
     Args:
         devices: of the stages; a case takes the first ones.
+        looks: note what lies in memory at the peak; steps take longer then.
     """
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
+    def __init__(self, devices: Sequence[torch.device], *, looks: bool = False) -> None:
         self.devices = tuple(devices)
+        self._looks = looks
         self._timed: dict[str, Budget] = {}
         self._targets: dict[Any, tuple[str, ...]] = {}
         self._planners: dict[Any, Planner] = {}
@@ -111,19 +117,21 @@ class Bench:
         """Train the case's steps with the plan's boundaries, in memory that nothing else has a part of."""
         devices = self.devices[: case.stages]
         self._forget_compiled(case)
-        done = unless_out_of_memory(lambda: _train(case, request, devices, plan))
+        with watched(devices) if self._looks else nullcontext({}) as at_peak:
+            done = unless_out_of_memory(lambda: _train(case, request, devices, plan))
         found = machine.peaks(devices)
         release_memory()
         peaks = {name: peak.allocated for name, peak in found.items()}
         reserved = {name: peak.reserved for name, peak in found.items()}
         if done is None:
-            return Measured(seconds=None, peaks=peaks, reserved=reserved)
+            return Measured(seconds=None, peaks=peaks, reserved=reserved, at_peak=at_peak)
         return Measured(
             seconds=done.seconds,
             peaks={name: max(peak, done.first[name].allocated) for name, peak in peaks.items()},
             reserved={name: max(size, done.first[name].reserved) for name, size in reserved.items()},
             settled=peaks if case.steps > 1 else {},
             residency=done.residency,
+            at_peak=at_peak,
         )
 
     def _forget_compiled(self, case: Case) -> None:

@@ -64,6 +64,22 @@ def test_unless_the_variable_is_true_the_script_runs_as_it_is(
         assert capsys.readouterr().out == "__main__ ['--task', 'sft'] found\n"
 
 
+@pytest.mark.usefixtures("variables")
+def test_a_device_that_runs_out_of_memory_is_a_line_with_what_needs_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, "2.1.12")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch; raise torch.OutOfMemoryError('CUDA out of memory.\\nMore')", encoding="utf-8"
+    )
+    assert main([str(script), "--task", "sft:data_process"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: CUDA out of memory. What needs less: DIFFSYNTH_DUAL_GPU_RESIDENCY=offload,"
+    )
+
+
 @pytest.mark.parametrize("found", ["2.1.11", "2.2.0", "3.0.0", "1.1.9"])
 def test_versions_that_were_not_tested_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     pretend(monkeypatch, found)

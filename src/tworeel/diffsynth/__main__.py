@@ -27,10 +27,13 @@ def main(words: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no script '{script}'")
         if os.environ.get("DIFFSYNTH_DUAL_GPU", "").strip().lower() == "true":
             # Imported here: without the variable nothing of ours is loaded.
-            from tworeel.diffsynth.launching import prepare
+            from tworeel.diffsynth.launching import prepare, shortage_in_words
 
             args = prepare(args, os.environ)
-        _run(script, args)
+            with shortage_in_words():
+                _run(script, args)
+        else:
+            _run(script, args)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ def prepare(args: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     replace_launcher(lambda launch: launcher(launch, settings))
     # Loaded to host memory, it is never whole on a card.
     return [*args, *([] if _ON_CPU in args else [_ON_CPU])]
+
+
+@contextmanager
+def shortage_in_words() -> Iterator[None]:
+    """Say in a line what needs less, where a script ends because a device has run out of memory.
+
+    Raises:
+        UserError: it has.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{str(error).splitlines()[0]} What needs less: DIFFSYNTH_DUAL_GPU_RESIDENCY=offload, "
+            "DIFFSYNTH_DUAL_GPU_FP8=true, another DIFFSYNTH_DUAL_GPU_SPLIT_AT, smaller or shorter samples, "
+            "one more device"
+        ) from None
 
 
 def _option(args: Sequence[str], name: str, default: str) -> str:
