@@ -37,6 +37,7 @@ IMAGE_BENCH = "tworeel bench --model flux2-dev --shapes"
 SHORT = "--shapes 480x832x49 --blocks 16 --micro-batches 8 --micro-batches 4"
 CAPPED = "--cap-gib 22.5 --cap-gib 30 --rounds 2 --compare naive"
 INSTALLS = "would change the environment that the tests run in"
+SCRIPTS, TRAINING = "python bench/diffsynth_scripts.py --script examples", "model_training/train.py"
 NOT_RUN = {
     "make demo": "runs what tests/demo/test_demo_run.py runs, after an installation",
     "make test": "is what runs this test",
@@ -65,6 +66,13 @@ NOT_RUN = {
     },
     f"tworeel bench --eager {SHORT} --rounds 2": "needs GPUs",
     f"tworeel bench --no-cpp-wrapper {SHORT} --rounds 3 --timeline steps": "needs GPUs",
+    f"tworeel bench --cpp-wrapper {SHORT} --rounds 3 --timeline steps": "needs GPUs",
+    "tworeel bench --shapes image-1536 --rounds 3 --compare naive": "needs GPUs",
+    f"{SCRIPTS}/wanvideo/{TRAINING} --offload --steps 2": "needs GPUs",
+    f'{SCRIPTS}/wanvideo/{TRAINING} --offload --steps 2 --cap-gib 22.5 --cases "split, overlapping"': (
+        "needs GPUs"
+    ),
+    f"{SCRIPTS}/flux2/{TRAINING} --model flux2 --steps 2": "needs GPUs",
     "python bench/flux2_dev.py --phase write text run --cap-gib 22.5": "needs GPUs",
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
         "tests/diffsynth runs it where DiffSynth's repository is"

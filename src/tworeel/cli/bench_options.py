@@ -105,7 +105,7 @@ CppWrapper = Annotated[
     bool | None,
     typer.Option(
         "--cpp-wrapper/--no-cpp-wrapper",
-        help="Whether what is compiled is launched from C++. As for training by default: on several GPUs.",
+        help="Whether what is compiled is launched from C++; on several GPUs by default.",
         rich_help_panel=HOW,
     ),
 ]

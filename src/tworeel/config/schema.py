@@ -181,9 +181,9 @@ class EngineConfig(Section):
     compile: bool | None = None
     """Compile the blocks: less time and memory after the first step; by default on GPUs."""
     cpp_wrapper: bool | Literal["auto"] = "auto"
-    """Launch compiled blocks from C++, so that no GPU waits for another one's launches: takes a C++ compiler
-    and a longer first step. `auto` does it on Linux, in runs of ten minutes and more, for several GPUs, and
-    for one that waits for the host."""
+    """Launch compiled blocks from C++, for which the GPUs' threads need not take turns: takes a C++ compiler
+    and a longer first step. `auto` does it on Linux, in runs of ten minutes and more that would wait for the
+    host, as those on images do."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "deterministic"] = "auto"
     """Attention kernel; `deterministic` makes two runs on GPUs equal to the bit."""
     slack: NonNegativeInt = 1
