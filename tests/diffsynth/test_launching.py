@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tworeel.diffsynth import package
 from tworeel.diffsynth.__main__ import main
-from tworeel.diffsynth.launching import prepare
+from tworeel.diffsynth.launching import launcher, prepare
+from tworeel.diffsynth.settings import read_settings
 from tworeel.errors import UserError
 
 TWO = {"DIFFSYNTH_DUAL_GPU": "true", "DIFFSYNTH_DUAL_GPU_DEVICES": "cpu,cpu"}
@@ -64,20 +67,19 @@ def test_unless_the_variable_is_true_the_script_runs_as_it_is(
         assert capsys.readouterr().out == "__main__ ['--task', 'sft'] found\n"
 
 
-@pytest.mark.usefixtures("variables")
 def test_a_device_that_runs_out_of_memory_is_a_line_with_what_needs_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pretend(monkeypatch, "2.1.12")
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import torch; raise torch.OutOfMemoryError('CUDA out of memory.\\nMore')", encoding="utf-8"
-    )
-    assert main([str(script), "--task", "sft:data_process"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "error: CUDA out of memory. What needs less: DIFFSYNTH_DUAL_GPU_RESIDENCY=offload,"
-    )
+    def split(*_: object, **_named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA was full.\nMore")
+
+    monkeypatch.setattr("tworeel.diffsynth.launching._check_accelerator", lambda *_: None)
+    monkeypatch.setattr("tworeel.diffsynth.launching.split_pipeline", split)
+    launch = launcher(lambda *_: None, read_settings(TWO))
+    with pytest.raises(UserError) as raised:
+        launch(None, None, SimpleNamespace(pipe=None), None)
+    (line,) = raised.value.problems
+    assert line.startswith("out of memory: CUDA was full. What needs less: DIFFSYNTH_DUAL_GPU_RESIDENCY=")
 
 
 @pytest.mark.parametrize("found", ["2.1.11", "2.2.0", "3.0.0", "1.1.9"])

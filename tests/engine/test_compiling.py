@@ -145,9 +145,13 @@ def test_running_out_of_memory_while_kernels_are_tuned_is_told_as_such_and_holds
     held = []
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: object, **options: object) -> object:
-        tensor = torch.ones(2)
-        held.append(weakref.ref(tensor))
-        raise inner("Failed to run autotuning code block: CUDA out of memory. Tried to allocate 2 GiB")
+        try:
+            tensor = torch.ones(2)
+            held.append(weakref.ref(tensor))
+            raise inner("no room")
+        except RuntimeError as error:
+            text = "Failed to run autotuning code block: CUDA out of memory. Tried to allocate 2 GiB"
+            raise inner(text) from error
 
     monkeypatch.setattr(compiling, "lookup_backend", lambda name: compile_graph)
     compiler = BlockCompiler(cpp_wrapper=cpp_wrapper)

@@ -17,7 +17,7 @@ from tworeel.engine.fitting import (
     needs_fallback,
     streamable,
 )
-from tworeel.engine.footprints import Footprint, StageFootprints
+from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import SLOTS
 
@@ -59,10 +59,22 @@ def test_what_is_missing_is_told_as_long_as_streamed_weights_can_make_up_for_it(
 
 
 def test_with_less_still_the_attentions_are_computed_again_too():
-    # 3 × 1 + 5 × 1 + 29: an input each is on the device, and what `keep` would have kept is made again
+    # 3 × 1 + 5 × 1 + 30: an input each is on the device, and what `keep` would have kept is made again
     assert fit_stage(memory(45, streamable=2), SIZES) == Fit(0, Residency.OFFLOAD)
-    assert fit_stage(memory(37), SIZES) == Fit(0, Residency.OFFLOAD)
-    assert fit_stage(memory(35), SIZES) == Fit(0, Residency.OFFLOAD, missing=2)
+    assert fit_stage(memory(38), SIZES) == Fit(0, Residency.OFFLOAD)
+    assert fit_stage(memory(36), SIZES) == Fit(0, Residency.OFFLOAD, missing=2)
+
+
+def test_what_is_known_of_recomputing_counts():
+    known = {**BLOCK, Residency.RECOMPUTE: Footprint(kept=1, working=40, hidden=1)}
+    assert fit_stage(memory(45), StageFootprints([known] * 10)) == Fit(0, Residency.OFFLOAD, missing=3)
+
+
+def test_where_keeping_could_not_be_measured_the_selective_way_counts():
+    large = StageFootprints([{**BLOCK, Residency.KEEP: TOO_LARGE}] * 10)
+    # 3 × 1 + 5 × 1 + 32
+    assert fit_stage(memory(40), large) == Fit(0, Residency.OFFLOAD)
+    assert fit_stage(memory(39), large) == Fit(0, Residency.OFFLOAD, missing=1)
 
 
 def test_streaming_frees_all_blocks_but_those_in_the_slots():
@@ -132,9 +144,9 @@ def test_blocks_of_each_kind_count_as_what_they_are():
     assert fit_stage(memory(320), MIXED) == Fit(6, Residency.SELECTIVE)
     # 3 × 2 + 5 × 8 + 70
     assert fit_stage(memory(116), MIXED) == Fit(0, Residency.OFFLOAD_SELECTIVE)
-    # 3 × 2 + 5 × 2 + 73, by the large ones
-    assert fit_stage(memory(115), MIXED) == fit_stage(memory(89), MIXED) == Fit(0, Residency.OFFLOAD)
-    assert fit_stage(memory(88), MIXED) == Fit(0, Residency.OFFLOAD, missing=1)
+    # 3 × 2 + 5 × 2 + 75, by the large ones
+    assert fit_stage(memory(115), MIXED) == fit_stage(memory(91), MIXED) == Fit(0, Residency.OFFLOAD)
+    assert fit_stage(memory(90), MIXED) == Fit(0, Residency.OFFLOAD, missing=1)
 
 
 def test_what_is_parked_is_summed_over_the_kinds():

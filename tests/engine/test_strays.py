@@ -11,6 +11,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from tworeel import Pipeline, split
 from tworeel.engine import place
+from tworeel.engine.passage import Passage
+from tworeel.engine.strays import Strays
 from tworeel.engine.streams import Arrival
 
 WIDTH, BLOCKS = 6, 4
@@ -110,15 +112,90 @@ class LikeTheFirst(nn.Module):
         return hidden * (ones + scale.to(hidden.device)) + shift.to(device=hidden.device)
 
 
+def to_meta(tensor: Tensor, device: torch.device, _: object) -> Arrival:
+    """`start_copy` for a device that has no streams."""
+    return Arrival(tensor.to(device))
+
+
 def test_the_tail_of_a_forward_moves_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, which gives nothing back: a copy from it would raise."""
     monkeypatch.setattr("tworeel.engine.passage.mark", lambda _: None)
-    plain = lambda tensor, device, _: Arrival(tensor.to(device))  # noqa: E731  # without streams
-    monkeypatch.setattr("tworeel.engine.passage.start_copy", plain)
+    monkeypatch.setattr("tworeel.engine.passage.start_copy", to_meta)
     model = LikeTheFirst()
     model.blocks[2:].to("meta")
     split(model, ["cpu", "meta"], blocks=["blocks"], first=["embed"])
     assert model(torch.randn(2, 3)).device.type == "meta"
+
+
+class Changing(nn.Module):
+    """What was made first is changed in place behind the blocks."""
+
+    def __init__(self, *, trained: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.embed = nn.Linear(3, WIDTH).requires_grad_(trained)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = first = self.embed(inputs)
+        scale = first * 1
+        for block in self.blocks:
+            hidden = block(hidden + 0 * scale)
+        before = hidden + scale
+        scale *= 2
+        return before + scale
+
+
+def test_a_write_to_what_an_earlier_stage_has_made_is_refused_if_it_needs_a_gradient() -> None:
+    division = split(Changing(trained=True), ["cpu", "cpu"], blocks=["blocks"], first=["embed"])
+    with pytest.raises(RuntimeError, match="mul_ changes a tensor of an earlier stage in place"):
+        Pipeline(division).step([(torch.randn(2, 3),)], lambda output, _: output.square().sum())
+
+
+def test_a_constant_that_is_written_to_is_not_what_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tworeel.engine.passage.start_copy", to_meta)
+    passage = Passage([torch.device("cpu"), torch.device("meta", 0)], gate=None)
+    passage.stage = 1
+    made = torch.ones(2)
+    with Strays(passage):
+        (first,) = passage.gather((made,))
+        assert passage.gather((made,))[0] is first
+        made *= 2
+        assert passage.gather((made,))[0] is not first
+
+
+def test_asking_for_a_size_copies_nothing_and_a_part_is_of_the_stage_of_its_whole() -> None:
+    class Turned(Changing):
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = first = self.embed(inputs).tanh()
+            for block in self.blocks:
+                hidden = block(hidden)
+            assert first.size(0) == len(first) == 2
+            return hidden + first.mT.mT
+
+    torch.manual_seed(0)
+    model, batch = Turned(trained=True), torch.randn(2, 3)
+    model(batch).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    division = split(model, ["cpu", "cpu"], blocks=["blocks"], first=["embed"])
+    Pipeline(division).step([(batch,)], lambda output, _: output.square().sum())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.slow
+def test_code_between_blocks_may_be_compiled() -> None:
+    class Compiling(Changing):
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.embed(inputs)
+            for block in self.blocks:
+                hidden = block(hidden)
+            return torch.compile(lambda x: x.tanh() + 1, fullgraph=True, backend="eager")(hidden)
+
+    model, batch = Compiling(trained=False), torch.randn(2, 3)
+    expected = model(batch)
+    split(model, ["cpu", "cpu"], blocks=["blocks"], first=["embed"])
+    torch.testing.assert_close(model(batch), expected)
 
 
 def test_modules_see_no_mode() -> None:

@@ -81,7 +81,10 @@ def launched(settings: Settings, cpp_wrapper: bool | None) -> Settings:
 
 
 def launches_from_cpp(devices: Sequence[torch.device], quantize: str | None) -> bool:
-    """Whether a run on these devices, if it is compiled, is launched from C++ without being asked to."""
+    """Whether what is measured on these devices, if it is compiled, is launched from C++ unasked.
+
+    A run goes by its plan instead, which a benchmark has not.
+    """
     several = len({device for device in devices if device.type != "cpu"}) > 1
     return several and quantize in TRIED_FROM_CPP and may_launch_from_cpp()
 

@@ -27,13 +27,10 @@ def main(words: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no script '{script}'")
         if os.environ.get("DIFFSYNTH_DUAL_GPU", "").strip().lower() == "true":
             # Imported here: without the variable nothing of ours is loaded.
-            from tworeel.diffsynth.launching import prepare, shortage_in_words
+            from tworeel.diffsynth.launching import prepare
 
             args = prepare(args, os.environ)
-            with shortage_in_words():
-                _run(script, args)
-        else:
-            _run(script, args)
+        _run(script, args)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201

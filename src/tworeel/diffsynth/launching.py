@@ -46,7 +46,7 @@ def prepare(args: Sequence[str], environment: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def shortage_in_words() -> Iterator[None]:
-    """Say in a line what needs less, where a script ends because a device has run out of memory.
+    """Say in a line what needs less, where training ends because a device has run out of memory.
 
     Raises:
         UserError: it has.
@@ -55,9 +55,9 @@ def shortage_in_words() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{str(error).splitlines()[0]} What needs less: DIFFSYNTH_DUAL_GPU_RESIDENCY=offload, "
-            "DIFFSYNTH_DUAL_GPU_FP8=true, another DIFFSYNTH_DUAL_GPU_SPLIT_AT, smaller or shorter samples, "
-            "one more device"
+            f"out of memory: {str(error).partition(chr(10))[0]} What needs less: "
+            "DIFFSYNTH_DUAL_GPU_RESIDENCY=offload, DIFFSYNTH_DUAL_GPU_FP8=true, another "
+            "DIFFSYNTH_DUAL_GPU_SPLIT_AT, smaller or shorter samples, one more device"
         ) from None
 
 
@@ -73,6 +73,7 @@ def _option(args: Sequence[str], name: str, default: str) -> str:
 def launcher(launch: Callable[..., None], settings: Settings) -> Callable[..., None]:
     """What a script gets for DiffSynth's `launch_training_task`, which is `launch`."""
 
+    @shortage_in_words()
     def launch_split(
         accelerator: Any, dataset: Any, model: Any, model_logger: Any, *rest: Any, **named: Any
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import traceback
 import types
 import warnings
 from collections.abc import Callable
@@ -164,10 +163,9 @@ class BlockCompiler:
             with _searching:
                 return compiled(block, *args, **kwargs)
         except TorchDynamoException as error:
-            traceback.clear_frames(error.__traceback__)
-            failure = error
+            reason = _reason(error)
         # Not while it is handled: what is raised then would keep its frames, and these tensors.
-        if "out of memory" in (reason := _reason(failure)):
+        if "out of memory" in reason:
             raise torch.OutOfMemoryError(reason)
         if self._cpp_wrapper:
             self._launch_from_python(call, block, reason)
@@ -199,7 +197,8 @@ class BlockCompiler:
 
 def _reason(error: Exception) -> str:
     """The first line of what was the matter."""
-    return str(getattr(error, "inner_exception", None) or error).strip().splitlines()[0]
+    inner = getattr(error, "inner_exception", None) or error
+    return next(iter(str(inner).strip().splitlines()), type(inner).__name__)
 
 
 def _failure(block: nn.Module, without: str, reason: str) -> str:

@@ -64,7 +64,11 @@ class StageFootprints:
 
 
 def _leaving_its_input(block: Footprints) -> Footprint:
-    """While it computes again it holds what it would have kept; compiled, less than a selective one does."""
-    least = min(block.values(), key=lambda one: one.kept + one.working)
-    left = min(least.kept, least.hidden)
-    return replace(least, kept=left, working=least.working + least.kept - left)
+    """While it computes again it holds that and what it would have kept."""
+    if (known := block.get(Residency.RECOMPUTE)) is not None:
+        return known
+    keep, hidden = block[Residency.KEEP], block[Residency.KEEP].hidden
+    if keep == TOO_LARGE:
+        keep, hidden = block.get(Residency.SELECTIVE, keep), 0
+    left = min(keep.kept, keep.hidden)
+    return replace(keep, kept=left, working=keep.working + keep.kept + hidden - left)

@@ -76,7 +76,7 @@ class Forwards:
             if passage.stage > 0:
                 raise RuntimeError("the model ran twice in one micro-batch: give each run its own")
             args, kwargs = passage.arrive(0, (args, kwargs), block=False)
-            with Strays(passage):
+            with without_strays(), Strays(passage):
                 return forward(*args, **kwargs)
 
         root.split = split  # type: ignore[attr-defined]
@@ -93,6 +93,7 @@ class Forwards:
                 args, kwargs = split.under_way.recall(unit.stage, (args, kwargs))
                 return forward(*args, **kwargs)
             _refuse_return(unit, passage)
+            passage.comes_back(unit.stage)
             with passage.within(), without_strays():
                 args, kwargs = passage.arrive(unit.stage, (args, kwargs), block=unit.is_block)
                 if position is None:
@@ -100,6 +101,7 @@ class Forwards:
                 else:
                     outputs = split.block_runs.run(unit, position, passage, args, kwargs)
             passage.own(outputs, unit.stage)
+            passage.comes_back(unit.stage)
             return outputs
 
         staged.__wrapped__ = forward  # type: ignore[attr-defined]

@@ -118,6 +118,34 @@ class Passage:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 self._owner.setdefault(tensor, stage)
 
+    def inherit(self, part: Any, whole: Tensor) -> None:
+        """Remember that `part`, a view of `whole`, is of the stage that `whole` is of."""
+        if isinstance(part, Tensor) and (owner := self._owner.get(whole)) is not None:
+            self._owner.setdefault(part, owner)
+
+    def comes_back(self, stage: int) -> None:
+        """A module of a stage that was left runs: what is on its device now is later than the leaving."""
+        if stage < self.stage:
+            for one in (stage, self.stage):
+                self._left.pop(self._devices[one], None)
+
+    def is_early(self, tensor: Tensor) -> bool:
+        """Whether something else stands, or would have to, for `tensor` on the current stage."""
+        if tensor.device != self._devices[self.stage]:
+            return True
+        return self.is_cut(tensor) and self._owner.get(tensor, self.stage) < self.stage
+
+    def is_cut(self, tensor: Tensor) -> bool:
+        """Whether the graph is cut where a later stage than its own uses `tensor`."""
+        return self._gate is not None and tensor.requires_grad
+
+    def came_late(self, written: Any) -> None:
+        """What was written between modules, on whatever device: on another one than the stage's it is new."""
+        for tensor in tree_leaves(written):
+            if isinstance(tensor, Tensor) and tensor.device != self._devices[self.stage]:
+                self._left.pop(tensor.device, None)
+                self._stand_ins.pop(tensor, None)
+
     def gather(self, inputs: Any) -> Any:
         """Return `inputs` of an operation between the blocks as they stand on the stage where it runs.
 
@@ -214,7 +242,7 @@ class Passage:
 
     def _bring(self, tensor: Tensor, stage: int) -> Tensor:
         owner, device = self._owner[tensor], self._devices[stage]
-        is_cut = self._gate is not None and tensor.requires_grad and owner < stage
+        is_cut = self.is_cut(tensor) and owner < stage
         if not is_cut and tensor.device == device:
             return tensor
         known = self._stand_ins.setdefault(tensor, {})
@@ -239,7 +267,7 @@ class Passage:
     def _send(self, tensor: Tensor, device: torch.device) -> Arrival:
         """Begin to copy a tensor of a stage that this micro-batch has left.
 
-        Not behind what other micro-batches have queued there since.
+        Not behind what other micro-batches compute there since.
         """
         return start_copy(tensor, device, self._left.get(tensor.device))
 

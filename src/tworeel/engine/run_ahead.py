@@ -1,9 +1,8 @@
 """How far the host may run ahead of a device.
 
-Launching a compiled kernel on a device with a full queue blocks while it holds Python's lock, and with it the
-threads that keep the other devices busy. And what a copy beside the computation reads is free only when the
-copy is done, not when the host lets go of it: far ahead, the host would want memory for many blocks at once.
-So the host waits after each block for one that it queued a few blocks before.
+What a copy beside the computation reads is free only when the copy is done, not when the host lets go of it:
+far ahead, the host would want memory for many blocks at once. So the host waits after each block for one that
+it queued a few blocks before.
 """
 
 from __future__ import annotations

@@ -6,9 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from tworeel.engine.passage import Passage
+
+_QUESTIONS = {"__set__", "__len__", "__hash__", "size", "dim", "ndimension", "numel", "nelement", "stride"}
+_QUESTIONS |= {"element_size", "is_floating_point", "is_complex", "is_contiguous"}
+"""What is asked of a tensor needs no copy of it."""
 
 
 class Strays(TorchFunctionMode):
@@ -30,12 +36,30 @@ class Strays(TorchFunctionMode):
     ) -> Any:
         passage, kwargs = self._passage, kwargs or {}
         name = getattr(func, "__name__", "")
-        if passage.inside or passage.done or name in ("__get__", "__set__"):
+        if passage.inside or passage.done or name in _QUESTIONS or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        # What is written to has to be that very tensor; a copy would not do.
-        fixed = 1 if _writes(name) else 0
-        outputs = func(*args[:fixed], *passage.gather(tuple(args[fixed:])), **passage.gather(dict(kwargs)))
+        if name == "__get__":
+            outputs = func(*args, **kwargs)
+            passage.inherit(outputs, args[0])
+            return outputs
+        written = args[:1] if _writes(name) else ()
+        if any(isinstance(tensor, Tensor) and passage.is_early(tensor) for tensor in written):
+            return self._write_early(func, name, args, kwargs)
+        rest = passage.gather(tuple(args[len(written) :]))
+        outputs = func(*written, *rest, **passage.gather(dict(kwargs)))
         passage.own(outputs, passage.stage)
+        passage.came_late(outputs)
+        return outputs
+
+    def _write_early(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+        """Change a tensor of another device where it is: it has to be that very tensor."""
+        if self._passage.is_cut(args[0]):
+            raise RuntimeError(
+                f"{name} changes a tensor of an earlier stage in place, between the blocks of a later one, "
+                "where its gradient would be lost: make a new tensor instead"
+            )
+        outputs = func(*args, **kwargs)
+        self._passage.came_late((args[0], outputs))
         return outputs
 
 
@@ -51,4 +75,5 @@ def without_strays() -> Iterator[None]:
 
 def _writes(name: str) -> bool:
     """Whether a function of this name changes its first argument in place."""
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return name == "__setitem__" or in_place or (name.endswith("_") and not name.endswith("__"))

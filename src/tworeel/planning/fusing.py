@@ -62,7 +62,7 @@ class _Kernels:
             for pair in itertools.combinations(sorted(users), 2):
                 common[pair] += size(value)
         joined = False
-        for (one, other), shared in sorted(common.items(), key=lambda item: -item[1]):
+        for (one, other), shared in sorted(common.items(), key=lambda item: (-item[1], item[0])):
             if shared < _LEAST_SHARED or not {one, other} <= self._values.keys():
                 continue
             sizes = {max(map(elements, self._values[number])) for number in (one, other)}
