@@ -183,6 +183,26 @@ def test_asking_for_a_size_copies_nothing_and_a_part_is_of_the_stage_of_its_whol
         torch.testing.assert_close(gradient, expected[name])
 
 
+def test_a_hook_between_the_blocks_is_of_the_tensor_that_it_is_given_to() -> None:
+    seen: list[Tensor] = []
+
+    class Hooked(Changing):
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = first = self.embed(inputs).tanh()
+            for block in self.blocks:
+                hidden = block(hidden)
+            first.requires_grad_().register_hook(lambda gradient: seen.append(gradient.clone()))
+            return hidden + first
+
+    torch.manual_seed(0)
+    model, batch = Hooked(trained=True), torch.randn(2, 3)
+    model(batch).square().sum().backward()
+    division = split(model, ["cpu", "cpu"], blocks=["blocks"], first=["embed"])
+    Pipeline(division).step([(batch,)], lambda output, _: output.square().sum())
+    whole, split_up = seen
+    torch.testing.assert_close(split_up, whole)
+
+
 @pytest.mark.slow
 def test_code_between_blocks_may_be_compiled() -> None:
     class Compiling(Changing):

@@ -54,8 +54,9 @@ def shortage_in_words() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"out of memory: {str(error).partition(chr(10))[0]} What needs less: "
+            f"out of memory: {first_line} What needs less: "
             "DIFFSYNTH_DUAL_GPU_RESIDENCY=offload, DIFFSYNTH_DUAL_GPU_FP8=true, another "
             "DIFFSYNTH_DUAL_GPU_SPLIT_AT, smaller or shorter samples, one more device"
         ) from None

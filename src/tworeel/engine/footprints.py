@@ -67,8 +67,12 @@ def _leaving_its_input(block: Footprints) -> Footprint:
     """While it computes again it holds that and what it would have kept."""
     if (known := block.get(Residency.RECOMPUTE)) is not None:
         return known
-    keep, hidden = block[Residency.KEEP], block[Residency.KEEP].hidden
-    if keep == TOO_LARGE:
-        keep, hidden = block.get(Residency.SELECTIVE, keep), 0
-    left = min(keep.kept, keep.hidden)
-    return replace(keep, kept=left, working=keep.working + keep.kept + hidden - left)
+    keep = block[Residency.KEEP]
+    # One that keeps all may not hold its input; a selective one does.
+    if keep != TOO_LARGE:
+        most, like = keep.kept + keep.working + keep.hidden, keep
+    else:
+        like = block.get(Residency.SELECTIVE, keep)
+        most = like.kept + like.working
+    left = min(like.kept, like.hidden)
+    return replace(like, kept=left, working=most - left)

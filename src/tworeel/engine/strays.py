@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from tworeel.engine.passage import Passage
 
-_QUESTIONS = {"__set__", "__len__", "__hash__", "size", "dim", "ndimension", "numel", "nelement", "stride"}
-_QUESTIONS |= {"element_size", "is_floating_point", "is_complex", "is_contiguous"}
-"""What is asked of a tensor needs no copy of it."""
+_OF_ITSELF = {"__set__", "__len__", "__hash__", "size", "dim", "ndimension", "numel", "nelement", "stride"}
+_OF_ITSELF |= {"element_size", "is_floating_point", "is_complex", "is_contiguous"}
+_OF_ITSELF |= {"requires_grad_", "retain_grad", "register_hook"}
+"""What is asked of a tensor, or is to hold for it, is meant for that very one and needs no copy."""
 
 
 class Strays(TorchFunctionMode):
@@ -36,17 +37,16 @@ class Strays(TorchFunctionMode):
     ) -> Any:
         passage, kwargs = self._passage, kwargs or {}
         name = getattr(func, "__name__", "")
-        if passage.inside or passage.done or name in _QUESTIONS or torch.compiler.is_compiling():
+        if passage.inside or passage.done or name in _OF_ITSELF or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if name == "__get__":
             outputs = func(*args, **kwargs)
             passage.inherit(outputs, args[0])
             return outputs
-        written = args[:1] if _writes(name) else ()
-        if any(isinstance(tensor, Tensor) and passage.is_early(tensor) for tensor in written):
+        fixed = 1 if _writes(name) else 0
+        if fixed and isinstance(args[0], Tensor) and passage.is_early(args[0]):
             return self._write_early(func, name, args, kwargs)
-        rest = passage.gather(tuple(args[len(written) :]))
-        outputs = func(*written, *rest, **passage.gather(dict(kwargs)))
+        outputs = func(*args[:fixed], *passage.gather(tuple(args[fixed:])), **passage.gather(dict(kwargs)))
         passage.own(outputs, passage.stage)
         passage.came_late(outputs)
         return outputs

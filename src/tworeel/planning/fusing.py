@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
@@ -21,7 +21,7 @@ Kernel = list[fx.Node]
 
 
 def kernels_of(
-    parts: Iterable[Kernel],
+    parts: Sequence[Kernel],
     reads: Mapping[fx.Node, set[fx.Node]],
     *,
     may_join: Callable[[fx.Node], bool],
@@ -38,34 +38,39 @@ def kernels_of(
         elements: over how many a value's kernel goes; kernels over other numbers are not joined.
         size: bytes of a value.
     """
-    kernels = _Kernels(parts, reads)
-    while kernels.join(may_join, elements, size):
+    kernels = _Kernels(parts, reads, may_join, elements, size)
+    while kernels.join():
         pass
     return kernels.in_order()
 
 
 class _Kernels:
-    def __init__(self, parts: Iterable[Kernel], reads: Mapping[fx.Node, set[fx.Node]]) -> None:
-        self._values = dict(enumerate(parts))
-        self._reads = reads
-        self._kernel_of = {value: number for number, part in self._values.items() for value in part}
+    """As many as there are left; arguments as `kernels_of`'s."""
 
-    def join(
+    def __init__(
         self,
+        parts: Sequence[Kernel],
+        reads: Mapping[fx.Node, set[fx.Node]],
         may_join: Callable[[fx.Node], bool],
         elements: Callable[[fx.Node], int],
         size: Callable[[fx.Node], int],
-    ) -> bool:
+    ) -> None:
+        self._values = {number: list(part) for number, part in enumerate(parts)}
+        self._reads = reads
+        self._may_join, self._elements, self._size = may_join, elements, size
+        self._kernel_of = {value: number for number, part in self._values.items() for value in part}
+
+    def join(self) -> bool:
         """Join pairs, those first that have most in common; whether there were any."""
         common: dict[tuple[int, int], int] = defaultdict(int)
-        for value, users in self._generated_users(may_join).items():
+        for value, users in self._generated_users().items():
             for pair in itertools.combinations(sorted(users), 2):
-                common[pair] += size(value)
+                common[pair] += self._size(value)
         joined = False
         for (one, other), shared in sorted(common.items(), key=lambda item: (-item[1], item[0])):
             if shared < _LEAST_SHARED or not {one, other} <= self._values.keys():
                 continue
-            sizes = {max(map(elements, self._values[number])) for number in (one, other)}
+            sizes = {max(map(self._elements, self._values[number])) for number in (one, other)}
             if len(sizes) == 1 and not self._waits(one, other) and not self._waits(other, one):
                 moved = self._values.pop(other)
                 self._values[one] += moved
@@ -93,11 +98,11 @@ class _Kernels:
             visit(number)
         return [self._values[number] for number in order]
 
-    def _generated_users(self, may_join: Callable[[fx.Node], bool]) -> dict[fx.Node, set[int]]:
+    def _generated_users(self) -> dict[fx.Node, set[int]]:
         """The generated kernels that read or write each value."""
         users: dict[fx.Node, set[int]] = defaultdict(set)
         for number, values in self._values.items():
-            for value in values if may_join(values[0]) else ():
+            for value in values if self._may_join(values[0]) else ():
                 for touched in (value, *self._reads[value]):
                     users[touched].add(number)
         return users

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,8 +126,9 @@ class GraphReader:
 
     def cost(self) -> GraphCost:
         """Walk through the graph once, kernel by kernel."""
+        parts = self._parts()
         kernels = kernels_of(
-            self._parts(),
+            parts,
             self._reads,
             may_join=lambda value: not _is_product(value),
             elements=_elements,
@@ -148,7 +149,7 @@ class GraphReader:
         casts = [node for node in self._of_weights if any(map(_is_heavy, self._readers[node]))]
         work = Work(kernels=sum(map(_kernels, casts)))
         # Apart, as if nothing were joined: what joined kernels read less, they lose by reading slower.
-        for part in self._parts():
+        for part in parts:
             work += self._work_of(part)
         for i, kernel in enumerate(kernels):
             live += sum(map(_size, kernel))
@@ -212,12 +213,12 @@ class GraphReader:
                     readers[origin].add(node)
         return readers
 
-    def _parts(self) -> Iterable[list[fx.Node]]:
+    def _parts(self) -> list[list[fx.Node]]:
         """The values by the operation that they are of."""
         parts: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for value in self._reads:
             parts[_operation(value)].append(value)
-        return parts.values()
+        return list(parts.values())
 
     def _work_of(self, kernel: Sequence[fx.Node]) -> Work:
         if _is_product(kernel[0]):

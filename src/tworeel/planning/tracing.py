@@ -252,8 +252,7 @@ def _compiled_graphs(block: nn.Module, call: _Call) -> tuple[_Graphs, _Graphs]:
 def _copied(module: fx.GraphModule) -> fx.GraphModule:
     """With nodes of its own: dividing a graph changes it."""
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    returned = graph.graph_copy(module.graph, copies)
+    returned = graph.graph_copy(module.graph, {})
     graph.output(returned).meta = dict(module.graph.output_node().meta)
     return fx.GraphModule(module, graph)
 
