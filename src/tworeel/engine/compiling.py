@@ -146,7 +146,8 @@ class BlockCompiler:
         self._cpp_wrapper = cpp_wrapper
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        self._compiled: dict[BlockCall, BlockCall] = {}
+        self._compiled: dict[tuple[BlockCall, bool], BlockCall] = {}
+        """By the call, and whether it is launched from C++."""
         self._lock = threading.Lock()
         self.failed: set[BlockCall] = set()
         """What could not be compiled and runs as it is."""
@@ -158,8 +159,9 @@ class BlockCompiler:
         forward did. Look at `failed` before a forward.
         """
         _settle()
+        from_cpp = self._cpp_wrapper
         try:
-            compiled = self._compiled_of(call, block)
+            compiled = self._compiled_of(call, block, from_cpp)
             with _searching:
                 return compiled(block, *args, **kwargs)
         except TorchDynamoException as error:
@@ -167,26 +169,25 @@ class BlockCompiler:
         # Not while it is handled: what is raised then would keep its frames, and these tensors.
         if "out of memory" in reason:
             raise torch.OutOfMemoryError(reason)
-        if self._cpp_wrapper:
-            self._launch_from_python(call, block, reason)
+        if from_cpp:
+            self._launch_from_python(block, reason)
             return self(call, block, *args, **kwargs)
         self._give_up(call, block, reason)
         return call(block, *args, **kwargs)
 
-    def _compiled_of(self, call: BlockCall, block: nn.Module) -> BlockCall:
+    def _compiled_of(self, call: BlockCall, block: nn.Module, from_cpp: bool) -> BlockCall:
+        key = (call, from_cpp)
         with self._lock:
-            if call not in self._compiled:
+            if key not in self._compiled:
                 name = f"{type(block).__name__}_{call.__name__}"
-                self._compiled[call] = torch.compile(
-                    _with_own_code(call, name), backend=_backend(self._cpp_wrapper)
-                )
-            return self._compiled[call]
+                self._compiled[key] = torch.compile(_with_own_code(call, name), backend=_backend(from_cpp))
+            return self._compiled[key]
 
-    def _launch_from_python(self, call: BlockCall, block: nn.Module, reason: str) -> None:
+    def _launch_from_python(self, block: nn.Module, reason: str) -> None:
         with self._lock:
-            warnings.warn(_failure(block, "Inductor's C++ wrapper", reason), stacklevel=4)
+            if self._cpp_wrapper:  # another device's thread may have come to it first
+                warnings.warn(_failure(block, "Inductor's C++ wrapper", reason), stacklevel=4)
             self._cpp_wrapper = False
-            del self._compiled[call]
 
     def _give_up(self, call: BlockCall, block: nn.Module, reason: str) -> None:
         with self._lock:
