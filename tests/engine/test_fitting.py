@@ -48,6 +48,15 @@ def test_with_less_room_some_blocks_recompute():
     assert fit_stage(memory(93), SIZES) == Fit(0, Residency.SELECTIVE)
 
 
+def test_what_blocks_keep_is_still_there_when_a_streamed_one_behind_them_recomputes():
+    # 2 × (2 × 20 + 8 × 3) + 3 × 1 + 30, of which the kept block behind the streamed one is through: 20
+    assert fit_stage(memory(141, may_keep=2, last_streamed=8), SIZES) == Fit(2, Residency.SELECTIVE)
+    assert fit_stage(memory(140, may_keep=2, last_streamed=8), SIZES) == Fit(1, Residency.SELECTIVE)
+    # 2 × (20 + 9 × 3) + 3 × 1 + 30
+    assert fit_stage(memory(127, may_keep=1, last_streamed=9), SIZES) == Fit(1, Residency.SELECTIVE)
+    assert fit_stage(memory(126, may_keep=1, last_streamed=9), SIZES) == Fit(0, Residency.SELECTIVE)
+
+
 def test_with_little_room_activations_wait_on_the_host():
     # 2 × 20 + 3 × 1 + 5 × 3 + 10 with a block that keeps, 3 × 1 + 5 × 3 + 30 without
     assert fit_stage(memory(68), SIZES) == Fit(1, Residency.OFFLOAD_SELECTIVE)

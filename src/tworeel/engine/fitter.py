@@ -58,13 +58,14 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
     """What a stage has; None on a CPU."""
     if split.placement.devices[stage].type == "cpu":
         return None
-    blocks, streamed = split.placement.blocks_of(stage), len(split.streamed_on(stage))
+    blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
     return StageMemory(
         available=available_memory(split.placement, split.model, stage),
         num_blocks=len(blocks),
-        may_keep=len(blocks) - streamed,
+        may_keep=len(blocks) - len(streamed),
         in_flight=in_flight,
         holding=holding,
+        last_streamed=blocks.index(streamed[-1]) if streamed else -1,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
         streamable=_streamable(split, stage) if split.may_stream else 0,
     )

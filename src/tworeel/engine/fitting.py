@@ -37,6 +37,8 @@ class StageMemory:
     """Micro-batches whose inputs it holds at a time: they are sent ahead of their turn."""
     inputs: int = 0
     """Bytes of a micro-batch that all blocks are given: text, rotary tables, modulation."""
+    last_streamed: int = -1
+    """Place, among the stage's blocks, of the last one whose weights are streamed; -1 if none are."""
     streamable: int = 0
     """Bytes of weights that could go to host memory beside those that are there already."""
 
@@ -133,8 +135,11 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     if fallback.is_parked:
         once, left = PARKED_ON_DEVICE * footprints.most_left[others], 0
     kept = footprints.kept[others]
-    # The blocks that keep all are the last: their backwards are through when the first of the others begins.
-    working = max(footprints.keeping[others], footprints.working[others] - kept)
+    # The blocks that keep all are the last, but for streamed ones: only those behind the last of these are
+    # through with their backwards when the first of the others begins.
+    behind = min(num_kept, memory.num_blocks - 1 - memory.last_streamed)
+    through = footprints.kept[memory.num_blocks - behind]
+    working = max(footprints.keeping[others], footprints.working[others] - through)
     # Inputs are sent ahead of their turn; gradients wait for theirs, all but the one that a block works with.
     waiting = (memory.in_flight - 1) * footprints.hidden
     crossing = memory.holding * (footprints.hidden + memory.inputs) + waiting

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tworeel.engine.fitting import Fit, StageMemory, blocks_to_stream, needed, streamable
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import SLOTS
+from tworeel.engine.weight_streaming import SLOTS, spread
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB
 from tworeel.planning.graphs import Work
@@ -76,6 +76,7 @@ class StageDraft:
             in_flight=self.in_flight,
             holding=self.holding,
             inputs=self.inputs,
+            last_streamed=spread(range(len(self.blocks)), streamed)[-1] if streamed else -1,
             streamable=(
                 streamable(self.smallest, len(self.blocks), streamed, slot=self.block) if may_stream else 0
             ),
