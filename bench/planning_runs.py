@@ -167,7 +167,7 @@ class Bench:
             host_free=int(HOST_SHARE * psutil.virtual_memory().available),
             steps=1,
             clips_per_epoch=case.micro_batches,
-            cpp_wrapper=case.compile and launches_from_cpp(devices, case.quantize),
+            cpp_wrapper=case.compile and launches_from_cpp(devices, case.quantize, images=case.frames == 1),
         )
 
     def _budgets(self, case: Case, devices: Sequence[torch.device]) -> tuple[Budget, ...]:

@@ -243,6 +243,24 @@ def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch):
         call(compiler, block, x)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_where_bits_have_to_repeat_no_timing_decides_about_a_kernel(monkeypatch, asked):
+    found = []
+
+    def backend(graph, inputs, **options):
+        found.append(options)
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    torch.use_deterministic_algorithms(asked)
+    try:
+        call(BlockCompiler(), Block(), torch.ones(2, 4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [{"config_patches": {"deterministic": True}} if asked else {}]
+    assert isinstance(torch._inductor.config.deterministic, bool)  # torch knows it
+
+
 def test_where_the_cpp_wrapper_fails_all_threads_go_on_from_python(monkeypatch):
     from_python, threads = [], []
 
@@ -261,7 +279,7 @@ def test_where_the_cpp_wrapper_fails_all_threads_go_on_from_python(monkeypatch):
     compiler, block, x = BlockCompiler(cpp_wrapper=True), Block(), torch.ones(2, 4)
     with pytest.warns(UserWarning, match="runs without Inductor's C") as told:
         result = call(compiler, block, x)
-        threads[0].join()
+    threads[0].join()
     assert torch.equal(result, block(x))
     assert not compiler.failed and from_python and len(told) == 1
 

@@ -83,6 +83,17 @@ def test_launched_from_cpp_an_image_takes_what_was_measured() -> None:
     assert found.seconds_per_step / 16 == pytest.approx(0.1137, rel=0.15)
 
 
+@pytest.mark.parametrize(("size", "gains"), [(704, True), (768, False)])
+def test_attentions_to_the_text_that_are_computed_again_are_launched_from_python(
+    size: int, gains: bool
+) -> None:
+    """Over 1,936 tokens they are kept, over 2,304 not."""
+    buckets = {Bucket(frames=1, height=size, width=size): 1.0}
+    some = request_of(buckets=buckets, micro_batches=16, residency="selective", budgets=budgets_of("2x H200"))
+    slow, fast = plan(some), plan(replace(some, cpp_wrapper=True))
+    assert slow.host_bound and (fast.seconds_per_step < 0.8 * slow.seconds_per_step) == gains
+
+
 def test_what_is_computed_again_is_launched_again() -> None:
     some = request_of(buckets={IMAGE: 1.0}, micro_batches=16)
     kept, again = (plan(replace(some, residency=name)) for name in ("keep", "recompute"))

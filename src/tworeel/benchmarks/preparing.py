@@ -73,20 +73,23 @@ class Settings:
         return self.devices * self.stages_per_device
 
 
-def launched(settings: Settings, cpp_wrapper: bool | None) -> Settings:
+def launched(settings: Settings, case: Case, cpp_wrapper: bool | None) -> Settings:
     """The same, launched from C++ or not; None leaves it open."""
     if cpp_wrapper is None:
-        cpp_wrapper = settings.compile and launches_from_cpp(settings.devices, settings.quantize)
+        images = case.grid[0] == 1
+        cpp_wrapper = settings.compile and launches_from_cpp(
+            settings.devices, settings.quantize, images=images
+        )
     return replace(settings, cpp_wrapper=cpp_wrapper)
 
 
-def launches_from_cpp(devices: Sequence[torch.device], quantize: str | None) -> bool:
+def launches_from_cpp(devices: Sequence[torch.device], quantize: str | None, *, images: bool) -> bool:
     """Whether what is measured on these devices, if it is compiled, is launched from C++ unasked.
 
-    A run goes by its plan instead, which a benchmark has not.
+    A run goes by its plan instead, which a benchmark has not: clips keep the devices busy from Python too.
     """
     several = len({device for device in devices if device.type != "cpu"}) > 1
-    return several and quantize in TRIED_FROM_CPP and may_launch_from_cpp()
+    return images and several and quantize in TRIED_FROM_CPP and may_launch_from_cpp()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ def bench(
         caps: list[float | None] = [*cap_gib] if cap_gib else [None]
         precisions = precision or [PrecisionName.BF16]
         runs = [
-            (case, launched(replace(settings, quantize=QUANTIZE[one], cap_gib=cap), cpp_wrapper))
+            (case, launched(replace(settings, quantize=QUANTIZE[one], cap_gib=cap), case, cpp_wrapper))
             for one, case, cap in itertools.product(precisions, cases, caps)
         ]
         measure(runs, observer, json_file, timeline)

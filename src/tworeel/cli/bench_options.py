@@ -105,7 +105,7 @@ CppWrapper = Annotated[
     bool | None,
     typer.Option(
         "--cpp-wrapper/--no-cpp-wrapper",
-        help="Whether what is compiled is launched from C++; on several GPUs by default.",
+        help="Whether what is compiled is launched from C++; images on several GPUs by default.",
         rich_help_panel=HOW,
     ),
 ]

@@ -101,11 +101,11 @@ def _settle() -> None:
 @cache
 def _backend(cpp_wrapper: bool) -> BlockCall:
     """What `torch.compile` is given: torch keeps it for good, so it holds no compiler of ours."""
-    options: dict[str, Any] = {}
+    usual: dict[str, Any] = {}
     if cpp_wrapper:
         # With all that belongs to it: when a backward is compiled, torch (2.11) has left that behind.
         patches = {**get_cpp_wrapper_config(), "post_grad_custom_pre_pass": LaidOutGradients()}
-        options = {"config_patches": {"cpp_wrapper": True, **patches}}
+        usual = {"cpp_wrapper": True, **patches}
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> BlockCall:
         """As any other backend, but says when what it has compiled begins to run.
@@ -113,6 +113,10 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         The backward is compiled with the forward: where that fails there is still another way to run the
         block, kernels are tuned before its activations are there, and this thread's settings of torch hold.
         """
+        # Else timings would decide whether a product is padded, which shows in its last bits.
+        repeatable = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        changes = {**usual, **repeatable}
+        options = {"config_patches": changes} if changes else {}
         with functorch_config.patch(force_non_lazy_backward_lowering=True):
             compiled = lookup_backend(BACKEND)(graph, inputs, **options)
 

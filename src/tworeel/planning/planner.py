@@ -203,12 +203,17 @@ class Planner:
 
     def _launching(self, stages: Sequence[StagePlan]) -> float:
         """Seconds of the host for a micro-batch."""
-        if not self.request.cpp_wrapper:
+        if not self.request.cpp_wrapper or any(map(self._repeats_attention, stages)):
             return sum(stage.kernels for stage in stages) * LAUNCH_SECONDS[self.request.trace.compile]
         by_device = Counter[str]()
         for stage in stages:
             by_device[stage.device] += stage.kernels
         return max(by_device.values()) * CPP_LAUNCH_SECONDS
+
+    def _repeats_attention(self, stage: StagePlan) -> bool:
+        """Whether a compiled backward does: torch (2.13) cannot launch that from C++."""
+        selective = stage.residency.is_selective and stage.kept < stage.num_blocks
+        return selective and any(block.repeats_attention for block in self.trace.blocks.values())
 
     def _evaluate(self, stages: Sequence[Budget], at: Sequence[int]) -> Plan:
         drafts = self.drafts(stages, at)

@@ -41,6 +41,8 @@ class BlockTrace:
     backward: Work
     recomputed: Mapping[Residency, Work]
     """What is computed once more in the backward."""
+    repeats_attention: bool = False
+    """Whether `SELECTIVE`, compiled, computes some attention once more: over a short text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,8 @@ class ModelTrace:
     ) -> ModelTrace:
         """The same blocks with other work and other footprints."""
         blocks = {
-            name: BlockTrace(
+            name: replace(
+                block,
                 footprints={key: footprint(value) for key, value in block.footprints.items()},
                 forward=work(block.forward),
                 backward=work(block.backward),

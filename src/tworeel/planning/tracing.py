@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.probing import Forward, as_in_training, own_copies, shared_bytes
-from tworeel.engine.residency import Residency, is_kept, run_block
+from tworeel.engine.residency import ATTENTION_OPS, Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.graphs import GraphCost, GraphReader, Work, work_of
@@ -168,8 +168,9 @@ def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
         # Outside of what is compiled: it holds, while its backward runs, what it would have kept.
         Residency.RECOMPUTE: Footprint(kept=hidden, working=most - hidden, hidden=hidden),
     }
-    attentions = [node for node in plain.forward.nodes if is_kept(node.target, _values(node))]
-    spared = sum((work_of(node.target, _values(node), node.meta["val"]) for node in attentions), Work())
+    attentions = [node for node in plain.forward.nodes if node.target in ATTENTION_OPS]
+    keeps = [node for node in attentions if is_kept(node.target, _values(node))]
+    spared = sum((work_of(node.target, _values(node), node.meta["val"]) for node in keeps), Work())
     again = replace(
         there.work,
         attention=there.work.attention - spared.attention,
@@ -184,6 +185,7 @@ def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
             Residency.SELECTIVE: again,
             Residency.RECOMPUTE: there.work,
         },
+        repeats_attention=len(keeps) < len(attentions),
     )
 
 
