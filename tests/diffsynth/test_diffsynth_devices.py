@@ -47,7 +47,7 @@ def _weights_may_lose_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys.modules["tworeel.engine.split"], "move", move)
     # Without streams: there is no accelerator.
-    plain = lambda tensor, device, _: Arrival(tensor.to(device))  # noqa: E731
+    plain = lambda tensor, device, _, late: Arrival(tensor.to(device))  # noqa: E731
     monkeypatch.setattr("tworeel.engine.passage.start_copy", plain)
     monkeypatch.setattr("tworeel.engine.passage.mark", lambda _: None)
 

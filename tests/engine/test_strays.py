@@ -112,7 +112,7 @@ class LikeTheFirst(nn.Module):
         return hidden * (ones + scale.to(hidden.device)) + shift.to(device=hidden.device)
 
 
-def to_meta(tensor: Tensor, device: torch.device, _: object) -> Arrival:
+def to_meta(tensor: Tensor, device: torch.device, _: object, *, late: bool) -> Arrival:
     """`start_copy` for a device that has no streams."""
     return Arrival(tensor.to(device))
 

@@ -155,13 +155,15 @@ class Open:
 def test_what_an_earlier_stage_has_made_comes_before_what_others_queue_there_later(
     cuda: torch.device, two_gpus: list[torch.device]
 ) -> None:
-    passage = Passage(two_gpus, Open())
-    made, hidden = (torch.ones(8, device=cuda) for _ in range(2))
+    passage, behind = (Passage(two_gpus, Open()) for _ in range(2))
+    made, hidden, other = (torch.ones(8, device=cuda) for _ in range(3))
     passage.arrive(1, (hidden,), block=True)
     torch.cuda._sleep(2_000_000_000)  # a second of another micro-batch's work
+    with torch.cuda.stream(torch.cuda.Stream(two_gpus[1])):
+        behind.arrive(1, (other,), block=True)  # its copy waits for that
     (brought,) = passage.gather((made,))
     assert brought.device == two_gpus[1]
-    torch.accelerator.synchronize(two_gpus[1])
+    torch.cuda.current_stream(two_gpus[1]).synchronize()
     assert not torch.cuda.current_stream(cuda).query()
 
 

@@ -262,14 +262,16 @@ class Passage:
         if not self._may_cut(tensor):
             return tensor.to(self._devices[stage])
         arrival = self._under_way.get((identity or id(tensor), stage))
-        return (arrival or self._send(self._nearest(tensor, stage), self._devices[stage])).wait()
+        if arrival is None:
+            arrival = self._send(self._nearest(tensor, stage), self._devices[stage], late=True)
+        return arrival.wait()
 
-    def _send(self, tensor: Tensor, device: torch.device) -> Arrival:
+    def _send(self, tensor: Tensor, device: torch.device, *, late: bool = False) -> Arrival:
         """Begin to copy a tensor of a stage that this micro-batch has left.
 
         Not behind what other micro-batches compute there since.
         """
-        return start_copy(tensor, device, self._left.get(tensor.device))
+        return start_copy(tensor, device, self._left.get(tensor.device), late=late)
 
 
 def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 
 import torch
 
-from tworeel.engine.streams import mark, side_stream
+from tworeel.engine.streams import HOST, mark, side_stream
 
 WITH_COPIES = 2
 """The limit where none is given, for blocks whose activations or weights are copied."""
@@ -42,7 +42,7 @@ class RunAhead:
         limit = WITH_COPIES if self.limit is None and copies else self.limit
         if limit is None or device.type == "cpu":
             return
-        done = side_stream(device, "out").record_event() if leaving else mark(device)
+        done = side_stream(device, "out", HOST).record_event() if leaving else mark(device)
         with self._lock:
             queued = self._queued[device]
             queued.append(done)

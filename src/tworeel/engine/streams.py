@@ -1,6 +1,9 @@
-"""Copies beside the computation: each device has a stream for what leaves it and one for what arrives.
+"""Copies beside the computation: a device has a stream for what leaves it and one for what arrives, for each
+other device.
 
-`tensor.to(other_device)` on the current streams would wait for everything that is queued on both devices.
+`tensor.to(other_device)` on the current streams would wait for everything that is queued on both devices. And
+the host runs ahead: a copy may be queued long before what it copies is made. On a stream that they shared,
+copies from other devices would wait for that, too.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,23 @@ class Arrival:
         return self.tensor
 
 
-def start_copy(tensor: Tensor, device: torch.device, made: torch.Event | None = None) -> Arrival:
+def start_copy(
+    tensor: Tensor, device: torch.device, made: torch.Event | None = None, *, late: bool = False
+) -> Arrival:
     """Begin to bring a tensor to a device, behind the work that makes it and beside all other.
 
     Args:
         tensor: that is copied.
         device: where it goes.
         made: happens when the tensor is there; behind all that is queued on its device by default.
+        late: it is needed now: not behind copies of what is going to be made.
     """
     if tensor.device == device:
         return Arrival(tensor)
     if "cpu" in (tensor.device.type, device.type):
         return Arrival(_to_or_from_host(tensor, device))
-    leaving, arriving = side_stream(tensor.device, "out"), side_stream(device, "in")
+    leaving = side_stream(tensor.device, "out", device, late)
+    arriving = side_stream(device, "in", tensor.device, late)
     leaving.wait_event(made or mark(tensor.device))
     with using(arriving, leaving):
         copy = tensor.to(device, non_blocking=True)
@@ -65,7 +74,7 @@ def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Ev
     if tensor.device.type == "cpu":
         host.copy_(tensor)
         return None
-    leaving = side_stream(tensor.device, "out")
+    leaving = side_stream(tensor.device, "out", HOST)
     leaving.wait_event(mark(tensor.device))
     if free is not None:
         leaving.wait_event(free)
@@ -79,7 +88,7 @@ def copy_in(host: Tensor, device: torch.device, ready: torch.Event | None) -> Ar
     """Begin to copy from pinned host memory, which is written after `ready`, to a new tensor."""
     if device.type == "cpu":
         return Arrival(host.clone())
-    arriving = side_stream(device, "in")
+    arriving = side_stream(device, "in", HOST)
     if ready is not None:
         arriving.wait_event(ready)
     with using(arriving):
@@ -89,8 +98,17 @@ def copy_in(host: Tensor, device: torch.device, ready: torch.Event | None) -> Ar
 
 
 @cache
-def side_stream(device: torch.device, direction: Literal["in", "out"]) -> torch.Stream:
-    """The device's stream for copies in one direction, the same whenever it is asked for."""
+def side_stream(
+    device: torch.device, direction: Literal["in", "out"], other: torch.device, late: bool = False
+) -> torch.Stream:
+    """The device's stream for copies from or to another one, the same whenever it is asked for.
+
+    Args:
+        device: whose stream it is.
+        direction: whether the copies arrive or leave.
+        other: where they come from or go to.
+        late: as for `start_copy`.
+    """
     return torch.Stream(device)
 
 

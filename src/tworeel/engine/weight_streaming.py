@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tworeel.engine.parking import new_slab
-from tworeel.engine.streams import mark, side_stream, using
+from tworeel.engine.streams import HOST, mark, side_stream, using
 
 ALIGNMENT = 256
 """Of each tensor in a slot, in bytes: what kernels for matrices ask for."""
@@ -117,7 +117,7 @@ class WeightStreamer:
         if self.device.type == "cpu":
             slot.memory[: host.nbytes].copy_(host)
         else:
-            arriving = side_stream(self.device, "in")
+            arriving = side_stream(self.device, "in", HOST)
             if slot.last_use is not None:
                 arriving.wait_event(slot.last_use)
             with using(arriving):
@@ -134,7 +134,7 @@ def _new_slot(size: int, device: torch.device) -> _Slot:
     if device.type == "cpu":
         return _Slot(memory)
     # A copy may still be under way when the slot is given up.
-    memory.record_stream(side_stream(device, "in"))
+    memory.record_stream(side_stream(device, "in", HOST))
     # What had this memory before may still be at work.
     return _Slot(memory, last_use=mark(device))
 
