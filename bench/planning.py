@@ -62,20 +62,23 @@ def compared(case: Case, plan: Plan, found: Measured) -> Results:
     result = {"case": case.name, "plan": plan.as_json(), "measured": asdict(found)}
     if found.seconds is None:
         return result
-    off = {name: plan.peaks[name] / peak - 1 for name, peak in found.peaks.items()}
-    time_off = plan.seconds_per_step / found.seconds - 1
+    # The first step also tries out what fits, up to the limit, and has no moments of an optimizer yet.
+    peaks = found.settled or found.peaks
+    off = {name: plan.peaks[name] / peak - 1 for name, peak in peaks.items()}
+    time_off = plan.seconds_per_step / found.seconds - 1 if case.steps > 1 else None
     shares = ", ".join(f"{name} {100 * share:+.1f} %" for name, share in off.items())
-    _say(f"  {'off':9}{shares or 'peaks not measured'}{_verdict(plan, found)}; time {100 * time_off:+.1f} %")
+    time = "" if time_off is None else f"; time {100 * time_off:+.1f} %"
+    _say(f"  {'off':9}{shares or 'peaks not measured'}{_verdict(plan, peaks)}{time}")
     return {**result, "off": off, "time_off": time_off}
 
 
-def _verdict(plan: Plan, found: Measured) -> str:
+def _verdict(plan: Plan, peaks: dict[str, int]) -> str:
     too_far = [
         name
-        for name, peak in found.peaks.items()
+        for name, peak in peaks.items()
         if abs(plan.peaks[name] - peak) > max(WITHIN * peak, machine.GIB / 2)
     ]
-    too_low = [name for name, peak in found.peaks.items() if plan.peaks[name] < (1 - UNDER) * peak]
+    too_low = [name for name, peak in peaks.items() if plan.peaks[name] < (1 - UNDER) * peak]
     words = {"TOO FAR OFF": too_far, "TOO LOW": too_low}
     return "".join(f", {word} ({' '.join(names)})" for word, names in words.items() if names)
 

@@ -7,7 +7,7 @@ from real_models import budgets_of
 
 from tworeel.planning.measuring import BACKWARD, FORWARD, Sizes, measured
 
-SMALL = Sizes(matrix=128, tokens=64, heads=2, head_dim=32, numbers=2**16, rounds=2)
+SMALL = Sizes(matrix=128, tokens=64, heads=2, head_dim=32, numbers=2**16, seconds=0.01)
 
 
 def test_a_card_that_is_slower_than_its_figures_is_slowed() -> None:

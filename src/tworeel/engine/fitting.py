@@ -55,9 +55,9 @@ class Fit:
     """Bytes that are still too few."""
 
 
-PARKED_ON_DEVICE = 5
-"""Blocks whose parked activations are on the device all the same: three that leave (two may be queued behind
-the one that runs), what the block that runs has fetched, and what the next one has."""
+PARKED_ON_DEVICE = 4
+"""Blocks whose parked activations are on the device all the same, in a backward, which takes most: what the
+block that runs has fetched, what two that may be queued behind it have, and what the next one has."""
 FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
 """For blocks whose activations cannot all stay, best first."""
 

@@ -23,14 +23,16 @@ reaches less."""
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; a second or so on a consumer card, and less than a GiB of it."""
+    """What is measured: some three seconds, and less than a GiB of the card."""
 
     matrix: int = 8192
     tokens: int = 8192
     heads: int = 16
     head_dim: int = 128
     numbers: int = 2**27
-    rounds: int = 5
+    seconds: float = 0.4
+    """For which each kind of work goes on before it is timed, and while it is: a card that is cool and idle
+    is faster than one in the midst of a training."""
 
 
 def measured(budget: Budget, sizes: Sizes = Sizes()) -> Budget:
@@ -66,7 +68,7 @@ def _rates(device: torch.device, rates: Rates, sizes: Sizes) -> Rates:
 
 def _product_rate(device: torch.device, sizes: Sizes) -> float:
     matrix = torch.randn(sizes.matrix, sizes.matrix, device=device, dtype=torch.bfloat16)
-    return 2.0 * sizes.matrix**3 / _time(device, sizes.rounds, lambda: matrix @ matrix)
+    return 2.0 * sizes.matrix**3 / _time(device, sizes.seconds, lambda: matrix @ matrix)
 
 
 def _attention_rates(device: torch.device, sizes: Sizes) -> tuple[float, float]:
@@ -79,24 +81,31 @@ def _attention_rates(device: torch.device, sizes: Sizes) -> tuple[float, float]:
         return torch.autograd.grad(output, query, upstream, retain_graph=True)
 
     count = 4.0 * sizes.heads * sizes.tokens**2 * sizes.head_dim
-    forward = _time(device, sizes.rounds, lambda: scaled_dot_product_attention(query, query, query))
-    return count / forward, 2.5 * count / _time(device, sizes.rounds, backward)
+    forward = _time(device, sizes.seconds, lambda: scaled_dot_product_attention(query, query, query))
+    return count / forward, 2.5 * count / _time(device, sizes.seconds, backward)
 
 
 def _traffic_rate(device: torch.device, sizes: Sizes) -> float:
     numbers = torch.zeros(sizes.numbers, device=device, dtype=torch.bfloat16)
-    return 2.0 * numbers.nbytes / _time(device, sizes.rounds, lambda: numbers.add_(1))
+    return 2.0 * numbers.nbytes / _time(device, sizes.seconds, lambda: numbers.add_(1))
 
 
-def _time(device: torch.device, rounds: int, work: Callable[[], object]) -> float:
-    """Seconds of one round, behind one to warm up."""
-    work()
+def _time(device: torch.device, seconds: float, work: Callable[[], object]) -> float:
+    """Seconds of one round, once the work has gone on for a while."""
+    _rounds(device, 1, work)
+    count = max(1, round(seconds / _rounds(device, 3, work)))
+    _rounds(device, count, work)
+    return _rounds(device, count, work)
+
+
+def _rounds(device: torch.device, count: int, work: Callable[[], object]) -> float:
+    """Mean seconds of so many rounds."""
     _synchronize(device)
     begin = time.perf_counter()
-    for _ in range(rounds):
+    for _ in range(count):
         work()
     _synchronize(device)
-    return (time.perf_counter() - begin) / rounds
+    return (time.perf_counter() - begin) / count
 
 
 def _synchronize(device: torch.device) -> None:
