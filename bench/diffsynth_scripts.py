@@ -69,7 +69,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "folder": str(options.folder),
         "output": str(output),
         "script": str(options.script),
-        "cap_gib": options.cap_gib,
+        "cap_gib": None if name == DATA_PROCESS else options.cap_gib,
         "micro_batches": options.micro_batches if case.overlaps else 1,
         "args": script_arguments(case, model_of(**options.described), options, output),
     }
@@ -136,7 +136,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, help="shorten the transformer to so many blocks")
     parser.add_argument("--text-layers", type=int, default=30, help="of Mistral-3; 30 are read")
     parser.add_argument("--encode-on-cpu", action="store_true", help="keep encoders away from the cards")
-    parser.add_argument("--cap-gib", type=float, help="memory that each device may use")
+    parser.add_argument("--cap-gib", type=float, help="memory that each device may use in training")
     parser.add_argument("--offload", action="store_true", help="gradient checkpoints wait in host memory")
     parser.add_argument("--json", type=Path, help="results.json in the folder by default")
     parser.add_argument("--tiny", action="store_true")

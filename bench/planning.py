@@ -65,7 +65,7 @@ def compared(case: Case, plan: Plan, found: Measured) -> Results:
     # The first step also tries out what fits, up to the limit, and has no moments of an optimizer yet.
     peaks = found.settled or found.peaks
     off = {name: plan.peaks[name] / peak - 1 for name, peak in peaks.items()}
-    time_off = plan.seconds_per_step / found.seconds - 1 if case.steps > 1 else None
+    time_off = plan.seconds_per_step / found.seconds - 1 if case.steps > 2 else None
     shares = ", ".join(f"{name} {100 * share:+.1f} %" for name, share in off.items())
     time = "" if time_off is None else f"; time {100 * time_off:+.1f} %"
     _say(f"  {'off':9}{shares or 'peaks not measured'}{_verdict(plan, peaks)}{time}")
@@ -210,7 +210,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--devices", help="for example cuda:0,cuda:1; all by default")
     parser.add_argument("--stages", type=int, help="instead of each case's own: 1 runs it on one device")
     parser.add_argument("--blocks", type=int, help="of the model; all by default")
-    parser.add_argument("--steps", type=int, help="of a case or boundary, 2 by default; the last is timed")
+    parser.add_argument("--steps", type=int, help="of a case or boundary, 3 by default; the last is timed")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
