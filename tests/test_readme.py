@@ -65,13 +65,15 @@ NOT_RUN = {
         )
     },
     f"tworeel bench --eager {SHORT} --rounds 2": "needs GPUs",
-    f"tworeel bench --no-cpp-wrapper {SHORT} --rounds 3 --timeline steps": "needs GPUs",
-    f"tworeel bench --cpp-wrapper {SHORT} --rounds 3 --timeline steps": "needs GPUs",
+    f"tworeel bench {SHORT} --rounds 3 --timeline steps": "needs GPUs",
+    "python bench/planning.py --cases 19 20 21": "needs GPUs",
     "tworeel bench --shapes image-1536 --rounds 3 --compare naive": "needs GPUs",
     f"{SCRIPTS}/wanvideo/{TRAINING} --offload --steps 2": "needs GPUs",
     f'{SCRIPTS}/wanvideo/{TRAINING} --offload --steps 2 --cap-gib 22.5 --cases "split, overlapping"': (
         "needs GPUs"
     ),
+    f"{SCRIPTS}/wanvideo/{TRAINING} --task sft --offload --micro-batches 1 "
+    '--cases "split, overlapping"': "needs GPUs",
     f"{SCRIPTS}/flux2/{TRAINING} --model flux2 --steps 2": "needs GPUs",
     "python bench/flux2_dev.py --phase write text run --cap-gib 22.5": "needs GPUs",
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
