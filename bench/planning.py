@@ -136,8 +136,9 @@ def run_split(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
     best = bench.planner(case).best()
     planned = best.split_at[0]
     times: dict[int, float] = {}
-    # The planned one first: a run that is killed has something to compare with.
+    # The planned one first, then those near it: a run that is killed has something to compare with.
     others = [at for at in range(EVERY, case.num_blocks, EVERY) if at != planned]
+    others.sort(key=lambda at: abs(at - planned))
     for at in (planned, *others):
         some = replace(case, at=(at,))
         planner = bench.planner(some)
