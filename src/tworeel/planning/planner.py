@@ -211,7 +211,7 @@ class Planner:
         return max(by_device.values()) * CPP_LAUNCH_SECONDS
 
     def _repeats_attention(self, stage: StagePlan) -> bool:
-        """Whether a compiled backward does: torch (2.13) cannot launch that from C++."""
+        """Whether a compiled backward does: torch (2.11) cannot launch that from C++."""
         selective = stage.residency.is_selective and stage.kept < stage.num_blocks
         return selective and any(block.repeats_attention for block in self.trace.blocks.values())
 
