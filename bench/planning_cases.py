@@ -51,8 +51,8 @@ class Case:
     blocks: int | None = None
     """All by default."""
     steps: int = 3
-    """The first one compiles and decides what blocks leave behind, in the second each thread still makes plans
-    for its kernels; the last one is timed."""
+    """The first one compiles and decides what blocks leave behind, in the second each thread still makes
+    plans for its kernels; the last one is timed."""
 
     @property
     def name(self) -> str:
