@@ -56,6 +56,31 @@ def test_every_tensor_arrives_exactly_and_frozen(tmp_path):
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
+class Doubling(nn.Linear):
+    """Keeps its tensors twice as large as they come."""
+
+    def accept(self, name: str, tensor: torch.Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(2 * tensor, requires_grad=False))
+        self.register_buffer(f"largest_{name}", tensor.max(), persistent=False)
+
+
+def test_what_a_module_makes_of_its_tensors_is_made_where_that_is_asked_for(tmp_path):
+    """And then waits elsewhere; here on the meta device, which can make nothing."""
+    files, net = write(tmp_path / "x.safetensors"), empty()
+    with init_empty_weights(include_buffers=False):
+        net.blocks[0] = Doubling(4, 3)
+    on = {}
+
+    def accepted_on(name: str) -> torch.device:
+        on[name] = CPU
+        return CPU
+
+    load(net, files, device_of=lambda name: META if "blocks.0" in name else CPU, accepted_on=accepted_on)
+    assert on.keys() == {"blocks.0.weight", "blocks.0.bias"}
+    assert net.blocks[0].weight.is_meta and net.blocks[0].bias.is_meta
+    assert not net.blocks[1].weight.is_meta
+
+
 def test_each_tensor_goes_to_its_own_device_in_its_own_dtype(tmp_path):
     net = empty()
     load(

@@ -81,6 +81,8 @@ def load_transformer(config: RunConfig, job: Loadable, poll: Callable[[], None] 
         transformer_names(job.family, job.source),
         device_of=device_of,
         dtype_of=lambda name: torch.float32 if keep & set(name.split(".")) else base,
+        # Weights that are going to wait in host memory, too, are quantized where that is fast.
+        accepted_on=job.placement.device_of,
     )
 
 

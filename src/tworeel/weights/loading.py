@@ -43,6 +43,7 @@ def load_weights(
     *,
     device_of: Callable[[str], torch.device],
     dtype_of: Callable[[str], torch.dtype],
+    accepted_on: Callable[[str], torch.device] | None = None,
 ) -> None:
     """Fill a module that was built on the meta device; its parameters end frozen.
 
@@ -60,6 +61,8 @@ def load_weights(
             leave out.
         device_of: name in `module` -> device.
         dtype_of: name in `module` -> dtype of the loaded parameter.
+        accepted_on: name in `module` -> device on which a module that accepts its tensors gets them; its
+            parameters go to their own device then. The same by default.
 
     Raises:
         UserError: tensors are missing, unknown, given twice or of another shape; all are found from headers,
@@ -70,8 +73,10 @@ def load_weights(
     with files:
         for name in _in_file_order(origins, source.names):
             key, rows = origins[name]
-            ranges = rows.ranges(source.names[key].shape)
-            _put(places[name], source.read(key, dtype_of(name), device_of(name), ranges))
+            ranges, home = rows.ranges(source.names[key].shape), device_of(name)
+            accepted = any(isinstance(owner, Accepts) for owner, _ in places[name])
+            first = accepted_on(name) if accepted_on is not None and accepted else home
+            _put(places[name], source.read(key, dtype_of(name), first, ranges), home)
     _move_other_buffers(module, origins, device_of)
 
 
@@ -151,11 +156,14 @@ def _in_file_order(origins: Mapping[str, Origin], names: Mapping[str, TensorInfo
     return sorted(origins, key=lambda name: (order[origins[name].key], origins[name].rows.parts))
 
 
-def _put(places: list[tuple[nn.Module, str]], tensor: Tensor) -> None:
+def _put(places: list[tuple[nn.Module, str]], tensor: Tensor, home: torch.device) -> None:
     parameter = nn.Parameter(tensor, requires_grad=False)
     for owner, leaf in places:
         if isinstance(owner, Accepts):
             owner.accept(leaf, tensor)
+            for name, kept in list(owner.named_parameters(recurse=False)):
+                if not kept.is_meta:
+                    owner.register_parameter(name, nn.Parameter(kept.to(home), requires_grad=False))
         elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
