@@ -101,11 +101,11 @@ def _settle() -> None:
 @cache
 def _backend(cpp_wrapper: bool) -> BlockCall:
     """What `torch.compile` is given: torch keeps it for good, so it holds no compiler of ours."""
-    usual: dict[str, Any] = {}
+    launching: dict[str, Any] = {}
     if cpp_wrapper:
         # With all that belongs to it: when a backward is compiled, torch (2.11) has left that behind.
-        patches = {**get_cpp_wrapper_config(), "post_grad_custom_pre_pass": LaidOutGradients()}
-        usual = {"cpp_wrapper": True, **patches}
+        launching = {"cpp_wrapper": True, **get_cpp_wrapper_config()}
+        launching["post_grad_custom_pre_pass"] = LaidOutGradients()
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: Any) -> BlockCall:
         """As any other backend, but says when what it has compiled begins to run.
@@ -115,8 +115,8 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         """
         # Else timings would decide whether a product is padded, which shows in its last bits.
         repeatable = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-        changes = {**usual, **repeatable}
-        options = {"config_patches": changes} if changes else {}
+        patches = {**launching, **repeatable}
+        options = {"config_patches": patches} if patches else {}
         with functorch_config.patch(force_non_lazy_backward_lowering=True):
             compiled = lookup_backend(BACKEND)(graph, inputs, **options)
 

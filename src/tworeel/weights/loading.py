@@ -161,13 +161,18 @@ def _put(places: list[tuple[nn.Module, str]], tensor: Tensor, home: torch.device
     for owner, leaf in places:
         if isinstance(owner, Accepts):
             owner.accept(leaf, tensor)
-            for name, kept in list(owner.named_parameters(recurse=False)):
-                if not kept.is_meta:
-                    owner.register_parameter(name, nn.Parameter(kept.to(home), requires_grad=False))
+            if tensor.device != home:
+                _bring_home(owner, home)
         elif leaf in owner._buffers:
             owner._buffers[leaf] = tensor
         else:
             owner._parameters[leaf] = parameter
+
+
+def _bring_home(owner: nn.Module, home: torch.device) -> None:
+    for name, kept in list(owner.named_parameters(recurse=False)):
+        if not kept.is_meta:  # its other tensors may still have to come
+            owner.register_parameter(name, nn.Parameter(kept.to(home), requires_grad=False))
 
 
 def _move_other_buffers(
