@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
@@ -50,7 +52,7 @@ def test_a_second_step_takes_no_more_host_memory_than_the_first():
 def test_what_does_not_fit_in_the_limit_stays_on_the_device(monkeypatch):
     monkeypatch.setattr(parking, "SMALLEST", 0)
     pool = HostPool(limit=100)
-    berth = Berth(pool, None)
+    berth = Berth(pool)
     small, large = torch.ones(16), torch.ones(32)
     assert isinstance(berth.park(small), Parked)
     assert berth.park(large) is large
@@ -59,7 +61,7 @@ def test_what_does_not_fit_in_the_limit_stays_on_the_device(monkeypatch):
 
 def test_small_tensors_are_not_worth_a_transfer():
     tensor = torch.ones(8)
-    assert Berth(HostPool(), None).park(tensor) is tensor
+    assert Berth(HostPool()).park(tensor) is tensor
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_small_tensors_are_not_worth_a_transfer():
 )
 @pytest.mark.usefixtures("everything_is_worth_it")
 def test_a_tensor_comes_back_with_its_values_and_its_strides(tensor):
-    berth = Berth(HostPool(), None)
+    berth = Berth(HostPool())
     parked = berth.park(tensor)
     assert isinstance(parked, Parked)
     back = berth.get(parked)
@@ -78,17 +80,57 @@ def test_a_tensor_comes_back_with_its_values_and_its_strides(tensor):
 @pytest.mark.usefixtures("everything_is_worth_it")
 def test_a_view_with_gaps_stays_where_it_is():
     gaps = torch.arange(24.0).view(4, 6)[:, :3]
-    assert Berth(HostPool(), None).park(gaps) is gaps
+    assert Berth(HostPool()).park(gaps) is gaps
 
 
 @pytest.mark.usefixtures("everything_is_worth_it")
-def test_the_block_before_is_fetched_while_this_one_runs():
-    pool = HostPool()
-    first = Berth(pool, None)
-    second = Berth(pool, first)
-    early, late = first.park(torch.ones(4)), second.park(torch.ones(4))
-    second.get(late)
-    assert early._fetched is not None
+@pytest.mark.parametrize("residency", ["offload", "offload-selective"])
+def test_the_block_before_is_fetched_while_this_one_runs(monkeypatch, residency):
+    log: list[tuple[str, int]] = []
+    seen: list[Berth] = []
+
+    def logged(name: str) -> None:
+        plain = getattr(Berth, name)
+
+        def method(self: Berth, *args: Any) -> Any:
+            if self in seen:
+                log.append((name, seen.index(self)))
+            return plain(self, *args)
+
+        monkeypatch.setattr(Berth, name, method)
+
+    def park(self: Berth, tensor: torch.Tensor) -> Any:
+        if self not in seen:
+            seen.append(self)
+        return plain_park(self, tensor)
+
+    plain_park = Berth.park
+    monkeypatch.setattr(Berth, "park", park)
+    logged("prefetch")
+    logged("get")
+    model = make_wan("t2v", torch.float32)
+    Pipeline(model, ["cpu"], residency=residency).step(
+        [make_micro_batch("t2v", torch.float32, 0)], square_loss
+    )
+    last = len(seen) - 1
+    assert last >= 2
+    for block in range(last, 0, -1):
+        assert log.index(("prefetch", block - 1)) < log.index(("get", block)) < log.index(("get", block - 1))
+    assert log.index(("get", last)) < log.index(("prefetch", 0))
+
+
+@pytest.mark.usefixtures("everything_is_worth_it")
+def test_a_block_behind_one_that_parks_fetches_it(monkeypatch):
+    fetched = []
+    plain = Berth.prefetch
+    monkeypatch.setattr(Berth, "prefetch", lambda self: fetched.append(self) or plain(self))
+    model = make_wan("t2v", torch.float32)
+    count = len(model.blocks)
+    residencies = ["offload", *["keep"] * (count - 1)]
+    batch = make_micro_batch("t2v", torch.float32, 0)
+    Pipeline(model, ["cpu"], residency=residencies).step([batch], square_loss)
+    assert len({id(berth) for berth in fetched}) == 1
+    assert len(fetched) == 2  # by the block behind it, and by itself
 
 
 @pytest.mark.usefixtures("everything_is_worth_it")
@@ -103,5 +145,5 @@ def test_weights_and_shared_constants_are_never_parked():
 
     pool, constant = HostPool(), torch.randn(64)
     x = torch.randn(64, requires_grad=True)
-    run_block(Scale(), (x, constant), {}, residency=Residency.OFFLOAD, berth=Berth(pool, None))
+    run_block(Scale(), (x, constant), {}, residency=Residency.OFFLOAD, berth=Berth(pool))
     assert pool.held == x.nbytes

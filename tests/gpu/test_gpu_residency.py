@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, square_loss
 
 from tworeel import Pipeline
-from tworeel.engine.parking import Berth, HostPool
+from tworeel.engine.parking import Berth, Departures, HostPool
 from tworeel.engine.residency import Residency, run_block
 
 pytestmark = pytest.mark.gpu
@@ -36,10 +36,12 @@ def run_blocks(device: torch.device, residency: Residency, count: int) -> tuple[
     x = torch.randn(ROWS, WIDTH).to(device).requires_grad_()
     before = torch.accelerator.memory_allocated(device)
     hidden: Tensor = x
-    berth: Berth | None = None
+    departures = Departures()
     for block in blocks:
-        berth = Berth(HostPool(), berth)
+        berth = Berth(HostPool())
         hidden = run_block(block, (hidden,), {}, residency=residency, berth=berth)
+        departures.begin(device, berth)
+    departures.settle(device)
     return x, hidden, torch.accelerator.memory_allocated(device) - before
 
 
@@ -75,6 +77,46 @@ def test_the_input_comes_back_as_it_was(gpu: torch.device) -> None:
         assert x.grad is not None
         found.append(x.grad.cpu())
     assert torch.equal(*found)
+
+
+def test_what_is_parked_by_many_blocks_takes_no_more_of_the_device_however_far_the_host_runs_ahead(
+    cuda: torch.device,
+) -> None:
+    class Chain(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            for block in self.blocks:
+                hidden = block(hidden)
+            return hidden
+
+    taken = {}
+    for count in (4, 12):
+        pipeline = Pipeline(Chain(count), [cuda], residency="offload")
+        batches = [torch.randn(ROWS, WIDTH).to(cuda) for _ in range(2)]
+        for _ in range(2):  # pinned memory is made in the first, which waits for the device
+            torch.accelerator.synchronize()
+            torch.accelerator.reset_peak_memory_stats(cuda)
+            before = torch.accelerator.memory_allocated(cuda)
+            torch.cuda._sleep(1_000_000_000)
+            pipeline.step(batches, lambda output, _: output.square().mean())
+        torch.accelerator.synchronize()
+        taken[count] = torch.accelerator.max_memory_allocated(cuda) - before
+    assert taken[12] <= taken[4] + 2**20
+
+
+def test_a_forward_without_a_backward_leaves_what_it_parked_alone(cuda: torch.device) -> None:
+    taken = []
+    for _ in range(2):  # the first makes workspaces, which stay
+        found = run_blocks(cuda, Residency.OFFLOAD, 3)
+        del found
+        gc.collect()
+        torch.accelerator.synchronize()
+        torch.randn(1, device=cuda)
+        taken.append(torch.accelerator.memory_allocated(cuda))
+    assert taken[0] == taken[1]
 
 
 @pytest.mark.parametrize("residency", ["selective", "recompute", "offload", "offload-selective"])

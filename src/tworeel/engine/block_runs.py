@@ -50,7 +50,7 @@ class BlockRuns:
         """
         split, stage = self._split, unit.stage
         residency = split.residencies[position]
-        berth = Berth(split.host_pool, passage.berths.get(stage)) if residency.is_parked else None
+        before, berth = passage.berths.get(stage), Berth(split.host_pool) if residency.is_parked else None
         split.streamed.use(stage, position, backward=False)
         block = split.model.get_submodule(unit.name)
         if self._probe is not None:
@@ -64,13 +64,17 @@ class BlockRuns:
             compiler=split.compiler,
             redraws=passage.is_alone,
         )
-        device, copies = split.placement.devices[stage], berth is not None or position in split.streamed
-        split.run_ahead.block_queued(device, copies=copies, leaving=berth is not None)
-        if berth is not None:
-            passage.berths[stage] = berth
+        passage.berths[stage] = berth
+        device = split.placement.devices[stage]
+        split.departures.begin(device, berth)
+        split.run_ahead.block_queued(device)
 
         def begin_backward(_: Tensor) -> None:
-            split.run_ahead.block_queued(device, copies=copies)
+            split.run_ahead.block_queued(device)
+            split.departures.settle(device, but=berth)
+            for one in (berth, before):
+                if one is not None:
+                    one.prefetch()
             split.streamed.use(stage, position, backward=True)
 
         _before_backward(outputs, (args, kwargs), begin_backward)

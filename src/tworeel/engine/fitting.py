@@ -55,10 +55,9 @@ class Fit:
     """Bytes that are still too few."""
 
 
-PARKED_ON_DEVICE = 3
-"""Blocks whose parked activations are on the device all the same, in a backward, which takes most: what the
-block that runs has fetched, what one that is queued behind it has, and what the next one has. Two to three
-were measured (H200); a fourth, where the host is as far ahead as it may be, is left to `SPARE`."""
+PARKED_ON_DEVICE = 2
+"""Blocks whose parked activations are on the device all the same: in a forward those of the block that runs
+and of the one before, in a backward those of the block that runs and of the one that comes next."""
 FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
 """For blocks whose activations cannot all stay, best first."""
 

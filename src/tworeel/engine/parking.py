@@ -1,12 +1,14 @@
 """Activations that wait in pinned host memory between a block's forward and its backward.
 
-They leave on a stream of their own while the next blocks compute, and are fetched back one block before they
-are needed.
+They leave on a stream of their own while the next block computes, and are fetched back one block before they
+are needed. The device's own stream waits for the copies at these places, so that their memory serves what is
+queued next, however far the host runs ahead.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from tworeel.engine.streams import Arrival, copy_in, copy_out
+from tworeel.engine.streams import Arrival, copy_in, copy_out, still_used
 
 SMALLEST = 2**16
 """Tensors of fewer bytes are not worth a transfer."""
@@ -90,11 +92,25 @@ class Parked:
         self._buffer: Tensor | None = buffer
         self._host = _view_like(buffer, tensor)
         self._fetched: Arrival | None = None
+        self._leaving: Tensor | None = None
         self._last = copy_out(tensor, self._host, free)
+        if self._last is not None:
+            self._leaving = tensor
+
+    def let_go(self) -> None:
+        """Free the device's memory for work that is queued from now on, which waits until it is copied."""
+        if self._leaving is not None and self._last is not None:
+            torch.accelerator.current_stream(self.device).wait_event(self._last)
+        self._leaving = None
 
     def fetch(self) -> None:
-        """Begin to bring it back."""
-        if self._fetched is None:
+        """Begin to bring it back, unless it is still there."""
+        if self._fetched is not None:
+            return
+        if self._leaving is not None:
+            still_used(self._leaving, "out")
+            self._fetched, self._leaving = Arrival(self._leaving), None
+        else:
             self._fetched = copy_in(self._host, self.device, self._last)
             self._last = self._fetched.event
 
@@ -109,16 +125,22 @@ class Parked:
         self.fetch()
         assert self._fetched is not None
         tensor = self._fetched.wait()
+        self._fetched = None
         self._leave()
         return tensor
 
     def _leave(self) -> None:
         # Not only when it is collected: the graph hangs in cycles.
-        buffer, self._buffer, self._fetched = self._buffer, None, None
+        buffer, self._buffer = self._buffer, None
         if buffer is not None:
             self._pool.give_back(buffer, self._last)
 
     def __del__(self) -> None:
+        # A step that failed: nothing has waited for the copies.
+        if self._leaving is not None:
+            still_used(self._leaving, "out")
+        if self._fetched is not None and self._fetched.event is not None:
+            still_used(self._fetched.tensor, "in")
         self._leave()
 
 
@@ -127,12 +149,10 @@ class Berth:
 
     Args:
         pool: of host memory.
-        before: the berth of the block before, which is needed next in the backward.
     """
 
-    def __init__(self, pool: HostPool, before: Berth | None) -> None:
+    def __init__(self, pool: HostPool) -> None:
         self._pool = pool
-        self._before = before
         self._parked: list[Parked] = []
 
     def park(self, tensor: Tensor) -> Parked | Tensor:
@@ -146,23 +166,22 @@ class Berth:
         self._parked.append(parked)
         return parked
 
-    def get(self, parked: Parked | Tensor) -> Tensor:
-        """What was parked, and begin to fetch what the block before has parked."""
-        if isinstance(parked, Tensor):
-            return parked
+    def let_go(self) -> None:
+        """Free the device's memory of everything, for work that is queued from now on."""
         for one in self._parked:
-            one.fetch()
-        tensor = parked.get()
-        before, self._before = self._before, None
-        if before is not None:
-            before.prefetch()
-        self._parked = [one for one in self._parked if one is not parked]
-        return tensor
+            one.let_go()
 
     def prefetch(self) -> None:
         """Begin to bring everything back."""
         for one in self._parked:
             one.fetch()
+
+    def get(self, parked: Parked | Tensor) -> Tensor:
+        """What was parked."""
+        if isinstance(parked, Tensor):
+            return parked
+        self._parked = [one for one in self._parked if one is not parked]
+        return parked.get()
 
     @contextmanager
     def hooks(self, shared: Collection[int]) -> Iterator[None]:
@@ -186,6 +205,27 @@ class Berth:
             return _Keeping(self, is_kept, kept), _Replaying(self, is_kept, kept)
 
         return make
+
+
+class Departures:
+    """The blocks whose activations are on their way from each device."""
+
+    def __init__(self) -> None:
+        self._last: dict[torch.device, weakref.ref[Berth]] = {}
+
+    def begin(self, device: torch.device, berth: Berth | None) -> None:
+        """A block was queued, and what it has parked begins to leave, during the next block."""
+        self.settle(device)
+        if berth is not None:
+            # Not held: if a step fails, what it has parked goes with its graph.
+            self._last[device] = weakref.ref(berth)
+
+    def settle(self, device: torch.device, but: Berth | None = None) -> None:
+        """Work that is queued from now on may have the memory of what has left, but for one block's."""
+        last = self._last.pop(device, None)
+        berth = None if last is None else last()
+        if berth is not None and berth is not but:
+            berth.let_go()
 
 
 class _Keeping(TorchDispatchMode):

@@ -60,8 +60,8 @@ class Passage:
         self.done = False
         self.inside = 0
         """How deep in modules of the placement the forward is; 0 in the code between them."""
-        self.berths: dict[int, Berth] = {}
-        """What the last block on each stage has parked in host memory."""
+        self.berths: dict[int, Berth | None] = {}
+        """What the last block on each stage has parked in host memory, if it has."""
         self._devices = devices
         self._gate = gate
         self._blocks_reached = False

@@ -16,7 +16,7 @@ from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.forwards import Forwards
 from tworeel.engine.moving import lodgers, move
 from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters
-from tworeel.engine.parking import HostPool
+from tworeel.engine.parking import Departures, HostPool
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.probing import Probe
@@ -125,6 +125,7 @@ class Split:
         may_stream: whether the pipeline may then let weights be streamed, too.
         compiler: runs the blocks compiled; None runs them as they are.
         host_pool: pinned host memory for activations.
+        departures: activations that are on their way there.
         run_ahead: bounds how many blocks are queued on a device.
         io_same_device: whether the forward's result comes back to the first device.
         under_way: the micro-batches that are on their way.
@@ -150,6 +151,7 @@ class Split:
         self.is_auto = self._chooses(residency)
         self.compiler = compiler
         self.host_pool = HostPool(host_limit)
+        self.departures = Departures()
         self.run_ahead = RunAhead(run_ahead)
         self.io_same_device = io_same_device
         self.streamed = StreamedBlocks(model, placement, streamed)

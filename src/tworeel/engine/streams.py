@@ -68,6 +68,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Event | None:
     """Begin to copy a tensor to pinned host memory, which may be written after `free`.
 
+    The tensor must be held until work that is queued on its device waits for the copy: else see `still_used`.
+
     Returns:
         What happens when it is there; None if it is there already.
     """
@@ -80,21 +82,30 @@ def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Ev
         leaving.wait_event(free)
     with using(leaving):
         host.copy_(tensor, non_blocking=True)
-    tensor.record_stream(leaving)
     return leaving.record_event()
 
 
 def copy_in(host: Tensor, device: torch.device, ready: torch.Event | None) -> Arrival:
-    """Begin to copy from pinned host memory, which is written after `ready`, to a new tensor."""
+    """Begin to copy from pinned host memory, which is written after `ready`, to a new tensor.
+
+    The tensor's memory is of the current stream, behind what is queued there: what that frees it may have. It
+    must be held until work that is queued there waits for the copy: else see `still_used`.
+    """
     if device.type == "cpu":
         return Arrival(host.clone())
+    copy = torch.empty_like(host, device=device, pin_memory=False)
     arriving = side_stream(device, "in", HOST)
+    arriving.wait_event(mark(device))
     if ready is not None:
         arriving.wait_event(ready)
     with using(arriving):
-        copy = torch.empty_like(host, device=device, pin_memory=False)
         copy.copy_(host, non_blocking=True)
     return Arrival(copy, arriving.record_event())
+
+
+def still_used(tensor: Tensor, direction: Literal["in", "out"]) -> None:
+    """Let no other tensor have a tensor's memory before its copy from or to the host is done."""
+    tensor.record_stream(side_stream(tensor.device, direction, HOST))
 
 
 @cache
