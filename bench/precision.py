@@ -1,6 +1,7 @@
-"""What 8 and 4 bits cost in precision: frozen fp8, int8 and nf4 weights against bf16, at 14B's width.
+"""What 8 and 4 bits cost in precision: frozen fp8, int8 and nf4 weights against bf16.
 
-    python bench/precision.py                      4 blocks, 7,800 tokens, on the first GPU
+    python bench/precision.py                      4 blocks of Wan 14B, 7,800 tokens, on the first GPU
+    python bench/precision.py --model flux2-dev --tokens 4096
     python bench/precision.py --kinds fp8,int8 --blocks 8
     python bench/precision.py --tiny               seconds, on the CPU
 
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.shapes import Case, square_grid
-from tworeel.benchmarks.widths import TINY, TINY_TOKENS, WAN_14B
+from tworeel.benchmarks.shapes import Case, model_shape, square_grid
+from tworeel.benchmarks.widths import DEFAULT_MODEL, MODELS, TINY_TOKENS, tiny_shape
 from tworeel.lora.state import lora_parameters
 from tworeel.quant import KINDS
 
@@ -95,9 +96,8 @@ def alike(ours: Tensor, reference: Tensor) -> tuple[float, float]:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Build each kind in turn and compare it with bf16."""
-    model = TINY if arguments.tiny else WAN_14B
     grid = square_grid(arguments.tokens, "--tokens")
-    case = Case(name="precision", model=model, grid=grid, micro_batches=1)
+    case = Case(name="precision", model=arguments.model, grid=grid, micro_batches=1)
     batch = models.make_batches(case, torch.bfloat16, device)[0]
 
     def answer_of(kind: str | None) -> Answer:
@@ -106,7 +106,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     reference = answer_of(None)
     found = {kind: difference(answer_of(kind), reference) for kind in arguments.kinds}
     measuring.print_table(
-        f"{arguments.blocks} blocks, {arguments.tokens} tokens, against bf16: cosine (relative error)",
+        f"{case.model.name}, {arguments.blocks} blocks, {arguments.tokens} tokens, against bf16: "
+        "cosine (relative error)",
         ("weights", "output", "LoRA gradient", "its worst tensor", "which"),
         (row(kind, difference) for kind, difference in found.items()),
     )
@@ -129,14 +130,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="whose widths")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of weights, of " + ", ".join(KINDS))
     parser.add_argument("--blocks", type=int, default=4, help="blocks of the transformer")
     parser.add_argument("--tokens", type=int, help="tokens of the input (7800: 480×832, 17 frames)")
     parser.add_argument("--device", help="the first GPU by default")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--tiny", action="store_true", help="a model of a few million parameters")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model of the same family")
     arguments = parser.parse_args()
+    shape = model_shape(arguments.model)
+    arguments.model = tiny_shape(shape) if arguments.tiny else shape
     arguments.kinds = arguments.kinds.split(",")
     arguments.tokens = arguments.tokens or (TINY_TOKENS if arguments.tiny else TOKENS)
     return arguments
@@ -150,10 +154,9 @@ def main() -> None:
     measuring.print_machine(facts)
     results = measure(arguments, device)
     if arguments.json:
-        options = {key: str(value) for key, value in vars(arguments).items()}
-        measuring.add_results(
-            arguments.json, {"precision": {"machine": facts, "options": options, **results}}
-        )
+        given = {**vars(arguments), "model": arguments.model.name}
+        what = {"machine": facts, "options": {key: str(value) for key, value in given.items()}, **results}
+        measuring.add_results(arguments.json, {f"precision {arguments.model.name}": what})
 
 
 if __name__ == "__main__":

@@ -66,7 +66,17 @@ NOT_RUN = {
     },
     f"tworeel bench --eager {SHORT} --rounds 2": "needs GPUs",
     f"tworeel bench {SHORT} --rounds 3 --timeline steps": "needs GPUs",
+    "python bench/planning.py --cases 2": "needs GPUs",
     "python bench/planning.py --cases 19 20 21": "needs GPUs",
+    **{
+        f"python bench/precision.py {options}": "takes a while; tests/bench runs it with --tiny"
+        for options in (
+            "--model wan-1.3b --tokens 256 --device cpu",
+            "--model flux2-klein-4b --tokens 256 --device cpu",
+            "--tiny",
+            "--tiny --model flux2-dev",
+        )
+    },
     "tworeel bench --shapes image-1536 --rounds 3 --compare naive": "needs GPUs",
     f"{SCRIPTS}/wanvideo/{TRAINING} --offload --steps 2": "needs GPUs",
     f'{SCRIPTS}/wanvideo/{TRAINING} --offload --steps 2 --cap-gib 22.5 --cases "split, overlapping"': (
@@ -75,6 +85,8 @@ NOT_RUN = {
     f"{SCRIPTS}/wanvideo/{TRAINING} --task sft --offload --micro-batches 1 "
     '--cases "split, overlapping"': "needs GPUs",
     f"{SCRIPTS}/flux2/{TRAINING} --model flux2 --steps 2": "needs GPUs",
+    f"{SCRIPTS}/flux2/{TRAINING} --model flux2 --offload --cap-gib 22.5 --steps 2 "
+    '--cases "data process" "split, overlapping, fp8"': "needs GPUs",
     "python bench/flux2_dev.py --phase write text run --cap-gib 22.5": "needs GPUs",
     "DIFFSYNTH_DUAL_GPU=true python -m tworeel.diffsynth train.py --task sft": (
         "tests/diffsynth runs it where DiffSynth's repository is"

@@ -31,12 +31,26 @@ def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: s
 
 
 def test_gradients_are_held_against_one_micro_batch_at_a_time_and_fp32(tmp_path: Path) -> None:
+    ways = ("--residency", "recompute", "--compile", "both")
     options = ("--blocks", "2", "--micro-batches", "2", "--devices", "cpu,cpu")
-    run("gradients.py", *options, "--json", tmp_path / "gradients.json")
-    found = read(tmp_path / "gradients.json")["gradients"]
-    assert found["pipelined, eager"]["naive"]["worst_cosine"] == pytest.approx(1)
-    assert found["pipelined, compiled"]["fp32"]["cosine"] > 0.99
-    assert found["repeats"]
+    printed = run("gradients.py", *ways, *options, "--json", tmp_path / "gradients.json")
+    found = read(tmp_path / "gradients.json")["gradients tiny"]
+    assert list(found["ways"]) == ["one at a time, bf16", "recompute, eager", "recompute, compiled"]
+    assert found["ways"]["recompute, eager"]["naive"]["worst_cosine"] == pytest.approx(1)
+    assert found["ways"]["recompute, compiled"]["fp32"]["cosine"] > 0.99
+    assert found["repeats"] == {"recompute, eager": True, "recompute, compiled": True}
+    assert printed.count("deterministic attention, twice: the same bits") == 2
+
+
+def test_gradients_of_flux2_are_compared_for_each_residency(tmp_path: Path) -> None:
+    ways = ("--model", "flux2-dev", "--residency", "keep", "offload-selective", "auto", "--compile", "no")
+    options = ("--blocks", "3", "--micro-batches", "2", "--devices", "cpu,cpu")
+    run("gradients.py", *ways, *options, "--json", tmp_path / "gradients.json")
+    found = read(tmp_path / "gradients.json")["gradients tiny-flux2"]
+    for residency in ("keep", "offload-selective", "auto"):
+        agreement = found["ways"][f"{residency}, eager"]["naive"]
+        assert agreement["worst_cosine"] == pytest.approx(1)
+    assert found["repeats"] == {"keep, eager": True}
 
 
 def test_the_cost_of_safety_is_measured(tmp_path: Path) -> None:

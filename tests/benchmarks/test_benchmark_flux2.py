@@ -110,7 +110,7 @@ def test_a_case_is_measured_and_agrees_with_the_naive_run(
     result = Bench(RATES, Listener()).run(image, wanted)
     assert result.measured and result.measured.agreement
     assert result.measured.agreement.cosine > (0.9999 if quantize is None else 0.99)
-    assert result.naive and result.naive.precision == "bf16"
+    assert result.naive and result.naive.precision == "fp32"
     assert len(result.measured.spans) == 2 * 2 * image.micro_batches
 
 
@@ -127,7 +127,7 @@ def test_where_bf16_does_not_fit_the_naive_run_has_the_precision_of_the_case(
     listener = Listener()
     wanted = replace(settings, compare_naive=True, check=True, quantize="int8", residency="keep")
     result = Bench(RATES, listener).run(image, wanted)
-    assert "  the bf16 baseline does not fit: it runs in int8 too" in listener.lines
+    assert "  the fp32 baseline does not fit: it runs in int8 too" in listener.lines
     assert result.naive and result.naive.precision == "int8" and result.speedup
     assert result.measured and result.measured.agreement and result.measured.agreement.cosine > 0.9999
 

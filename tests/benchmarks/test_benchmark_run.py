@@ -73,6 +73,13 @@ def test_what_the_engine_refuses_is_a_users_mistake(case: Case, settings: Settin
         Bench(RATES, Listener()).run(case, replace(settings, streamed=(1, 1, 1)))
 
 
+def test_interleaved_stages_are_compared_with_a_naive_run_of_a_part_a_device(
+    case: Case, settings: Settings
+) -> None:
+    interleaved = replace(settings, stages_per_device=2, split_at=(1, 2, 3), compare_naive=True)
+    assert Bench(RATES, Listener()).run(case, interleaved).speedup
+
+
 def test_blocks_can_wait_in_host_memory(case: Case, settings: Settings) -> None:
     result = Bench(RATES, Listener()).run(case, replace(settings, streamed=(1, 1), slack=0))
     assert result.measured

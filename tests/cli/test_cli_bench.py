@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tworeel.benchmarks.shapes import Case
 from tworeel.errors import UserError
 
 Run = Callable[..., Any]
+NEEDS_PROC = pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no files, also from root")
 TINY = ("bench", "--tiny", "--tokens", "16", "--rank", "2", "--rounds", "1", "--micro-batches", "3")
 
 
@@ -29,10 +31,10 @@ def test_a_tiny_bench_prints_a_ratio_and_a_cosine_and_writes_all_figures(run: Ru
     assert case["settings"]["devices"] == ["cpu", "cpu"]
     assert "faster than naive" in done.out and "cosine 1.000" in done.out
     trace = json.loads(
-        (tmp_path / "steps" / "tiny-16-tokens-3-a-step-bf16.trace.json").read_text(encoding="utf-8")
+        (tmp_path / "steps" / "tiny-16-tokens-3-a-step-fp32.trace.json").read_text(encoding="utf-8")
     )
     assert sum(event["ph"] == "X" for event in trace["traceEvents"]) == 2 * 2 * 3
-    assert (tmp_path / "steps" / "tiny-16-tokens-3-a-step-bf16.png").stat().st_size > 5000
+    assert (tmp_path / "steps" / "tiny-16-tokens-3-a-step-fp32.png").stat().st_size > 5000
 
 
 def test_several_precisions_and_steps_are_cases_of_one_table(run: Run, tmp_path: Path) -> None:
@@ -41,8 +43,8 @@ def test_several_precisions_and_steps_are_cases_of_one_table(run: Run, tmp_path:
     assert done.code == 0, done.err
     cases = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["cases"]
     assert [(case["case"]["micro_batches"], case["precision"]) for case in cases] == [
-        (3, "bf16"),
-        (2, "bf16"),
+        (3, "fp32"),
+        (2, "fp32"),
         (3, "fp8"),
         (2, "fp8"),
     ]
@@ -87,6 +89,10 @@ def test_without_a_gpu_a_tiny_model_runs_and_that_is_said(run: Run) -> None:
         (["--check"], "--check: needs --compare naive"),
         (["--tiny", "--devices", "cpu", "--cpp-wrapper"], "--cpp-wrapper: what is not compiled"),
         (["--tiny", "--devices", "cpu,cpu", "--split-at", "9"], "--devices, --split-at: at=[9]"),
+        (
+            ["--tiny", "--devices", "cpu,cpu", "--streamed", "9,1"],
+            "--streamed: streamed=[9, 1]: stage 0 has 2",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(run: Run, arguments: list[str], words: str) -> None:
@@ -96,11 +102,45 @@ def test_a_mistake_is_one_clear_line(run: Run, arguments: list[str], words: str)
     assert len(done.err.splitlines()) == 1
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "path", "words"),
+    [
+        ("--json", "file/bench.json", "cannot be written: "),
+        ("--json", "folder", "is a folder; must be the name of a file"),
+        ("--timeline", "file", "cannot be written: "),
+        pytest.param("--json", "/proc/bench.json", "cannot be written: ", marks=NEEDS_PROC),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    run: Run, tmp_path: Path, option: str, path: str, words: str
+) -> None:
     (tmp_path / "file").touch()
-    done = run(*TINY, "--devices", "cpu,cpu", "--json", tmp_path / "file" / "bench.json")
+    (tmp_path / "folder").mkdir()
+    done = run(*TINY, "--devices", "cpu,cpu", option, tmp_path / path)
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith(f"error: {option} {tmp_path / path}: {words}")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_all_that_does_not_suit_the_model_is_told_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "tworeel.quant.nf4", raising=False)
+    options = ("--streamed", "1,1", "--residency", "keep", "--precision", "nf4", "--cap-gib", "1")
+    done = run(*TINY, "--devices", "cpu,cpu", *options, "--compare", "naive", "--json", tmp_path)
+    assert done.code == 2 and done.out == ""
+    cap, streamed, precision, file = done.err.splitlines()
+    assert "--cap-gib: the memory of cpu" in cap and "--precision nf4: nf4 needs bitsandbytes" in precision
+    assert "--streamed: block 1: its weights are streamed" in streamed and "is a folder" in file
+
+
+def test_all_that_cannot_be_read_is_told_at_once(run: Run) -> None:
+    shapes = ("--shapes", "1x1", "--shapes", "832x480x48")
+    done = run("bench", "--check", "--split-at", "x", "--streamed", "y", *shapes, "--devices", "cuda:77")
     assert done.code == 2
-    assert "--json: cannot make the folder" in done.err and "micro-batches" not in done.out
+    words = [line.split(":")[1].split()[0] for line in done.err.splitlines()]
+    assert words == ["--check", "--split-at", "--streamed", "--shapes", "--shapes", "--devices"]
 
 
 def test_an_unknown_choice_exits_with_2(run: Run) -> None:
@@ -114,6 +154,6 @@ def test_a_tiny_flux2_is_measured_against_the_naive_run(run: Run, tmp_path: Path
     assert done.code == 0, done.err
     (case,) = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))["cases"]
     assert case["case"]["model"]["name"] == "tiny-flux2" and case["settings"]["rank"] == 16
-    assert case["speedup"] > 0 and case["naive"]["precision"] == "bf16"
+    assert case["speedup"] > 0 and case["naive"]["precision"] == "fp32"
     assert "s an image; " in done.out and "images a step" in done.out
     assert (tmp_path / "steps" / "tiny-flux2-64-tokens-4-a-step-fp8.png").is_file()

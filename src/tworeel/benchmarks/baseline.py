@@ -44,20 +44,21 @@ class Baselines:
         self._known: dict[Hashable, Naive] = {}
 
     def run(self, case: Case, settings: Settings, blocks: int) -> Baseline:
-        """Run it in bf16, or in the case's precision where bf16 does not fit."""
-        bf16, *others = _attempts(settings)
-        found = self._attempt(case, bf16, settings, blocks)
+        """Run it unquantized, or in the case's precision where that does not fit."""
+        unquantized, *others = _attempts(settings)
+        found = self._attempt(case, unquantized, settings, blocks)
         for other in others:
             if found.naive.seconds_per_clip is not None:
                 break
             del found  # and its model
-            self._observer.say(f"  the bf16 baseline does not fit: it runs in {other.precision} too")
+            asked = other.precision_of(case.model)
+            self._observer.say(f"  the {case.model.precision} baseline does not fit: it runs in {asked} too")
             found = self._attempt(case, other, settings, blocks)
         return found
 
     def _attempt(self, case: Case, attempt: Settings, settings: Settings, blocks: int) -> Baseline:
-        devices = attempt.devices
-        kind = (case.model, case.grid, blocks, attempt.rank, attempt.precision)
+        devices, precision = attempt.devices, attempt.precision_of(case.model)
+        kind = (case.model, case.grid, blocks, attempt.rank, precision)
         known = self._known.get(kind)
         if known and (known.seconds_per_clip is None or not attempt.check):
             return Baseline(naive=known)
@@ -66,10 +67,10 @@ class Baselines:
         prepared = unless_out_of_memory(lambda: prepare(case, attempt, blocks))
         gradients = None
         if prepared is None:
-            naive = Naive(seconds_per_clip=None, peaks=machine.peaks(devices), precision=attempt.precision)
+            naive = Naive(seconds_per_clip=None, peaks=machine.peaks(devices), precision=precision)
         else:
             self._observer.say("  one micro-batch at a time with per-block device hooks ...")
-            naive, gradients = run_naive(prepared, attempt, self._observer)
+            naive, gradients = run_naive(case, prepared, attempt, self._observer)
         machine.reset_peaks(devices)
         self._known[kind] = naive
         is_same = attempt == settings
@@ -79,15 +80,19 @@ class Baselines:
 def _attempts(settings: Settings) -> Iterator[Settings]:
     """What the naive run works with: all weights on the devices, a part of the model on each.
 
-    In bf16 also where the pipeline's weights are quantized; in their precision if that does not fit.
+    Not quantized also where the pipeline's weights are; in their precision if that does not fit.
     """
-    plain = replace(settings, streamed=None, stages_per_device=1)
+    interleaved = settings.stages_per_device > 1
+    split_at = None if interleaved else settings.split_at
+    plain = replace(settings, streamed=None, stages_per_device=1, split_at=split_at)
     yield replace(plain, quantize=None)
     if settings.quantize is not None:
         yield plain
 
 
-def run_naive(prepared: Prepared, settings: Settings, observer: Observer) -> tuple[Naive, Gradients | None]:
+def run_naive(
+    case: Case, prepared: Prepared, settings: Settings, observer: Observer
+) -> tuple[Naive, Gradients | None]:
     """Time some micro-batches one after the other.
 
     Returns:
@@ -112,4 +117,5 @@ def run_naive(prepared: Prepared, settings: Settings, observer: Observer) -> tup
     model.zero_grad(set_to_none=True)
     clip = seconds / len(batches) if seconds else None
     peaks = machine.peaks(settings.devices)
-    return Naive(seconds_per_clip=clip, peaks=peaks, precision=settings.precision), gradients
+    precision = settings.precision_of(case.model)
+    return Naive(seconds_per_clip=clip, peaks=peaks, precision=precision), gradients

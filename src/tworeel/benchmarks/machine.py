@@ -80,14 +80,19 @@ def limit_memory(devices: Sequence[torch.device], cap: float | None) -> None:
     """
     if cap is None:
         devices = [device for device in devices if device.type == "cuda"]
-    raise_if_any(
-        f"--cap-gib: the memory of {device} cannot be limited, only that of CUDA devices"
-        for device in dict.fromkeys(devices)
-        if device.type != "cuda"
-    )
+    raise_if_any(cap_problems(devices))
     for name, limit in memory_limits(list(devices), cap).items():
         total = torch.cuda.get_device_properties(name).total_memory
         torch.cuda.set_per_process_memory_fraction(limit / total, name)
+
+
+def cap_problems(devices: Iterable[torch.device]) -> list[str]:
+    """The devices whose memory cannot be limited, a line each."""
+    return [
+        f"--cap-gib: the memory of {device} cannot be limited, only that of CUDA devices"
+        for device in dict.fromkeys(devices)
+        if device.type != "cuda"
+    ]
 
 
 def matmul_rates(devices: Sequence[torch.device]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from tworeel.lora.state import lora_parameters
 from tworeel.models.family import Component, Family
 from tworeel.models.flux2 import conditioning, variants
 from tworeel.models.registry import FAMILIES
+from tworeel.quant import quantize_blocks
 
 Quantization = Literal["fp8", "int8", "nf4"]
 SCALE = 0.02
@@ -186,8 +187,6 @@ def _make(model: nn.Module, name: str, noise: Noise, device: torch.device, dtype
 
 
 def _quantize(model: nn.Module, block: str, kind: Quantization) -> None:
-    from tworeel.quant import quantize_blocks
-
     modules = model.get_submodule(block).named_modules()
     names = [f"{block}.{name}" for name, module in modules if isinstance(module, nn.Linear)]
     try:

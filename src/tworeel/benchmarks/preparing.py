@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -13,14 +14,17 @@ from torch import Tensor, nn
 
 from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.shapes import Case
+from tworeel.benchmarks.widths import ModelShape
 from tworeel.engine import Placement
 from tworeel.engine.attention import AttentionBackend
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.releasing import release_memory
-from tworeel.engine.streamed_blocks import streamed_positions
-from tworeel.errors import UserError
+from tworeel.engine.residency import one_a_block
+from tworeel.engine.streamed_blocks import refuse_kept_streamed, streamed_positions
+from tworeel.errors import UserError, collected
 from tworeel.lora.state import lora_parameters
 from tworeel.models.family import Family
+from tworeel.quant import quantize_blocks
 
 T = TypeVar("T")
 Gradients = dict[str, Tensor]
@@ -48,7 +52,7 @@ class Settings:
     blocks: int | None = None
     """Of the model; as many as the real one has by default."""
     quantize: models.Quantization | None = None
-    """fp8, int8 or nf4; bf16 by default, and fp32 for a tiny model."""
+    """fp8, int8 or nf4; the model's own precision by default."""
     residency: str = "auto"
     compile: bool = False
     cpp_wrapper: bool = False
@@ -62,10 +66,9 @@ class Settings:
     check: bool = False
     """Compare the gradients with the naive run's too."""
 
-    @property
-    def precision(self) -> str:
+    def precision_of(self, model: ModelShape) -> str:
         """Of the frozen weights, in one word."""
-        return self.quantize or "bf16"
+        return self.quantize or model.precision
 
     @property
     def stages(self) -> tuple[torch.device, ...]:
@@ -102,22 +105,59 @@ class Prepared:
     batches: list[dict[str, Any]]
 
 
+def settings_problems(
+    model: ModelShape,
+    settings: Settings,
+    quantizations: Iterable[models.Quantization | None],
+    caps: Iterable[float | None],
+) -> list[str]:
+    """What does not suit the model or this machine, a line each, before a device is touched.
+
+    Args:
+        model: which is to be measured.
+        settings: that all cases have.
+        quantizations: of the cases.
+        caps: of the cases, GiB a stage.
+    """
+    limited = any(cap is not None for cap in caps)
+    problems = machine.cap_problems(settings.devices) if limited else []
+    with collected(problems):
+        _place(model, settings, settings.blocks or model.blocks)
+    for kind in filter(None, dict.fromkeys(quantizations)):
+        with collected(problems), _naming(f"--precision {kind}"):
+            quantize_blocks(nn.Module(), kind, names=())
+    return problems
+
+
+def _place(shape: ModelShape, settings: Settings, blocks: int) -> tuple[nn.Module, Placement, list[int]]:
+    """The model on the meta device, what of it goes where, and which blocks are streamed."""
+    model, family = models.build(shape, blocks), models.family_of(shape)
+    with _naming("--devices, --split-at"):
+        placement = models.place_model(model, family, settings.stages, settings.split_at)
+    with _naming("--streamed"):
+        streamed = streamed_positions(placement, settings.streamed)
+        refuse_kept_streamed(one_a_block(settings.residency, blocks), streamed)
+    return model, placement, streamed
+
+
+@contextmanager
+def _naming(options: str) -> Iterator[None]:
+    """What the engine refuses inside is a mistake in these options."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{options}: {error}") from None
+
+
 def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
     """Build the model on its devices, and the micro-batches on the first.
 
     Raises:
-        UserError: the model cannot be split or quantized so.
+        UserError: the model cannot be split, streamed or quantized so.
     """
     dtype = torch.float32 if case.model.tiny else torch.bfloat16
-    family, model = models.family_of(case.model), models.build(case.model, blocks)
-    try:
-        placement = models.place_model(model, family, settings.stages, settings.split_at)
-    except ValueError as error:
-        raise UserError(f"--devices, --split-at: {error}") from None
-    try:
-        streamed = streamed_positions(placement, settings.streamed)
-    except ValueError as error:
-        raise refusal(error) from None
+    family = models.family_of(case.model)
+    model, placement, streamed = _place(case.model, settings, blocks)
     models.fill(
         model,
         family,
@@ -129,11 +169,6 @@ def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
     )
     batches = models.make_batches(case, dtype, settings.devices[0])
     return Prepared(family=family, model=model, placement=placement, batches=batches)
-
-
-def refusal(error: ValueError) -> UserError:
-    """What the engine refuses, in the command's words."""
-    return UserError(str(error).replace("streamed=", "--streamed ", 1))
 
 
 def gradients_of(model: nn.Module) -> Gradients:

@@ -64,7 +64,7 @@ class Naive:
     """Median over the rounds; None if it does not fit."""
     peaks: Mapping[str, Peak]
     precision: str = "bf16"
-    """Of the frozen weights: bf16 if that fits."""
+    """Of the frozen weights: the model's own if that fits."""
 
 
 @dataclass(frozen=True)

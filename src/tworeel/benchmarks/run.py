@@ -20,7 +20,6 @@ from tworeel.benchmarks.preparing import (
     Settings,
     gradients_of,
     prepare,
-    refusal,
     timed,
     unless_out_of_memory,
 )
@@ -65,14 +64,14 @@ class Bench:
         """Measure one case.
 
         Raises:
-            UserError: the model cannot be split or quantized so.
+            UserError: the model cannot be split, streamed or quantized so.
         """
-        devices = settings.devices
+        devices, precision = settings.devices, settings.precision_of(case.model)
         blocks = settings.blocks or case.model.blocks
         self._forget_compiled(case, settings)
         machine.reset_peaks(devices)
         tokens, count = f"{case.tokens:,} tokens", f"{case.micro_batches} micro-batches"
-        self._observer.say(f"{case.name}: {blocks} blocks, {settings.precision}, {tokens}, {count}")
+        self._observer.say(f"{case.name}: {blocks} blocks, {precision}, {tokens}, {count}")
         baseline = self._baselines.run(case, settings, blocks) if settings.compare_naive else None
         machine.limit_memory(devices, settings.cap_gib)
         prepared = baseline.prepared if baseline else None
@@ -87,7 +86,7 @@ class Bench:
         result = CaseResult(
             case=case,
             blocks=blocks,
-            precision=settings.precision,
+            precision=precision,
             cap_gib=settings.cap_gib,
             floor_seconds=work_of(case.model, case.tokens, blocks).total / sum(self._rates.values()),
             peaks=machine.peaks(devices),
@@ -110,15 +109,8 @@ class Bench:
 def run_pipelined(
     prepared: Prepared, settings: Settings, naive: Gradients | None, observer: Observer
 ) -> Measured:
-    """Time rounds of whole steps, and steps of one micro-batch each.
-
-    Raises:
-        UserError: the engine refuses the settings.
-    """
-    try:
-        pipeline = make_pipeline(prepared, settings)
-    except ValueError as error:
-        raise refusal(error) from None
+    """Time rounds of whole steps, and steps of one micro-batch each."""
+    pipeline = make_pipeline(prepared, settings)
 
     def loss(output: Any, batch: Any) -> Tensor:
         observer.poll()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tworeel.benchmarks.widths import MODELS, TINY_TOKENS, ModelShape
-from tworeel.errors import UserError, did_you_mean
+from tworeel.errors import UserError, collected, did_you_mean, raise_if_any
 
 MOST_POSITIONS = 1024
 """Tokens along one axis: Wan has rotary tables for as many."""
@@ -63,8 +63,14 @@ def make_cases(
     if not shapes and not tokens:
         shapes, tokens = ((), (TINY_TOKENS,)) if model.tiny else (("standard",), ())
     names = [name for given in shapes for name in (model.standard if given == "standard" else (given,))]
-    grids = {name: _grid_of(name, model) for name in names}
-    grids |= {f"{count} tokens": square_grid(count, "--tokens") for count in tokens}
+    grids, problems = {}, list[str]()
+    for name in names:
+        with collected(problems):
+            grids[name] = _grid_of(name, model)
+    for count in tokens:
+        with collected(problems):
+            grids[f"{count} tokens"] = square_grid(count, "--tokens")
+    raise_if_any(problems)
     return [
         Case(name=name, model=model, grid=grid, micro_batches=count)
         for name, grid in grids.items()

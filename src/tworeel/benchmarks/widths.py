@@ -53,6 +53,11 @@ class ModelShape(ABC):
         return self.dim // HEAD_DIM
 
     @property
+    def precision(self) -> str:
+        """Of weights that are not quantized."""
+        return "fp32" if self.tiny else "bf16"
+
+    @property
     @abstractmethod
     def multiple(self) -> int:
         """Pixels of a token's side."""

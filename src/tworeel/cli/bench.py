@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,10 @@ from tworeel.benchmarks.shapes import make_cases, model_shape
 from tworeel.benchmarks.widths import DEFAULT_MODEL, tiny_shape
 from tworeel.cli import bench_options as given
 from tworeel.cli import options
-from tworeel.cli.bench_figures import measure
+from tworeel.cli.bench_figures import measure, output_problems
 from tworeel.cli.bench_options import PrecisionName
 from tworeel.cli.watching import watching
-from tworeel.errors import UserError
+from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.report.console import say
 
 if TYPE_CHECKING:
@@ -70,13 +71,17 @@ def bench(
 
     tworeel bench --model flux2-dev --precision fp8 --compare naive
     """
-    if check and compare is None:
-        raise UserError("--check: needs --compare naive")
-    shape = model_shape(model or DEFAULT_MODEL)
-    tiny_model = tiny_shape(shape)
-    shape = tiny_model if tiny else shape
-    cases = make_cases(shape, shapes=shapes or (), tokens=tokens or (), micro_batches=micro_batches or ())
-    numbers = {"--split-at": _numbers("--split-at", split_at), "--streamed": _numbers("--streamed", streamed)}
+    problems = ["--check: needs --compare naive"] if check and compare is None else []
+    with collected(problems):
+        boundaries = _numbers("--split-at", split_at)
+    with collected(problems):
+        waiting = _numbers("--streamed", streamed)
+    with collected(problems):
+        shape = model_shape(model or DEFAULT_MODEL)
+        tiny_model = tiny_shape(shape)
+        shape = tiny_model if tiny else shape
+        cases = make_cases(shape, shapes=shapes or (), tokens=tokens or (), micro_batches=micro_batches or ())
+    unwritable = list(output_problems(json_file, timeline))
     if tiny:
         # Before torch is imported: so tiny a model is slowed by more threads than one a stage.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -85,31 +90,33 @@ def bench(
         import torch
 
         from tworeel.benchmarks.machine import devices_of
-        from tworeel.benchmarks.preparing import Settings, launched
+        from tworeel.benchmarks.preparing import Settings, launched, settings_problems
         from tworeel.engine.attention import before_first_product
 
         before_first_product(attention)
-        found = devices_of(options.device_list(devices))
+        with collected(problems):
+            found = devices_of(options.device_list(devices))
+        if problems:
+            raise UserError(*problems, *unwritable)
         on_cpu = all(device.type == "cpu" for device in found)
         compiles = not on_cpu if compile is None else compile
-        if cpp_wrapper:
-            _require_cpp_wrapper(compiles)
         if devices is None and on_cpu and not tiny:
             say(
                 "There is no GPU: a tiny model on cpu,cpu shows that it works; its figures mean nothing else."
             )
-            cases = make_cases(tiny_model, micro_batches=micro_batches or ())
+            shape = tiny_model
+            cases = make_cases(shape, micro_batches=micro_batches or ())
             torch.set_num_threads(1)
         settings = Settings(
             devices=found,
             stages_per_device=stages_per_device,
-            split_at=numbers["--split-at"],
+            split_at=boundaries,
             blocks=blocks,
             residency=residency,
             compile=compiles,
             attention=attention,
             slack=slack,
-            streamed=numbers["--streamed"],
+            streamed=waiting,
             rank=rank or shape.rank,
             rounds=rounds,
             compare_naive=compare is not None,
@@ -117,23 +124,27 @@ def bench(
         )
         # What is compiled for a precision and a shape serves all limits of memory.
         caps: list[float | None] = [*cap_gib] if cap_gib else [None]
-        precisions = precision or [PrecisionName.BF16]
+        quantizations = [QUANTIZE[one] for one in precision or [PrecisionName.BF16]]
+        problems += settings_problems(shape, settings, quantizations, caps)
+        if cpp_wrapper:
+            problems += _cpp_wrapper_problems(compiles)
+        raise_if_any([*problems, *unwritable])
         runs = [
-            (case, launched(replace(settings, quantize=QUANTIZE[one], cap_gib=cap), case, cpp_wrapper))
-            for one, case, cap in itertools.product(precisions, cases, caps)
+            (case, launched(replace(settings, quantize=kind, cap_gib=cap), case, cpp_wrapper))
+            for kind, case, cap in itertools.product(quantizations, cases, caps)
         ]
         measure(runs, observer, json_file, timeline)
 
 
-def _require_cpp_wrapper(compiles: bool) -> None:
+def _cpp_wrapper_problems(compiles: bool) -> Iterator[str]:
     from tworeel.engine.compiling import require_cpp_compiler
 
     if not compiles:
-        raise UserError("--cpp-wrapper: what is not compiled cannot be launched from C++; needs --compile")
+        yield "--cpp-wrapper: what is not compiled cannot be launched from C++; needs --compile"
     try:
         require_cpp_compiler()
     except ValueError as error:
-        raise UserError(f"--cpp-wrapper: {error}") from None
+        yield f"--cpp-wrapper: {error}"
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,19 +34,16 @@ def measure(
         timeline: folder for a picture and a trace of a step of each case.
 
     Raises:
-        UserError: a file's folder cannot be made, or memory that cannot be limited.
+        UserError: a file cannot be written after all.
     """
     from tworeel.benchmarks import machine
     from tworeel.benchmarks.run import Bench
     from tworeel.report.benchmark import benchmark_tables, closing_lines, fact_lines
 
-    for option, folder in (("--json", json_file and json_file.parent), ("--timeline", timeline)):
-        _make_folder(option, folder)
     case, settings = runs[0]
     facts = machine.facts(dict.fromkeys(settings.devices))
     for line in fact_lines(facts):
         say(line)
-    machine.limit_memory(settings.devices, settings.cap_gib)  # refuses what cannot be limited
     machine.wake(settings.devices)
     rates = machine.matmul_rates(settings.devices)
     bench, results, figures = Bench(rates, observer), [], []
@@ -86,14 +84,25 @@ def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> Non
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     from tworeel.files import write_text_atomic
 
-    write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
-
-
-def _make_folder(option: str, folder: Path | None) -> None:
-    """Before anything is measured, so that no minutes are lost to a wrong path."""
-    if folder is None:
-        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
     except OSError as error:
-        raise UserError(f"{option}: cannot make the folder {folder}: {error.strerror}") from None
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
+
+
+def output_problems(json_file: Path | None, timeline: Path | None) -> Iterator[str]:
+    """What keeps the figures from being written, in one line each; folders are made on the way."""
+    for option, path, folder in (
+        ("--timeline", timeline, timeline),
+        ("--json", json_file, json_file and json_file.parent),
+    ):
+        if path is None or folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if path == json_file and path.is_dir():
+                yield f"{option} {path}: is a folder; must be the name of a file"
+        except OSError as error:
+            yield f"{option} {path}: cannot be written: {error.strerror}"

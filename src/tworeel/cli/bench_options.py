@@ -66,7 +66,7 @@ Tiny = Annotated[
     bool,
     typer.Option(
         "--tiny",
-        help="A tiny model of the same family: seconds, to see that it works.",
+        help="A tiny model of the same family, in fp32: seconds, to see that it works.",
         rich_help_panel=WHAT,
     ),
 ]
@@ -87,7 +87,10 @@ SplitAt = Annotated[
 ]
 Precision = Annotated[
     list[PrecisionName] | None,
-    typer.Option(help="Of the frozen weights; bf16 by default. Repeat it to compare.", rich_help_panel=HOW),
+    typer.Option(
+        help="Of the frozen weights; bf16, which is not quantized, by default. Repeat it to compare.",
+        rich_help_panel=HOW,
+    ),
 ]
 Residency = Annotated[
     Literal["auto", "keep", "selective", "recompute", "offload", "offload-selective"],

@@ -59,7 +59,8 @@ def closing_lines(result: CaseResult) -> list[str]:
     if naive and naive.seconds_per_clip is None:
         lines.append(f"  {NAIVE} does not fit")
     if naive and result.speedup is not None:
-        fallback = "" if naive.precision == "bf16" else f" in {naive.precision}: in bf16 that does not fit"
+        own = result.case.model.precision
+        fallback = "" if naive.precision == own else f" in {naive.precision}: in {own} that does not fit"
         lines.append(f"  {result.speedup:.2f} times as fast as {NAIVE}{fallback}")
     if measured and measured.agreement:
         lines.append(f"  gradients against it: {measured.agreement.in_words}")
@@ -79,14 +80,17 @@ def _cells(result: CaseResult) -> dict[str, str]:
     if result.cap_gib is not None:
         cells["GiB a stage may use"] = f"{result.cap_gib:g}"
     cells |= _measured_cells(result.measured, seconds) if result.measured else {seconds: "does not fit"}
-    cells["floor in bf16, seconds"] = f"{result.floor_seconds:.3g}"
+    cells["floor, seconds" if result.case.model.tiny else "floor in bf16, seconds"] = (
+        f"{result.floor_seconds:.3g}"
+    )
     cells |= _peak_cells("peak", result.peaks)
     if result.pinned_peak:
         cells["pinned host memory"] = f"{result.pinned_peak / GIB:.1f} GiB"
     if result.naive:
         clip = result.naive.seconds_per_clip
-        if result.naive.precision != "bf16":
-            cells["naive: precision"] = f"{result.naive.precision}, bf16 does not fit"
+        own = result.case.model.precision
+        if result.naive.precision != own:
+            cells["naive: precision"] = f"{result.naive.precision}, {own} does not fit"
         cells[f"naive: {seconds}"] = "does not fit" if clip is None else f"{clip:.4g}"
         cells |= _peak_cells("naive: peak", result.naive.peaks)
     if result.speedup is not None:
