@@ -34,11 +34,12 @@ from tworeel.benchmarks.results import (
     mean_stage_seconds,
 )
 from tworeel.benchmarks.shapes import Case
+from tworeel.config.schema import TrainConfig
 from tworeel.engine import Pipeline, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
-from tworeel.engine.timeline import Span, busy_shares
-from tworeel.training.assembly import HOST_SHARE
+from tworeel.engine.timeline import Span, busy_shares, device_shares
+from tworeel.training.assembly import HOST_SHARE, keep_compiled
 
 ALONE = 2
 """Steps of one micro-batch that tell how long a stage works for it."""
@@ -140,6 +141,8 @@ def run_pipelined(
 
 def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
     """The pipeline that the settings describe."""
+    if settings.compile:
+        keep_compiled(TrainConfig().output.parent / "cache")  # that of a run from here, by default
     division = split(
         prepared.model,
         settings.stages,
@@ -167,7 +170,7 @@ def _summarize(
     seconds = statistics.median(time for time, _ in rounds)
     spans = min(rounds, key=lambda item: abs(item[0] - seconds))[1]
     busy = tuple(busy_shares(spans, stages))
-    bubble = 1 - sum(busy) / len(settings.devices)
+    bubble = 1 - statistics.fmean(device_shares(spans, settings.stages))
     works = mean_stage_seconds(alone, stages, min(ALONE, count))
     ideal = ideal_seconds(settings.stages, count, settings.slack, works)
     residency = pipeline.split.residency_in_words()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
@@ -107,12 +108,19 @@ def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: N
     return job.transformer
 
 
+def keep_compiled(cache: Path) -> None:
+    """Let what is compiled from now on be kept in a cache folder, for later runs.
+
+    The system may clear torch's usual place, a temporary folder, at every start.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute() / "compiled"))
+
+
 def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
     """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
     devices, engine = job.placement.devices, config.engine
     compile = any(device.type != "cpu" for device in devices) if engine.compile is None else engine.compile
-    # The system may clear torch's usual place, a temporary folder, at every start.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config).absolute() / "compiled"))
+    keep_compiled(cache_folder(config))
     return split(
         model,
         devices,
