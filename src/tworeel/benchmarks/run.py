@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -38,8 +37,9 @@ from tworeel.config.schema import TrainConfig
 from tworeel.engine import Pipeline, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
+from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.engine.timeline import Span, busy_shares, device_shares
-from tworeel.training.assembly import HOST_SHARE, keep_compiled
+from tworeel.training.assembly import host_limit, keep_compiled
 
 ALONE = 2
 """Steps of one micro-batch that tell how long a stage works for it."""
@@ -152,7 +152,9 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
         compile=settings.compile,
         cpp_wrapper=settings.cpp_wrapper,
         streamed=settings.streamed,
-        host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
+        host_limit=host_limit(
+            prepared.model, prepared.placement, streamed_positions(prepared.placement, settings.streamed)
+        ),
     )
     return Pipeline(division, slack=settings.slack)
 
