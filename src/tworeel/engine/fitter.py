@@ -60,7 +60,7 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
         return None
     blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
     return StageMemory(
-        available=available_memory(split.placement, split.model, stage),
+        available=available_memory(split.placement, split.model, stage, split.optimizer),
         num_blocks=len(blocks),
         may_keep=len(blocks) - len(streamed),
         in_flight=in_flight,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from tworeel.engine.block_runs import BlockRuns
@@ -137,6 +138,8 @@ class Split:
         departures: activations that are on their way there.
         run_ahead: bounds how many blocks are queued on a device.
         io_same_device: whether the forward's result comes back to the first device.
+        optimizer: that trains the model; may be set. The residency `auto` leaves room for its moments until
+            they are there; without it, always.
         under_way: the micro-batches that are on their way.
         block_runs: runs a block as all of this says.
     """
@@ -166,6 +169,7 @@ class Split:
         self._host_limit = host_limit
         self.host_pool = HostPool(self.host_room)
         self.may_stream = may_stream
+        self.optimizer: Optimizer | None = None
         self.under_way = UnderWay(placement)
         self.block_runs = BlockRuns(self)
         self._forwards = Forwards(self)
