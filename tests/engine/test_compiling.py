@@ -242,6 +242,21 @@ def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch, capl
     assert told(caplog) == ["Block runs without torch.compile, which failed: no compiler on this machine"]
 
 
+def test_each_kind_of_block_that_fails_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: 1 / 0)
+    compiler, x = BlockCompiler(), torch.ones(2, 4)
+    for block in (Block(), Other(), Block()):
+        call(compiler, block, x)
+    assert [line.split()[0] for line in told(caplog)] == ["Block", "Other"]
+
+
+class Other(Block):
+    """Of another kind."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
 class Wary(Block):
     """Runs only while no thread holds the search; cannot be compiled as a whole."""
 

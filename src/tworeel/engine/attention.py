@@ -82,7 +82,8 @@ def fastest_backends(devices: Sequence[torch.device]) -> list[SDPBackend]:
         # Where the first ones decide all, the later ones are in order, too
         return [sum(_first(order[begin:], seconds) for seconds in found) for begin in range(len(order))]
 
-    return list(min(itertools.permutations(kernels), key=together))
+    best = min(itertools.permutations(kernels), key=together)
+    return list(best)
 
 
 def _first(order: Sequence[SDPBackend], seconds: Mapping[SDPBackend, float]) -> float:

@@ -198,7 +198,7 @@ class BlockCompiler:
 
     def _give_up(self, call: BlockCall, block: nn.Module, reason: str) -> None:
         with self._lock:
-            if not self.failed:
+            if call not in self.failed:  # another thread may have come to it first
                 _warn(block, "torch.compile", reason)
             self.failed.add(call)
 
