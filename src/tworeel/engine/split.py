@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -41,6 +42,7 @@ def split(
     blocks: Sequence[str] | None = None,
     first: Sequence[str] = (),
     residency: Residency | str | Sequence[Residency | str] = Residency.KEEP,
+    kept_ops: Collection[OpOverload[..., Any]] = (),
     compile: bool = False,
     cpp_wrapper: bool = False,
     streamed: Sequence[int] | None = None,
@@ -64,6 +66,8 @@ def split(
         first: names of modules that run before the blocks although the model lists them behind.
         residency: what each block leaves behind for its backward; one for all, or one a block. `auto` keeps
             as much as the devices have room for, found out before the first step of a `Pipeline`.
+        kept_ops: operations whose results the selective residencies keep beside those of torch's attentions,
+            for example `[torch.ops.flash_attn._flash_attn_forward.default]`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
         cpp_wrapper: launch what is compiled from C++, see `BlockCompiler`.
         streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
@@ -105,6 +109,7 @@ def split(
         placement,
         residency,
         positions,
+        kept_ops=kept_ops,
         may_stream=streamed is None if may_stream is None else may_stream,
         compiler=compiler,
         host_limit=host_limit,
@@ -130,6 +135,7 @@ class Split:
         model: the model itself.
         placement: which unit runs on which stage and device.
         residencies: what each block leaves behind for its backward.
+        kept_ops: operations whose results the selective residencies keep, too.
         is_auto: whether the pipeline chooses the residencies (`tworeel.engine.fitter`).
         streamed: which blocks have their weights streamed.
         may_stream: whether the pipeline may then let weights be streamed, too.
@@ -151,6 +157,7 @@ class Split:
         residency: Residency | str | Sequence[Residency | str],
         streamed: Sequence[int] = (),
         *,
+        kept_ops: Collection[OpOverload[..., Any]] = (),
         may_stream: bool = True,
         compiler: BlockCompiler | None = None,
         host_limit: int | None = None,
@@ -161,6 +168,7 @@ class Split:
         self.placement = placement
         self.residencies = one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
+        self.kept_ops = frozenset(kept_ops)
         self.compiler = compiler
         self.departures = Departures()
         self.run_ahead = RunAhead(run_ahead)
