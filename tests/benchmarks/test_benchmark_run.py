@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tworeel.benchmarks import baseline, run
-from tworeel.benchmarks.preparing import Settings
+from tworeel.benchmarks.preparing import Prepared, Settings
 from tworeel.benchmarks.run import Bench
 from tworeel.benchmarks.shapes import Case
 from tworeel.errors import UserError
@@ -37,6 +39,21 @@ def test_a_case_is_measured_and_agrees_with_the_naive_run(case: Case, settings: 
     assert len(measured.spans) == 2 * 2 * case.micro_batches
     assert 0 < measured.bubble < 1 and 0 < measured.ideal_share < 1.5
     assert measured.residency == "stage 0: 1 recompute; stage 1: 1 recompute"
+
+
+def test_stages_that_share_a_cpu_leave_no_bubble_below_nothing(case: Case, settings: Settings) -> None:
+    result = Bench(RATES, Listener()).run(case, replace(settings, stages_per_device=2))
+    assert result.measured and 0 < result.measured.bubble < 1
+    assert len(result.measured.busy) == 4
+
+
+def test_what_is_compiled_is_kept_where_a_run_looks_for_it(
+    prepared: Prepared, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    run.make_pipeline(prepared, replace(settings, compile=True))
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "cache" / "compiled"
 
 
 def test_a_case_that_does_not_fit_is_told_and_the_next_one_runs(

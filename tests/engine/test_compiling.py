@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import time
-import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +13,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 from torch._inductor import cpp_builder
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.exc import InvalidCxxCompiler
@@ -102,6 +102,11 @@ def call(compiler: BlockCompiler, block: nn.Module, x: torch.Tensor) -> torch.Te
     return compiler(plain_call(type(block)), block, x)
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings that are ours: torch has some of its own."""
+    return [record.getMessage() for record in caplog.records if record.name == compiling.__name__]
+
+
 def test_blocks_of_a_kind_share_one_compilation(monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda call, **_: made.append(call) or call)
@@ -121,7 +126,7 @@ def test_a_compiler_that_is_given_up_leaves_nothing_behind(monkeypatch):
     assert gone() is None
 
 
-def test_where_the_cpp_wrapper_fails_blocks_stay_compiled(monkeypatch):
+def test_where_the_cpp_wrapper_fails_blocks_stay_compiled(monkeypatch, caplog):
     def compile_graph(graph: torch.fx.GraphModule, inputs: object, **options: object) -> object:
         if options:
             raise RuntimeError("no header files")
@@ -129,12 +134,10 @@ def test_where_the_cpp_wrapper_fails_blocks_stay_compiled(monkeypatch):
 
     monkeypatch.setattr(compiling, "lookup_backend", lambda name: compile_graph)
     compiler, block, x = BlockCompiler(cpp_wrapper=True), Block(), torch.ones(2, 4)
-    with pytest.warns(UserWarning, match=r"Block runs without Inductor's C\+\+ wrapper, .*no header files"):
-        outputs = call(compiler, block, x)
-    torch.testing.assert_close(outputs, block(x))
+    torch.testing.assert_close(call(compiler, block, x), block(x))
+    call(compiler, Block(), x)
     assert not compiler.failed
-    with warnings.catch_warnings(action="error"):
-        call(compiler, Block(), x)
+    assert told(caplog) == ["Block runs without Inductor's C++ wrapper, which failed: no header files"]
 
 
 @pytest.mark.parametrize("inner", [torch.OutOfMemoryError, RuntimeError])
@@ -180,10 +183,9 @@ def test_the_backward_is_compiled_before_the_forward_runs(monkeypatch):
 
 def test_every_thread_compiles_as_often_as_it_takes(monkeypatch):
     """Threads do not see each other's settings of torch."""
-    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    compiled: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: compiled.append(graph) or graph)
     compiler, block, sizes = BlockCompiler(), Block(), range(2, 16)
-    frames = torch._dynamo.utils.counters["frames"]
-    before = frames["ok"]
 
     def run() -> None:
         with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
@@ -192,7 +194,7 @@ def test_every_thread_compiles_as_often_as_it_takes(monkeypatch):
 
     with ThreadPoolExecutor(1) as other:
         other.submit(run).result()
-    assert frames["ok"] - before == len(sizes) and not compiler.failed
+    assert len(compiled) == len(sizes) and not compiler.failed
 
 
 def test_blocks_run_side_by_side_but_one_thread_at_a_time_looks_for_its_compilation(monkeypatch):
@@ -224,23 +226,81 @@ def test_blocks_run_side_by_side_but_one_thread_at_a_time_looks_for_its_compilat
 def test_an_error_in_a_block_leaves_the_way_free_for_others(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     compiler = BlockCompiler()
-    with pytest.warns(UserWarning, match="Block runs without"), pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError):
         call(compiler, Block(), torch.ones(2, 5))
     assert not compiling._searching._lock.locked()
 
 
-def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch):
+def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch, caplog):
     def broken(graph, inputs):
         raise RuntimeError("no compiler on this machine")
 
     monkeypatch.setattr(compiling, "BACKEND", broken)
     compiler, block, x = BlockCompiler(), Block(), torch.ones(2, 4)
-    with pytest.warns(UserWarning, match="Block runs without torch.compile, which failed: no compiler"):
-        result = call(compiler, block, x)
-    assert torch.equal(result, block(x))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    assert torch.equal(call(compiler, block, x), block(x))
+    call(compiler, block, x)
+    assert told(caplog) == ["Block runs without torch.compile, which failed: no compiler on this machine"]
+
+
+def test_each_kind_of_block_that_fails_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: 1 / 0)
+    compiler, x = BlockCompiler(), torch.ones(2, 4)
+    for block in (Block(), Other(), Block()):
         call(compiler, block, x)
+    assert [line.split()[0] for line in told(caplog)] == ["Block", "Other"]
+
+
+class Other(Block):
+    """Of another kind."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+class Wary(Block):
+    """Runs only while no thread holds the search; cannot be compiled as a whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        assert not compiling._searching._lock.locked()
+        return super().forward(x)
+
+
+def test_what_torch_would_compile_in_parts_runs_as_it_is_after_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    compiler, block, x = BlockCompiler(), Wary(), torch.ones(2, 4)
+    for _ in range(2):
+        assert torch.equal(call(compiler, block, x), block(x))
+    assert len(compiler.failed) == 1
+    assert told(caplog) == [
+        "Wary runs without torch.compile, which failed: Call to `torch._dynamo.graph_break()`"
+    ]
+
+
+def test_past_torchs_limit_of_compilations_a_block_runs_as_it_is_after_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiling, "MOST_COMPILATIONS", 2)
+    compiler, block = BlockCompiler(), Block()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=2):
+        for size in range(2, 6):
+            x = torch.ones(size, 4)
+            assert torch.equal(call(compiler, block, x), block(x))
+            assert len(compiler.failed) == (size > 3) and not compiling._searching._lock.locked()
+    assert told(caplog) == ["Block runs without torch.compile, which failed: Dynamo recompile limit exceeded"]
+
+
+def test_code_of_others_keeps_autograds_cache(monkeypatch):
+    found = []
+
+    def backend(graph, inputs):
+        found.append(functorch_config.enable_autograd_cache)
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    with functorch_config.patch(enable_autograd_cache=True):
+        call(BlockCompiler(), Block(), torch.ones(2, 4))
+        assert functorch_config.enable_autograd_cache
+    assert found == [False]
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -261,7 +321,7 @@ def test_where_bits_have_to_repeat_no_timing_decides_about_a_kernel(monkeypatch,
     assert isinstance(torch._inductor.config.deterministic, bool)  # torch knows it
 
 
-def test_where_the_cpp_wrapper_fails_all_threads_go_on_from_python(monkeypatch):
+def test_where_the_cpp_wrapper_fails_all_threads_go_on_from_python(monkeypatch, caplog):
     from_python, threads = [], []
 
     def backend(graph, inputs, config_patches=None):
@@ -277,14 +337,11 @@ def test_where_the_cpp_wrapper_fails_all_threads_go_on_from_python(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", backend)
     monkeypatch.setattr(compiling, "require_cpp_compiler", lambda: None)
     compiler, block, x = BlockCompiler(cpp_wrapper=True), Block(), torch.ones(2, 4)
-    with pytest.warns(UserWarning, match="runs without Inductor's C") as told:
-        result = call(compiler, block, x)
+    assert torch.equal(call(compiler, block, x), block(x))
     threads[0].join()
-    assert torch.equal(result, block(x))
-    assert not compiler.failed and from_python and len(told) == 1
+    assert not compiler.failed and from_python and len(told(caplog)) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Block runs without")
 def test_a_mistake_in_the_block_is_told_by_its_own_error():
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
         call(BlockCompiler(), Block(), torch.ones(2, 5))
@@ -307,7 +364,6 @@ twice.register_autograd(lambda _, gradient: gradient * 2)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Uncompilable runs without")
 @pytest.mark.parametrize("residency", ["keep", "recompute", "selective"])
 def test_what_is_compiled_stays_so_when_another_kind_of_block_is_not(residency):
     class Model(nn.Module):

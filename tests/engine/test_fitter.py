@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
-from tworeel import Pipeline
+from tworeel import Pipeline, split
 from tworeel.engine import fitter, parking
 from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import TOO_LARGE, Footprint
@@ -145,6 +145,28 @@ def test_where_streamed_weights_are_not_enough_only_the_blocks_inputs_are_parked
     assert fitted().split.residency_in_words() == (
         "stage 0: 2 offload, weights of 2 streamed; stage 1: 3 offload, weights of 3 streamed"
     )
+
+
+def test_no_more_weights_are_streamed_than_host_memory_may_hold(monkeypatch):
+    Devices(monkeypatch, available=100)
+    block = fitted().split.streamed_bytes // 5
+    division = split(make_wan("t2v", torch.float64), ["cpu", "cpu"], residency="auto", host_limit=3 * block)
+    division.is_auto = True
+    Pipeline(division).step([make_micro_batch("t2v", torch.float64, 0)], square_loss)
+    assert [len(division.streamed_on(stage)) for stage in (0, 1)] == [2, 1]
+    assert division.streamed_bytes <= 3 * block
+
+
+def test_a_stage_counts_on_its_share_of_host_memory_alone(monkeypatch):
+    Devices(monkeypatch, available=100)
+    block = fitted().split.streamed_bytes // 5
+    found = {}
+    for blocks in (10, 2):
+        model = make_wan("t2v", torch.float64)
+        division = split(model, ["cpu", "cpu"], residency="auto", host_limit=blocks * block)
+        found[blocks] = fitter._streamable(division, 1)
+    # Of three blocks, two in slots, and of one
+    assert found[10] > 0 == found[2]
 
 
 def test_a_larger_clip_is_fitted_again_and_a_smaller_one_is_not(monkeypatch):

@@ -8,9 +8,11 @@ import torch
 from toy_wan import make_wan
 
 from tworeel import split
+from tworeel.engine import fitting, place
 from tworeel.engine.fitting import (
     Fit,
     StageMemory,
+    available_memory,
     blocks_to_stream,
     fit_stage,
     fit_stages,
@@ -131,6 +133,28 @@ def test_what_all_stages_park_has_to_fit_the_host():
     assert fit_stages(memories, footprints, None) == [selective, None, selective]
     inputs = Fit(0, Residency.OFFLOAD)
     assert fit_stages(memories, footprints, parked - 1) == [inputs, None, inputs]
+
+
+def test_room_is_left_for_gradients_and_moments_that_are_still_to_come(monkeypatch):
+    monkeypatch.setattr(fitting, "total_and_free", lambda device: (0, 10**6))
+    model = make_wan("t2v", torch.float32)
+    lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    placement, trained = place(model, ["cpu"]), sum(parameter.nbytes for parameter in lora)
+
+    def taken(optimizer: torch.optim.Optimizer | None) -> int:
+        return 10**6 - available_memory(placement, model, 0, optimizer)
+
+    optimizer = torch.optim.AdamW(lora)
+    assert taken(None) == taken(optimizer) == 3 * trained
+    for parameter in lora:
+        parameter.grad = torch.ones_like(parameter)
+    assert taken(None) == taken(optimizer) == 2 * trained
+    optimizer.step()
+    resumed = torch.optim.AdamW(lora)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert taken(optimizer) == taken(resumed) == 0
+    optimizer.zero_grad()
+    assert taken(optimizer) == trained and taken(None) == 3 * trained
 
 
 def test_on_a_cpu_auto_recomputes():

@@ -10,7 +10,8 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 
 from tworeel import Pipeline
 from tworeel.engine import parking
-from tworeel.engine.parking import Berth, HostPool, Parked
+from tworeel.engine.host_pool import HostPool
+from tworeel.engine.parking import Berth, Parked
 from tworeel.engine.residency import Residency, run_block
 
 

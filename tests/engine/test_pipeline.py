@@ -17,8 +17,9 @@ from torch import nn
 from toy_wan import KINDS, assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
 from tworeel import Pipeline, split
+from tworeel.engine import pipeline as pipeline_module
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import most_in_flight
+from tworeel.engine.schedule import make_orders, most_in_flight
 from tworeel.engine.timeline import busy_shares
 
 EVERYWHERE = [
@@ -414,3 +415,15 @@ def test_a_step_that_compiles_ends_and_holds_no_more_than_the_others(stages_per_
         assert all(a <= b for a, b in zip(most_in_flight(orders, 2 * stages_per_device), most, strict=True))
         pipeline._compiled_for.clear()
         assert len(pipeline.step(batches, lambda output, _: output.sum()).losses) == count
+
+
+def test_stages_of_one_device_give_the_gradients_of_the_unsplit_model(monkeypatch):
+    # A CPU's stages would run side by side.
+    monkeypatch.setattr(pipeline_module, "make_orders", lambda _, count, **_how: make_orders("aa", count))
+    batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(3)]
+    losses, expected = run_unsplit(make_wan("t2v", torch.float64), batches)
+    model = make_wan("t2v", torch.float64)
+    result = Pipeline(model, ["cpu", "cpu"], slack=1).step(batches, square_loss, timed=True)
+    torch.testing.assert_close(list(result.losses), losses, rtol=1e-10, atol=0)
+    assert_close(gradients(model), expected, 1e-10)
+    assert [span.action.micro_batch for span in result.spans] == [0] * 4 + [1] * 4 + [2] * 4

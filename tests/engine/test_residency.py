@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from toy_wan import make_micro_batch, make_wan, square_loss
 
-from tworeel import Pipeline
+from tworeel import Pipeline, split
+from tworeel.engine import compiling, parking
 from tworeel.engine.residency import Residency, run_block
 
 
@@ -59,3 +61,63 @@ def test_recompute_runs_each_block_twice_and_keep_once():
         return len(calls)
 
     assert [count(r) for r in Residency] == [5, 10, 10, 10, 10]
+
+
+RAN: list[int] = []
+"""One for each time that `counted` ran."""
+
+
+@torch.library.custom_op("tworeel_tests::counted", mutates_args=())
+def counted(x: torch.Tensor) -> torch.Tensor:
+    """Another library's attention: 2 x."""
+    RAN.append(1)
+    return x * 2
+
+
+counted.register_autograd(lambda _, gradient: gradient * 2)
+counted.register_fake(torch.empty_like)
+
+
+class Counted(torch.nn.Module):
+    """A block with an operation that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return counted(self.linear(x)).sigmoid()
+
+
+class Model(torch.nn.Module):
+    """Three of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Counted() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("residency", ["selective", "offload-selective"])
+def test_other_operations_can_be_chosen_to_be_kept(monkeypatch, residency, compile):
+    monkeypatch.setattr(parking, "SMALLEST", 0)
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+    def run(kept_ops: list[object]) -> tuple[int, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = Model()
+        division = split(model, ["cpu"], residency=residency, kept_ops=kept_ops, compile=compile)
+        RAN.clear()
+        Pipeline(division).step([torch.ones(2, 4)], lambda output, _: output.sum())
+        assert not compile or not division.compiler.failed
+        return len(RAN), [parameter.grad for parameter in model.parameters()]
+
+    again, expected = run([])
+    once, found = run([torch.ops.tworeel_tests.counted.default])
+    assert (again, once) == (6, 3)
+    torch.testing.assert_close(found, expected)

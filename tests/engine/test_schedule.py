@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from tworeel.engine.schedule import (
     Action,
@@ -122,8 +123,19 @@ def test_interleaving_shortens_the_bubble_as_the_paper_says(num_devices, stages_
 def test_devices_that_stand_again_in_the_same_order_are_interleaved():
     assert make_orders("abab", 4) == interleaved(2, 2, 4)
     assert make_orders("ab", 4, slack=1) == one_f_one_b(2, 4, slack=1)
-    assert make_orders("aa", 4) == one_f_one_b(2, 4)
     assert make_orders("abba", 4) == one_f_one_b(4, 4)
+
+
+def test_one_device_takes_one_micro_batch_after_the_other_whatever_stages_it_has():
+    (order,) = make_orders("aa", 2, slack=1)
+    assert " ".join(map(str, order)) == "F0@0 F0@1 B0@1 B0@0 F1@0 F1@1 B1@1 B1@0"
+    assert most_in_flight([order], 2) == [1, 1]
+    assert make_orders("a", 3) == one_f_one_b(1, 3)
+
+
+def test_the_stages_of_a_cpu_run_side_by_side():
+    assert make_orders([torch.device("cpu")] * 2, 4, slack=1) == one_f_one_b(2, 4, slack=1)
+    assert make_orders(["cpu"] * 4, 4) == one_f_one_b(4, 4)
 
 
 def test_in_flight_is_counted_from_the_orders():
@@ -136,7 +148,7 @@ def test_a_stage_holds_the_inputs_of_all_micro_batches_that_the_stage_before_is_
     assert most_holding([1]) == [1]
 
 
-@pytest.mark.parametrize("devices", ["ab", "abcd", "abab"])
+@pytest.mark.parametrize("devices", ["ab", "abcd", "abab", "aa"])
 def test_the_first_micro_batches_may_go_one_by_one(devices):
     rest = make_orders(devices, 3, slack=1)
     orders = one_by_one_first(rest, 2)

@@ -35,6 +35,29 @@ def test_what_waits_in_host_memory_stays_there_when_more_does(counts):
         assert len(blocks.positions) == count and before < set(blocks.positions)
 
 
+def test_as_many_are_streamed_as_there_is_host_memory_for():
+    model = make_wan("t2v", torch.float32)
+    blocks = StreamedBlocks(model, placement := place(model, ["cpu"]), [2])
+    one = blocks.host_bytes
+    assert [blocks.most(0, room) for room in (0, one - 1, one, 3 * one, None)] == [1, 1, 2, 4, 5]
+    assert blocks.positions == tuple(streamed_positions(placement, (1,)))
+
+
+def test_streamed_weights_leave_less_host_memory_to_activations():
+    division = split(make_wan("t2v", torch.float32), ["cpu"], residency="recompute", host_limit=10**6)
+    assert division.host_pool.limit == 10**6
+    division.stream(0, 3)
+    assert division.host_pool.limit == 10**6 - division.streamed_bytes
+
+
+def test_more_than_host_memory_may_hold_is_refused_before_anything_is_moved():
+    model, limit = make_wan("t2v", torch.float32), 1000
+    message = r"streamed=\[1, 2\]: these blocks' weights take .* of host memory, and 0\.0 GiB may be taken"
+    with pytest.raises(ValueError, match=message):
+        split(model, ["cpu", "cpu"], residency="recompute", streamed=(1, 2), host_limit=limit)
+    split(model, ["cpu", "cpu"], residency="recompute", host_limit=limit)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tworeel.engine.schedule import Action
-from tworeel.engine.timeline import Span, Timeline, busy_shares
+from tworeel.engine.timeline import Span, Timeline, busy_shares, device_shares
 
 CPU = torch.device("cpu")
 
@@ -52,3 +52,17 @@ def test_the_busy_share_is_work_over_the_time_of_the_step() -> None:
         Span(Action("B", 0, 1), 4.0, 5.0),
     ]
     assert busy_shares(spans, 2) == pytest.approx([0.25, 0.75])
+
+
+def test_a_device_is_busy_while_any_of_its_stages_is() -> None:
+    spans = [
+        Span(Action("F", 0, 0), 1.0, 2.0),
+        Span(Action("F", 0, 1), 2.0, 3.0),
+        Span(Action("F", 1, 2), 2.5, 3.5),
+        Span(Action("F", 1, 3), 4.0, 5.0),
+    ]
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert device_shares(spans, [first, second] * 2) == pytest.approx([2 / 4, 2 / 4])
+    assert device_shares(spans, [first, first, first, second]) == pytest.approx([2.5 / 4, 1 / 4])
+    assert device_shares(spans, [first] * 4) == pytest.approx([3.5 / 4])
+    assert device_shares(spans, [CPU] * 4) == busy_shares(spans, 4)

@@ -8,9 +8,10 @@ from torch import nn
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
 from tworeel import Pipeline, split
-from tworeel.engine.weight_streaming import SLOTS, WeightStreamer, spread
+from tworeel.engine.weight_streaming import SLOTS, WeightStreamer, pinned_bytes, spread
 
 CPU = torch.device("cpu")
+MIB = 2**20
 
 
 @pytest.mark.parametrize("residency", ["recompute", "selective", "offload-selective"])
@@ -80,6 +81,28 @@ def test_the_first_block_of_what_comes_next_is_fetched_ahead():
     streamer.use(3, backward=False)
     streamer.expect(backward=False)
     assert 0 in {slot.block for slot in streamer._slots}
+
+
+def test_weights_that_wait_in_host_memory_stay_where_they_are_when_more_come():
+    blocks = blocks_of(5)
+    streamer = WeightStreamer(CPU, {position: blocks[position] for position in (1, 3)})
+    before = [blocks[position].weight.data_ptr() for position in (1, 3)]
+    streamer.add({position: blocks[position] for position in (0, 2, 4)})
+    assert [blocks[position].weight.data_ptr() for position in (1, 3)] == before
+    assert streamer.host_bytes == 5 * 256
+    for position in blocks:
+        streamer.use(position, backward=False)
+        assert (blocks[position].weight == position).all()
+
+
+@pytest.mark.parametrize(("count", "pinned"), [(0, 0), (1, 1024), (3, 1024 + 2048), (5, 4096), (6, 5120)])
+def test_blocks_share_pinned_memory_so_that_rounding_loses_little(count, pinned):
+    assert pinned_bytes([704 * MIB] * count) == pinned * MIB
+
+
+def test_blocks_of_each_size_have_pinned_memory_of_their_own():
+    assert pinned_bytes([3, 4, 3]) == 8 + 4
+    assert pinned_bytes([0, 8]) == 8
 
 
 def test_trained_parameters_stay_on_the_device():

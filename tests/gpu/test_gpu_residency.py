@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, square_loss
 
 from tworeel import Pipeline
-from tworeel.engine.parking import Berth, Departures, HostPool
+from tworeel.engine.host_pool import HostPool
+from tworeel.engine.parking import Berth, Departures
 from tworeel.engine.residency import Residency, run_block
 
 pytestmark = pytest.mark.gpu
@@ -128,3 +129,20 @@ def test_gradients_are_those_of_kept_activations(devices: list[torch.device], re
         Pipeline(model, devices, residency=name).step(batches, square_loss)
         found[name] = {key: grad.cpu() for key, grad in gradients(model).items()}
     assert_close(found[residency], found["keep"], 1e-5)
+
+
+def test_pinned_memory_stays_within_its_limit_when_sizes_change(cuda: torch.device) -> None:
+    """PyTorch keeps pinned memory that is given up, for tensors of the same size."""
+    stats = torch.cuda.host_memory_stats
+    torch.accelerator.synchronize(cuda)
+    before = stats()["allocated_bytes.current"]
+    pool = HostPool(limit=2**24)
+    for size in (2**18, 2**20, 2**22):  # each filling the pool
+        tensors = [torch.full((size // 4,), float(i), device=cuda) for i in range(2**24 // size)]
+        berth = Berth(pool)
+        parked = [berth.park(tensor) for tensor in tensors]
+        assert not any(isinstance(one, Tensor) for one in parked)
+        berth.let_go()
+        for one, tensor in zip(parked, tensors, strict=True):
+            assert torch.equal(berth.get(one), tensor)
+        assert pool.held == stats()["allocated_bytes.current"] - before == 2**24

@@ -68,10 +68,9 @@ def test_compiled_the_kernel_gives_the_same_for_any_number_of_rows(cuda, k, n, r
         assert torch.equal(compiled(*given), product(*given))
 
 
-@pytest.mark.filterwarnings("error:.*C\\+\\+ wrapper")
 @pytest.mark.parametrize("way", ["eager", "compiled", "cpp"])
 @pytest.mark.parametrize("m", [1, 17, 1024, 20280])
-def test_a_layers_output_and_gradient_are_those_of_the_unfused_product(monkeypatch, cuda, m, way):
+def test_a_layers_output_and_gradient_are_those_of_the_unfused_product(monkeypatch, caplog, cuda, m, way):
     model = nn.Sequential(nn.Linear(1536, 1040)).to(cuda, torch.bfloat16)
     quantize_blocks(model, "int8", ["0"])
     x = torch.randn(m, 1536, device=cuda, dtype=torch.bfloat16)
@@ -87,7 +86,7 @@ def test_a_layers_output_and_gradient_are_those_of_the_unfused_product(monkeypat
     is_eager = way == "eager"
     compiler = BlockCompiler(cpp_wrapper=way == "cpp")
     ours = run(model if is_eager else partial(compiler, plain_call(type(model)), model))
-    assert not compiler.failed
+    assert not compiler.failed and "C++ wrapper" not in caplog.text
     monkeypatch.setattr("tworeel.quant.scaled.matmul_mode", lambda device, dtype: "tensorwise")
     theirs = run(model)
     for tensor, expected in zip(ours, theirs, strict=True):

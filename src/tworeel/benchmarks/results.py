@@ -80,7 +80,7 @@ class Measured:
     """Steps of a pipeline. P stages, M micro-batches.
 
     `busy` is the time in which a stage had work over the time of the step; `bubble` is 1 - the mean over the
-    devices of what their stages are busy together.
+    devices of the share in which any of their stages had, each stage on a CPU counting as a device.
 
     `ideal_share` is t_ideal / t_step; t_ideal is what `ideal_seconds` gives for the mean times of the stages'
     forwards and backwards in steps of one micro-batch with the same settings, t_step is the median. It is

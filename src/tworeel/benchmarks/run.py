@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -33,11 +32,13 @@ from tworeel.benchmarks.results import (
     mean_stage_seconds,
 )
 from tworeel.benchmarks.shapes import Case
+from tworeel.config.schema import TrainConfig
 from tworeel.engine import Pipeline, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
-from tworeel.engine.timeline import Span, busy_shares
-from tworeel.training.assembly import HOST_SHARE
+from tworeel.engine.streamed_blocks import streamed_positions
+from tworeel.engine.timeline import Span, busy_shares, device_shares
+from tworeel.training.assembly import host_limit, keep_compiled
 
 ALONE = 2
 """Steps of one micro-batch that tell how long a stage works for it."""
@@ -132,6 +133,8 @@ def run_pipelined(
 
 def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
     """The pipeline that the settings describe."""
+    if settings.compile:
+        keep_compiled(TrainConfig().output.parent / "cache")  # that of a run from here, by default
     division = split(
         prepared.model,
         settings.stages,
@@ -141,7 +144,9 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
         compile=settings.compile,
         cpp_wrapper=settings.cpp_wrapper,
         streamed=settings.streamed,
-        host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
+        host_limit=host_limit(
+            prepared.model, prepared.placement, streamed_positions(prepared.placement, settings.streamed)
+        ),
     )
     return Pipeline(division, slack=settings.slack)
 
@@ -159,7 +164,7 @@ def _summarize(
     seconds = statistics.median(time for time, _ in rounds)
     spans = min(rounds, key=lambda item: abs(item[0] - seconds))[1]
     busy = tuple(busy_shares(spans, stages))
-    bubble = 1 - sum(busy) / len(settings.devices)
+    bubble = 1 - statistics.fmean(device_shares(spans, settings.stages))
     works = mean_stage_seconds(alone, stages, min(ALONE, count))
     ideal = ideal_seconds(settings.stages, count, settings.slack, works)
     residency = pipeline.split.residency_in_words()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal
@@ -40,11 +41,11 @@ def before_first_product(name: AttentionBackend) -> None:
 def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -> Iterator[None]:
     """Prefer one attention kernel inside; where it cannot run (masks, odd shapes), torch takes another.
 
-    The choice is the process's, not the thread's.
+    The choice is the process's, not the thread's, so unlike devices have one in common.
 
     Args:
-        name: `auto` times what there is on the first device and takes the fastest. `deterministic` gives the
-            same bits every time, also in the backward: flash attention's own deterministic variant
+        name: `auto` times what there is on each device and takes what is fastest over all. `deterministic`
+            gives the same bits every time, also in the backward: flash attention's own deterministic variant
             (`before_first_product` has to come before).
         devices: of the model; on CPUs nothing is changed.
     """
@@ -56,7 +57,7 @@ def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -
     if name == "deterministic":
         first = [SDPBackend.FLASH_ATTENTION]
     else:
-        first = [_NAMED[name]] if name in _NAMED else fastest_backends(accelerators[0])
+        first = [_NAMED[name]] if name in _NAMED else fastest_backends(accelerators)
     rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     order = list(dict.fromkeys([*first, *rest]))
     with (
@@ -66,16 +67,36 @@ def attention_backend(name: AttentionBackend, devices: Sequence[torch.device]) -
         yield
 
 
-def fastest_backends(device: torch.device) -> list[SDPBackend]:
-    """The kernels that run forward and backward on a device in bf16, fastest first."""
-    return list(_measured(device.type, torch.get_device_module(device).get_device_name(device), device.index))
+def fastest_backends(devices: Sequence[torch.device]) -> list[SDPBackend]:
+    """The kernels, in the order in which the devices together take least for a forward and backward in bf16.
+
+    A device takes the first kernel that runs there; those that run nowhere are left out.
+    """
+    found = [
+        _measured(device.type, torch.get_device_module(device).get_device_name(device), device.index)
+        for device in devices
+    ]
+    kernels = [kernel for kernel in _NAMED.values() if any(kernel in seconds for seconds in found)]
+
+    def together(order: Sequence[SDPBackend]) -> list[float]:
+        # Where the first ones decide all, the later ones are in order, too
+        return [sum(_first(order[begin:], seconds) for seconds in found) for begin in range(len(order))]
+
+    best = min(itertools.permutations(kernels), key=together)
+    return list(best)
+
+
+def _first(order: Sequence[SDPBackend], seconds: Mapping[SDPBackend, float]) -> float:
+    """What the first kernel takes that runs; nothing where none does."""
+    return next((seconds[kernel] for kernel in order if kernel in seconds), 0.0)
 
 
 @cache
-def _measured(kind: str, _card: str, index: int) -> tuple[SDPBackend, ...]:
+def _measured(kind: str, _card: str, index: int) -> dict[SDPBackend, float]:
+    """Seconds by kernel, of those that run on a device."""
     device = torch.device(kind, index)
-    seconds = {backend: _seconds(backend, device) for backend in _NAMED.values()}
-    return tuple(sorted((b for b in seconds if seconds[b] is not None), key=lambda b: seconds[b] or 0.0))
+    seconds = {kernel: _seconds(kernel, device) for kernel in _NAMED.values()}
+    return {kernel: time for kernel, time in seconds.items() if time is not None}
 
 
 def _seconds(backend: SDPBackend, device: torch.device) -> float | None:

@@ -62,6 +62,7 @@ class BlockRuns:
             residency=residency,
             berth=berth,
             compiler=split.compiler,
+            kept_ops=split.kept_ops,
             redraws=passage.is_alone,
         )
         passage.berths[stage] = berth
@@ -84,7 +85,14 @@ class BlockRuns:
         """Run a block without gradients, and measure what it would leave behind with them."""
 
         def run(residency: Residency, args: Any, kwargs: Any) -> Any:
-            return run_block(block, args, kwargs, residency=residency, compiler=self._split.compiler)
+            return run_block(
+                block,
+                args,
+                kwargs,
+                residency=residency,
+                compiler=self._split.compiler,
+                kept_ops=self._split.kept_ops,
+            )
 
         outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
         device = self._split.placement.devices[unit.stage]

@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable
 from functools import cache
 from types import TracebackType
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import lookup_backend
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import get_cpp_wrapper_config
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -23,13 +22,15 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from tworeel.engine.attention_layout import LaidOutGradients, keep_gradient_layouts
 
 MOST_COMPILATIONS = 64
-"""Of one function, before torch would silently run it as it is; its own limit is 8."""
+"""Of one function, before it counts as failed; torch's own limit is 8."""
 
 BACKEND = "inductor"
 """What compiles the graphs."""
 
 TRIED_FROM_CPP = frozenset({None, "fp8"})
 """Precisions of frozen weights whose kernels are known to run launched from C++."""
+
+log = logging.getLogger(__name__)
 
 BlockCall = Callable[..., Any]
 """(block, *args, **kwargs) -> what the block's forward returns."""
@@ -87,12 +88,8 @@ def may_launch_from_cpp() -> bool:
     return sys.platform == "linux"
 
 
-def _settle() -> None:
-    """Set what compiling blocks needs of torch: since 2.13 a thread does not see what another one has set."""
-    # Its cache would give a block another attention kernel than is asked for: the kernel is chosen below
-    # what it takes for its key. Inductor's own cache, which saves most of the time, sees it.
-    if functorch_config.enable_autograd_cache:
-        functorch_config.enable_autograd_cache = False
+def _raise_limit() -> None:
+    """Let torch compile as often as it takes: since 2.13 a thread does not see what another one has set."""
     # One for each device, for the first block (whose input needs no gradient) and for other shapes.
     if torch._dynamo.config.recompile_limit < MOST_COMPILATIONS:
         torch._dynamo.config.recompile_limit = MOST_COMPILATIONS
@@ -112,12 +109,15 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
 
         The backward is compiled with the forward: where that fails there is still another way to run the
         block, kernels are tuned before its activations are there, and this thread's settings of torch hold.
+
+        Without AOTAutograd's cache, which would give a block another attention kernel than is asked for: the
+        kernel is chosen below what it takes for its key. Inductor's own sees it, and saves most of the time.
         """
         # Else timings would decide whether a product is padded, which shows in its last bits.
         repeatable = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
         patches = {**launching, **repeatable}
         options = {"config_patches": patches} if patches else {}
-        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+        with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
             compiled = lookup_backend(BACKEND)(graph, inputs, **options)
 
         def run(*args: Any) -> Any:
@@ -130,7 +130,7 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
 
 
 class BlockCompiler:
-    """Compiles block calls, and goes on without where that fails.
+    """Compiles block calls, and goes on without where that fails: with a warning, never in silence.
 
     The weights are inputs of what is compiled, so that all blocks of a class share it. Another shape is
     compiled again once, then for any size.
@@ -162,13 +162,13 @@ class BlockCompiler:
         A call that has failed for another block is tried all the same: a recomputation has to repeat what its
         forward did. Look at `failed` before a forward.
         """
-        _settle()
+        _raise_limit()
         from_cpp = self._cpp_wrapper
         try:
             compiled = self._compiled_of(call, block, from_cpp)
             with _searching:
                 return compiled(block, *args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             reason = _reason(error)
         # Not while it is handled: what is raised then would keep its frames, and these tensors.
         if "out of memory" in reason:
@@ -184,30 +184,35 @@ class BlockCompiler:
         with self._lock:
             if key not in self._compiled:
                 name = f"{type(block).__name__}_{call.__name__}"
-                self._compiled[key] = torch.compile(_with_own_code(call, name), backend=_backend(from_cpp))
+                # The whole block or nothing: torch would run the rest as it is and say nothing of it.
+                self._compiled[key] = torch.compile(
+                    _with_own_code(call, name), fullgraph=True, backend=_backend(from_cpp)
+                )
             return self._compiled[key]
 
     def _launch_from_python(self, block: nn.Module, reason: str) -> None:
         with self._lock:
             if self._cpp_wrapper:  # another device's thread may have come to it first
-                warnings.warn(_failure(block, "Inductor's C++ wrapper", reason), stacklevel=4)
+                _warn(block, "Inductor's C++ wrapper", reason)
             self._cpp_wrapper = False
 
     def _give_up(self, call: BlockCall, block: nn.Module, reason: str) -> None:
         with self._lock:
-            if not self.failed:
-                warnings.warn(_failure(block, "torch.compile", reason), stacklevel=4)
+            if call not in self.failed:  # another thread may have come to it first
+                _warn(block, "torch.compile", reason)
             self.failed.add(call)
 
 
 def _reason(error: Exception) -> str:
     """The first line of what was the matter."""
     inner = getattr(error, "inner_exception", None) or error
+    if isinstance(error, FailOnRecompileLimitHit):
+        inner = error.__cause__ or error
     return next(iter(str(inner).strip().splitlines()), type(inner).__name__)
 
 
-def _failure(block: nn.Module, without: str, reason: str) -> str:
-    return f"{type(block).__name__} runs without {without}, which failed: {reason}"
+def _warn(block: nn.Module, without: str, reason: str) -> None:
+    log.warning("%s runs without %s, which failed: %s", type(block).__name__, without, reason)
 
 
 def _with_own_code(call: BlockCall, name: str) -> BlockCall:

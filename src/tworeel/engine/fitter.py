@@ -60,7 +60,7 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
         return None
     blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
     return StageMemory(
-        available=available_memory(split.placement, split.model, stage),
+        available=available_memory(split.placement, split.model, stage, split.optimizer),
         num_blocks=len(blocks),
         may_keep=len(blocks) - len(streamed),
         in_flight=in_flight,
@@ -126,7 +126,7 @@ def _accelerated(split: Split) -> list[int]:
 def _can_stream(split: Split, stages: Sequence[int]) -> bool:
     """Whether stages have weights that could still go to host memory."""
     return split.may_stream and any(
-        len(split.streamed_on(stage)) < len(split.placement.blocks_of(stage)) for stage in stages
+        len(split.streamed_on(stage)) < split.streamed.most(stage, split.host_room) for stage in stages
     )
 
 
@@ -134,22 +134,26 @@ def _stream_more(split: Split, stages: Sequence[int]) -> None:
     """Stream half of the blocks of stages whose weights are still on their devices."""
     for stage in stages:
         streamed, blocks = len(split.streamed_on(stage)), len(split.placement.blocks_of(stage))
-        split.stream(stage, streamed + -(-(blocks - streamed) // 2))
+        half = streamed + -(-(blocks - streamed) // 2)
+        split.stream(stage, min(half, split.streamed.most(stage, split.host_room)))
     release_memory()
 
 
 def _blocks_for(split: Split, stage: int, missing: int) -> int:
     """How many blocks of a stage must be streamed to free so many bytes more."""
-    num_blocks, streamed = len(split.placement.blocks_of(stage)), len(split.streamed_on(stage))
+    most, streamed = split.streamed.most(stage, split.host_room), len(split.streamed_on(stage))
     smallest, largest = _extremes(split, stage)
-    return blocks_to_stream(missing, smallest, num_blocks, streamed, slot=largest)
+    return blocks_to_stream(missing, smallest, most, streamed, slot=largest)
 
 
 def _streamable(split: Split, stage: int) -> int:
     """Bytes of weights of a stage that could still go to host memory."""
-    num_blocks, streamed = len(split.placement.blocks_of(stage)), len(split.streamed_on(stage))
+    room = split.host_room
+    # Each stage decides for itself: none counts on what another one may take.
+    share = None if room is None else room // max(1, len(_accelerated(split)))
+    most, streamed = split.streamed.most(stage, share), len(split.streamed_on(stage))
     smallest, largest = _extremes(split, stage)
-    return streamable(smallest, num_blocks, streamed, slot=largest)
+    return streamable(smallest, most, streamed, slot=largest)
 
 
 def _extremes(split: Split, stage: int) -> tuple[int, int]:

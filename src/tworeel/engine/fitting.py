@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.placement import Placement
@@ -172,15 +173,24 @@ def _slots(streamed: int, slot: int) -> int:
     return 0 if streamed else SLOTS * slot
 
 
-def available_memory(placement: Placement, model: nn.Module, stage: int) -> int:
+def available_memory(
+    placement: Placement, model: nn.Module, stage: int, optimizer: Optimizer | None = None
+) -> int:
     """Bytes that activations may take on a stage's device; stages that share it get equal parts.
 
-    Room for gradients that are not there yet, and for two moments of an optimizer, is set aside.
+    Room for gradients and for two moments of an optimizer is set aside, as far as they are not there yet.
+
+    Args:
+        placement: of the model.
+        model: whose parameters are trained.
+        stage: of the model.
+        optimizer: what it has is there already; without, all moments are still to come.
     """
     device = placement.devices[stage]
     total, free = total_and_free(device)
+    moments = {} if optimizer is None else optimizer.state
     coming = sum(
-        p.nbytes * ((p.grad is None) + 2)
+        p.nbytes * ((p.grad is None) + 2 * (not moments.get(p)))
         for name, p in model.named_parameters()
         if p.requires_grad and placement.device_of(name) == device
     )

@@ -7,9 +7,7 @@ queued next, however far the host runs ahead.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from tworeel.engine.host_pool import HostPool, Place
 from tworeel.engine.streams import Arrival, copy_in, copy_out, still_used
 
 SMALLEST = 2**16
@@ -28,72 +27,17 @@ IsKept = Callable[[Any, Sequence[Any]], bool]
 """(operation, its arguments) -> whether what it returns is kept for the backward."""
 
 
-class HostPool:
-    """Pinned buffers that are used again and again.
-
-    Args:
-        limit: bytes that may be pinned; what does not fit stays on its device. None for no limit.
-    """
-
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
-        self.held = 0
-        """Bytes that are pinned so far, in use or not."""
-        self._free: dict[int, list[tuple[Tensor, torch.Event | None]]] = defaultdict(list)
-        # Taken again by the thread that has it: a collection of garbage may give buffers back at any moment.
-        self._lock = threading.RLock()
-
-    def take(self, size: int, *, pinned: bool = True) -> tuple[Tensor, torch.Event | None] | None:
-        """A buffer of `size` bytes and the event after which it may be written; None at the limit."""
-        with self._lock:
-            if not self._free[size]:
-                room = None if self.limit is None else self.limit - self.held
-                slab = new_slab(size, room, pinned=pinned)
-                taken = sum(buffer.nbytes for buffer in slab)
-                self.held += pinned_size(taken) if pinned and taken else taken
-                self._free[size] += [(buffer, None) for buffer in slab]
-            return self._free[size].pop() if self._free[size] else None
-
-    def give_back(self, buffer: Tensor, read: torch.Event | None) -> None:
-        """Let another tensor have the buffer once `read` has happened."""
-        with self._lock:
-            self._free[buffer.nbytes].append((buffer, read))
-
-
-def new_slab(size: int, room: int | None = None, *, pinned: bool = True, most: int = 2**62) -> list[Tensor]:
-    """Buffers of `size` bytes from one allocation; none if there is no room for one.
-
-    torch rounds pinned memory up to a power of two: four to seven buffers share what would be lost.
-
-    Args:
-        size: of each, in bytes.
-        room: bytes that they may take together; None for no limit.
-        pinned: for a device that is not the CPU.
-        most: how many are wanted.
-    """
-    count = min(most, pinned_size(4 * size) // size) if pinned else 1
-    if room is not None:
-        while count and pinned_size(count * size) > room:
-            count -= 1
-    return list(torch.empty(count * size, dtype=torch.uint8, pin_memory=pinned).split(size)) if count else []
-
-
-def pinned_size(size: int) -> int:
-    """What an allocation of so many bytes takes of pinned memory."""
-    return 1 << (size - 1).bit_length()
-
-
 class Parked:
     """One tensor in host memory."""
 
-    def __init__(self, tensor: Tensor, pool: HostPool, buffer: Tensor, free: torch.Event | None) -> None:
+    def __init__(self, tensor: Tensor, pool: HostPool, place: Place) -> None:
         self.device = tensor.device
         self._pool = pool
-        self._buffer: Tensor | None = buffer
-        self._host = _view_like(buffer, tensor)
+        self._place: Place | None = place
+        self._host: Tensor | None = _view_like(place, tensor)
         self._fetched: Arrival | None = None
         self._leaving: Tensor | None = None
-        self._last = copy_out(tensor, self._host, free)
+        self._last = copy_out(tensor, self._host, place.reads)
         if self._last is not None:
             self._leaving = tensor
 
@@ -111,6 +55,7 @@ class Parked:
             still_used(self._leaving, "out")
             self._fetched, self._leaving = Arrival(self._leaving), None
         else:
+            assert self._host is not None
             self._fetched = copy_in(self._host, self.device, self._last)
             self._last = self._fetched.event
 
@@ -120,7 +65,7 @@ class Parked:
         Raises:
             RuntimeError: a second time, as `retain_graph=True` would want it.
         """
-        if self._buffer is None:
+        if self._place is None:
             raise RuntimeError("activations in host memory are fetched once: they cannot be used again")
         self.fetch()
         assert self._fetched is not None
@@ -131,9 +76,9 @@ class Parked:
 
     def _leave(self) -> None:
         # Not only when it is collected: the graph hangs in cycles.
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            self._pool.give_back(buffer, self._last)
+        place, self._place, self._host = self._place, None, None
+        if place is not None:
+            self._pool.give_back(place, self._last)
 
     def __del__(self) -> None:
         # A step that failed: nothing has waited for the copies.
@@ -162,7 +107,7 @@ class Berth:
         place = self._pool.take(tensor.nbytes, pinned=tensor.device.type != "cpu")
         if place is None:
             return tensor
-        parked = Parked(tensor, self._pool, *place)
+        parked = Parked(tensor, self._pool, place)
         self._parked.append(parked)
         return parked
 
@@ -267,5 +212,6 @@ def _is_dense(tensor: Tensor) -> bool:
     return extent == tensor.numel()
 
 
-def _view_like(buffer: Tensor, tensor: Tensor) -> Tensor:
-    return buffer.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+def _view_like(place: Place, tensor: Tensor) -> Tensor:
+    host = place.slab[place.begin : place.begin + tensor.nbytes].view(tensor.dtype)
+    return host.as_strided(tensor.shape, tensor.stride(), host.storage_offset())

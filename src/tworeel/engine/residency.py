@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import cache, partial
@@ -89,32 +89,37 @@ def plain_call(kind: Any) -> Callable[..., Any]:
 
 
 @cache
-def selective_call(kind: Any) -> Callable[..., Any]:
-    """The same, under a checkpoint that keeps what the attentions returned."""
-    forward = kind.forward
+def selective_call(kind: Any, kept_ops: frozenset[Any] = frozenset()) -> Callable[..., Any]:
+    """The same, under a checkpoint that keeps what the attentions, and some other operations, returned."""
+    forward, contexts = kind.forward, selective_contexts(kept_ops)
 
     def selective(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _recomputing(forward, block, args, kwargs, context_fn=selective_contexts)
+        return _recomputing(forward, block, args, kwargs, context_fn=contexts)
 
     return selective
 
 
-def selective_contexts() -> Any:
-    """A checkpoint's `context_fn` that keeps what attentions over many keys returned."""
-    return create_selective_checkpoint_contexts(_keep_attention)
+@cache
+def selective_contexts(kept_ops: frozenset[Any]) -> Callable[[], Any]:
+    """A checkpoint's `context_fn` that keeps what `is_kept` says."""
+
+    def policy(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        kept = is_kept(op, args, kept_ops)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(create_selective_checkpoint_contexts, policy)
 
 
-def _keep_attention(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if is_kept(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def is_kept(op: Any, args: Sequence[Any]) -> bool:
-    """Whether an operation is an attention whose result `selective` keeps.
+def is_kept(op: Any, args: Sequence[Any], kept_ops: Collection[Any] = ()) -> bool:
+    """Whether `selective` keeps the result of an operation: of an attention over many keys, or a chosen one.
 
     Args:
         op: as a dispatch mode sees it.
-        args: its query and key, of shape (B, heads, L, head width), come first.
+        args: of an attention, its query and key, of shape (B, heads, L, head width), come first.
+        kept_ops: those that are chosen.
     """
+    if op in kept_ops:
+        return True
     return op in ATTENTION_OPS and args[1].shape[-2] * _LEAST_KEYS >= args[0].shape[-2]
 
 
@@ -148,6 +153,7 @@ def run_block(
     residency: Residency,
     berth: Berth | None = None,
     compiler: BlockCompiler | None = None,
+    kept_ops: frozenset[Any] = frozenset(),
     redraws: bool = False,
 ) -> Any:
     """Run a block's forward so that it leaves behind what `residency` says.
@@ -158,13 +164,14 @@ def run_block(
         residency: what is kept for the backward.
         berth: where it waits, if that is host memory.
         compiler: runs the block compiled.
+        kept_ops: operations whose results the selective residencies keep beside those of attentions.
         redraws: a recomputation draws the random numbers of its forward again. A pipeline cannot do that, as
             its threads share one generator, and refuses dropout instead (see `refuse_dropout`).
     """
     if not torch.is_grad_enabled():
         residency = Residency.KEEP
     kind: Any = type(block)
-    plain, selective = plain_call(kind), selective_call(kind)
+    plain, selective = plain_call(kind), selective_call(kind, kept_ops)
     call = plain if compiler is None or plain in compiler.failed else partial(compiler, plain)
     parking: AbstractContextManager[None] = nullcontext()
     if berth is not None and residency.is_parked:
@@ -177,7 +184,9 @@ def run_block(
             return _recomputing(call, block, args, kwargs, preserve_rng_state=redraws)
         if compiler is not None and selective not in compiler.failed:
             return compiler(selective, block, *args, **kwargs)
-        contexts = berth.contexts(is_kept) if berth and residency.is_parked else selective_contexts
+        contexts = selective_contexts(kept_ops)
+        if berth is not None and residency.is_parked:
+            contexts = berth.contexts(partial(is_kept, kept_ops=kept_ops))
         return _recomputing(plain, block, args, kwargs, context_fn=contexts, preserve_rng_state=redraws)
 
 

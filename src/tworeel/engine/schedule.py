@@ -32,11 +32,16 @@ def make_orders(devices: Sequence[Hashable], num_micro_batches: int, *, slack: i
 
     Args:
         devices: of each stage. Two or more devices that stand several times in the same order, as in
-            `[0, 1, 0, 1]`, are interleaved; otherwise each stage has an order of its own.
+            `[0, 1, 0, 1]`, are interleaved. One device alone takes one micro-batch after the other, as it
+            gains nothing by having several at a time. A CPU's stages run side by side: there, and in all
+            other cases, each stage has an order of its own.
         num_micro_batches: M.
         slack: see `one_f_one_b`; interleaving has slack of its own.
     """
     distinct = list(dict.fromkeys(devices))
+    if len(distinct) == 1 and not str(distinct[0]).startswith("cpu"):
+        stages = range(len(devices))
+        return [[a for number in range(num_micro_batches) for a in _there_and_back(number, stages)]]
     per_device, rest = divmod(len(devices), len(distinct))
     if len(distinct) > 1 and per_device > 1 and not rest and list(devices) == distinct * per_device:
         return interleaved(len(distinct), per_device, num_micro_batches)
@@ -131,13 +136,15 @@ def one_by_one_first(orders: Sequence[Order], num_first: int) -> list[Order]:
     first = []
     for order in orders:
         stages = sorted({action.stage for action in order})
-        alone = [
-            [*(Action("F", number, s) for s in stages), *(Action("B", number, s) for s in reversed(stages))]
-            for number in range(num_first)
-        ]
+        alone = (_there_and_back(number, stages) for number in range(num_first))
         others = [Action(a.kind, a.micro_batch + num_first, a.stage) for a in order]
         first.append([*chain.from_iterable(alone), *others])
     return first
+
+
+def _there_and_back(number: int, stages: Sequence[int]) -> Order:
+    """A micro-batch's forward through these stages, and its backward."""
+    return [*(Action("F", number, s) for s in stages), *(Action("B", number, s) for s in reversed(stages))]
 
 
 def in_flight(num_stages: int, stage: int, *, slack: int = 0) -> int:

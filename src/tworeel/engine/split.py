@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from tworeel.engine.block_runs import BlockRuns
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.forwards import Forwards
+from tworeel.engine.host_pool import HostPool
 from tworeel.engine.moving import lodgers, move
 from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters
-from tworeel.engine.parking import Departures, HostPool
+from tworeel.engine.parking import Departures
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.probing import Probe
 from tworeel.engine.residency import AUTO, Residency, one_a_block, refuse_dropout
 from tworeel.engine.run_ahead import RunAhead
-from tworeel.engine.streamed_blocks import StreamedBlocks, refuse_kept_streamed, streamed_positions
+from tworeel.engine.streamed_blocks import (
+    StreamedBlocks,
+    refuse_kept_streamed,
+    refuse_too_much_streamed,
+    streamed_positions,
+)
 from tworeel.engine.under_way import UnderWay
 
 
@@ -34,6 +42,7 @@ def split(
     blocks: Sequence[str] | None = None,
     first: Sequence[str] = (),
     residency: Residency | str | Sequence[Residency | str] = Residency.KEEP,
+    kept_ops: Collection[OpOverload[..., Any]] = (),
     compile: bool = False,
     cpp_wrapper: bool = False,
     streamed: Sequence[int] | None = None,
@@ -57,6 +66,8 @@ def split(
         first: names of modules that run before the blocks although the model lists them behind.
         residency: what each block leaves behind for its backward; one for all, or one a block. `auto` keeps
             as much as the devices have room for, found out before the first step of a `Pipeline`.
+        kept_ops: operations whose results the selective residencies keep beside those of torch's attentions,
+            for example `[torch.ops.flash_attn._flash_attn_forward.default]`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
         cpp_wrapper: launch what is compiled from C++, see `BlockCompiler`.
         streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
@@ -64,7 +75,8 @@ def split(
             residency `auto`, as many as are needed.
         may_stream: whether the residency `auto` may let more weights be streamed than `streamed` says; by
             default where that says nothing.
-        host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
+        host_limit: bytes of pinned host memory for streamed weights and, in what they leave, for activations:
+            those that do not fit stay on the devices, after a warning.
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
         io_same_device: bring what the forward returns back to the first device, where a loop that knows
             nothing of the split has its targets. A `Pipeline` computes its loss on the last one all the same.
@@ -73,7 +85,8 @@ def split(
 
     Raises:
         ValueError: no block lists, more stages than blocks, boundaries out of order, as many residencies or
-            counts of streamed blocks as there are not, a streamed block that keeps its activations,
+            counts of streamed blocks as there are not, a streamed block that keeps its activations, more
+            streamed weights than `host_limit` allows,
             `cpp_wrapper` without `compile` or without a C++ compiler, the model is split already.
 
     Example:
@@ -89,12 +102,14 @@ def split(
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
     refuse_kept_streamed(one_a_block(residency, placement.boundaries[-1]), positions)
+    refuse_too_much_streamed(model, placement, positions, host_limit)
     move(model, placement, positions)
     return Split(
         model,
         placement,
         residency,
         positions,
+        kept_ops=kept_ops,
         may_stream=streamed is None if may_stream is None else may_stream,
         compiler=compiler,
         host_limit=host_limit,
@@ -120,14 +135,17 @@ class Split:
         model: the model itself.
         placement: which unit runs on which stage and device.
         residencies: what each block leaves behind for its backward.
+        kept_ops: operations whose results the selective residencies keep, too.
         is_auto: whether the pipeline chooses the residencies (`tworeel.engine.fitter`).
         streamed: which blocks have their weights streamed.
         may_stream: whether the pipeline may then let weights be streamed, too.
         compiler: runs the blocks compiled; None runs them as they are.
-        host_pool: pinned host memory for activations.
+        host_pool: pinned host memory for activations: what streamed weights leave of the limit.
         departures: activations that are on their way there.
         run_ahead: bounds how many blocks are queued on a device.
         io_same_device: whether the forward's result comes back to the first device.
+        optimizer: that trains the model; may be set. The residency `auto` leaves room for its moments until
+            they are there; without it, always.
         under_way: the micro-batches that are on their way.
         block_runs: runs a block as all of this says.
     """
@@ -139,6 +157,7 @@ class Split:
         residency: Residency | str | Sequence[Residency | str],
         streamed: Sequence[int] = (),
         *,
+        kept_ops: Collection[OpOverload[..., Any]] = (),
         may_stream: bool = True,
         compiler: BlockCompiler | None = None,
         host_limit: int | None = None,
@@ -149,13 +168,16 @@ class Split:
         self.placement = placement
         self.residencies = one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
+        self.kept_ops = frozenset(kept_ops)
         self.compiler = compiler
-        self.host_pool = HostPool(host_limit)
         self.departures = Departures()
         self.run_ahead = RunAhead(run_ahead)
         self.io_same_device = io_same_device
         self.streamed = StreamedBlocks(model, placement, streamed)
+        self._host_limit = host_limit
+        self.host_pool = HostPool(self.host_room)
         self.may_stream = may_stream
+        self.optimizer: Optimizer | None = None
         self.under_way = UnderWay(placement)
         self.block_runs = BlockRuns(self)
         self._forwards = Forwards(self)
@@ -169,8 +191,13 @@ class Split:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes of pinned host memory that hold weights."""
+        """Bytes of pinned host memory that hold weights, with what rounding loses."""
         return self.streamed.host_bytes
+
+    @property
+    def host_room(self) -> int | None:
+        """Bytes of the host memory's limit that streamed weights leave; None without a limit."""
+        return None if self._host_limit is None else self._host_limit - self.streamed_bytes
 
     def set_residency(self, residency: Residency | str | Sequence[Residency | str]) -> None:
         """Change what the blocks leave behind, from the next forward on; as for `split`."""
@@ -198,6 +225,7 @@ class Split:
     def stream(self, stage: int, count: int) -> None:
         """Let the weights of so many blocks of a stage wait in host memory from now on."""
         self.streamed.stream(stage, count)
+        self.host_pool.limit_to(self.host_room)
 
     def residency_in_words(self) -> str:
         """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""

@@ -8,7 +8,9 @@ from torch import nn
 
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import WeightStreamer, spread
+from tworeel.engine.weight_streaming import WeightStreamer, host_bytes, spread, streamed_size
+
+GIB = 2**30
 
 
 class StreamedBlocks:
@@ -24,14 +26,18 @@ class StreamedBlocks:
         self._model = model
         self._placement = placement
         self.positions = tuple(positions)
-        self._streamers = [self._streamer_of(stage) for stage in range(placement.num_stages)]
+        # That of a stage without streamed blocks does nothing.
+        self._streamers = [
+            WeightStreamer(device, self._modules(self.on(stage)))
+            for stage, device in enumerate(placement.devices)
+        ]
 
     def __contains__(self, position: int) -> bool:
         return position in self.positions
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of pinned host memory that hold weights."""
+        """Bytes of pinned host memory that hold weights, with what rounding loses."""
         return sum(streamer.host_bytes for streamer in self._streamers)
 
     def on(self, stage: int) -> list[int]:
@@ -43,12 +49,26 @@ class StreamedBlocks:
 
         Those that wait there already stay: nothing would bring them back.
         """
-        here = [block for block in self._placement.blocks_of(stage) if block not in self.positions]
         more = count - len(self.on(stage))
         if more <= 0:
             return
-        self.positions = tuple(sorted([*self.positions, *spread(here, more)]))
-        self._streamers[stage] = self._streamer_of(stage)
+        added = spread(self._resident(stage), more)
+        self._streamers[stage].add(self._modules(added))
+        self.positions = tuple(sorted([*self.positions, *added]))
+
+    def most(self, stage: int, room: int | None) -> int:
+        """The most blocks of a stage that can be streamed, those that are streamed already among them.
+
+        Args:
+            stage: of the model.
+            room: bytes of host memory that more of them may take; None for no limit.
+        """
+        here, device = self._resident(stage), self._placement.devices[stage]
+        for more in range(len(here), 0, -1):
+            sizes = map(streamed_size, self._modules(spread(here, more)).values())
+            if room is None or host_bytes(sizes, device) <= room:
+                return len(self.on(stage)) + more
+        return len(self.on(stage))
 
     def use(self, stage: int, position: int, *, backward: bool) -> None:
         """The stage's block at `position` is about to run."""
@@ -63,11 +83,16 @@ class StreamedBlocks:
         for streamer in self._streamers:
             streamer.rest()
 
-    def _streamer_of(self, stage: int) -> WeightStreamer:
-        """That of one stage; without streamed blocks it does nothing."""
-        names = self._placement.block_names
-        blocks = {position: self._model.get_submodule(names[position]) for position in self.on(stage)}
-        return WeightStreamer(self._placement.devices[stage], blocks)
+    def _resident(self, stage: int) -> list[int]:
+        """Positions of the stage's blocks whose weights are on its device."""
+        return [block for block in self._placement.blocks_of(stage) if block not in self.positions]
+
+    def _modules(self, positions: Sequence[int]) -> dict[int, nn.Module]:
+        return _blocks_at(self._model, self._placement, positions)
+
+
+def _blocks_at(model: nn.Module, placement: Placement, positions: Sequence[int]) -> dict[int, nn.Module]:
+    return {position: model.get_submodule(placement.block_names[position]) for position in positions}
 
 
 def streamed_positions(placement: Placement, counts: Sequence[int] | None) -> list[int]:
@@ -92,3 +117,31 @@ def refuse_kept_streamed(residencies: Sequence[Residency], streamed: Sequence[in
     for position in streamed:
         if not residencies[position].recomputes:
             raise ValueError(f"block {position}: its weights are streamed, so its residency cannot be 'keep'")
+
+
+def refuse_too_much_streamed(
+    model: nn.Module, placement: Placement, streamed: Sequence[int], limit: int | None
+) -> None:
+    """Raise ValueError if streamed weights take more host memory than there may be.
+
+    Args:
+        model: that is split.
+        placement: of the model.
+        streamed: positions of the blocks whose weights are streamed.
+        limit: bytes of host memory; None for no limit.
+    """
+    needed = 0
+    for stage, device in enumerate(placement.devices):
+        here = [position for position in placement.blocks_of(stage) if position in streamed]
+        needed += host_bytes(map(streamed_size, _blocks_at(model, placement, here).values()), device)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"streamed={_counts(placement, streamed)}: these blocks' weights take {needed / GIB:.1f} GiB of "
+            f"host memory, and {limit / GIB:.1f} GiB may be taken"
+        )
+
+
+def _counts(placement: Placement, streamed: Sequence[int]) -> list[int]:
+    """How many blocks of each stage are streamed."""
+    stages = map(placement.blocks_of, range(placement.num_stages))
+    return [sum(position in streamed for position in blocks) for blocks in stages]

@@ -8,7 +8,7 @@ copies from other devices would wait for that, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -65,8 +65,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return start_copy(tensor, device).wait()
 
 
-def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Event | None:
-    """Begin to copy a tensor to pinned host memory, which may be written after `free`.
+def copy_out(tensor: Tensor, host: Tensor, reads: Iterable[torch.Event]) -> torch.Event | None:
+    """Begin to copy a tensor to pinned host memory, which may be written when all of `reads` have happened.
 
     The tensor must be held until work that is queued on its device waits for the copy: else see `still_used`.
 
@@ -78,8 +78,8 @@ def copy_out(tensor: Tensor, host: Tensor, free: torch.Event | None) -> torch.Ev
         return None
     leaving = side_stream(tensor.device, "out", HOST)
     leaving.wait_event(mark(tensor.device))
-    if free is not None:
-        leaving.wait_event(free)
+    for read in reads:
+        leaving.wait_event(read)
     with using(leaving):
         host.copy_(tensor, non_blocking=True)
     return leaving.record_event()

@@ -71,6 +71,28 @@ def busy_shares(spans: Sequence[Span], num_stages: int) -> list[float]:
     return [sum(s.end - s.start for s in spans if s.action.stage == n) / duration for n in range(num_stages)]
 
 
+def device_shares(spans: Sequence[Span], devices: Sequence[torch.device]) -> list[float]:
+    """The share of the step's time in which each device was at work, whichever of its stages it was for.
+
+    Args:
+        spans: of one step.
+        devices: of each stage. Each stage on a CPU counts as a device: they run side by side.
+    """
+    lanes = [(device, stage if device.type == "cpu" else 0) for stage, device in enumerate(devices)]
+    duration = max(s.end for s in spans) - min(s.start for s in spans)
+    seconds = (_covered([s for s in spans if lanes[s.action.stage] == lane]) for lane in dict.fromkeys(lanes))
+    return [work / duration for work in seconds]
+
+
+def _covered(spans: Sequence[Span]) -> float:
+    """Seconds in which at least one of the spans lasts."""
+    seconds, end = 0.0, 0.0
+    for span in sorted(spans, key=lambda span: span.start):
+        seconds += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return seconds
+
+
 def _wait_for(devices: Sequence[torch.device]) -> None:
     for device in set(devices):
         if device.type != "cpu":

@@ -6,19 +6,22 @@ one slot, the next one's weights are copied into the other. They never go back: 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from tworeel.engine.parking import new_slab
+from tworeel.engine.host_pool import pinned_size
 from tworeel.engine.streams import HOST, mark, side_stream, using
 
 ALIGNMENT = 256
 """Of each tensor in a slot, in bytes: what kernels for matrices ask for."""
 SLOTS = 2
+_LARGEST_SLAB = 4
+"""Blocks, before it is rounded up: while weights are copied to a slab, the rest of it is there twice."""
 
 
 @dataclass
@@ -59,16 +62,21 @@ class WeightStreamer:
 
     def __init__(self, device: torch.device, blocks: Mapping[int, nn.Module]) -> None:
         self.device = device
-        self._blocks = _to_host(blocks, device)
-        self._order = sorted(self._blocks)
-        size = max((b.host.nbytes for b in self._blocks.values()), default=0)
-        self._slots = [_new_slot(size, device) for _ in range(min(SLOTS, len(self._blocks)))]
+        self.host_bytes = 0
+        """Bytes of host memory that the weights take, with what rounding loses."""
+        self._blocks: dict[int, _Streamed] = {}
+        self._slots: list[_Slot] = []
         self._current: _Slot | None = None
+        self.add(blocks)
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory that the weights take."""
-        return sum(block.host.nbytes for block in self._blocks.values())
+    def add(self, blocks: Mapping[int, nn.Module]) -> None:
+        """Between two steps: let the weights of more blocks be streamed."""
+        self.host_bytes += host_bytes(map(streamed_size, blocks.values()), self.device)
+        self._blocks |= _to_host(blocks, self.device)
+        self._order = sorted(self._blocks)
+        self._slots.clear()  # before there are others
+        size = max((b.host.nbytes for b in self._blocks.values()), default=0)
+        self._slots += [_new_slot(size, self.device) for _ in range(min(SLOTS, len(self._blocks)))]
 
     def use(self, position: int, *, backward: bool) -> None:
         """The block at `position` is about to run: its weights are there for what is queued from now on."""
@@ -149,18 +157,55 @@ def frozen_parameters(block: nn.Module) -> Iterable[nn.Parameter]:
     return (parameter for parameter in block.parameters() if not parameter.requires_grad)
 
 
+def streamed_size(block: nn.Module) -> int:
+    """Bytes that a block takes in host memory when its weights are streamed."""
+    return _offsets(block)[0]
+
+
+def host_bytes(sizes: Iterable[int], device: torch.device) -> int:
+    """What the streamed weights of one stage take of host memory: pinned for a device that is not the CPU.
+
+    Args:
+        sizes: of the blocks, in bytes.
+        device: of the stage.
+    """
+    return sum(sizes) if device.type == "cpu" else pinned_bytes(sizes)
+
+
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """The pinned memory that the streamed blocks of one stage take: torch rounds up to powers of two.
+
+    Args:
+        sizes: of the blocks, in bytes.
+    """
+    counts = Counter(size for size in sizes if size)
+    return sum(pinned_size(n * size) for size, count in counts.items() for n in _slabs(size, count))
+
+
+@cache
+def _slabs(size: int, count: int) -> tuple[int, ...]:
+    """How many of `count` blocks of a size share an allocation each, so that rounding loses least."""
+    most = pinned_size(_LARGEST_SLAB * size) // size
+    best: list[tuple[int, ...]] = [()]
+    for number in range(1, count + 1):
+        ways = ((n, *best[number - n]) for n in range(1, min(number, most) + 1))
+        best.append(min(ways, key=lambda slabs: sum(pinned_size(n * size) for n in slabs)))
+    return best[count]
+
+
 def _to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int, _Streamed]:
-    """Copy the blocks' frozen parameters to host memory, pinned for a device that is none."""
+    """Copy the blocks' frozen parameters to host memory, pinned for a device that is not the CPU."""
     plans = {position: _offsets(block) for position, block in blocks.items()}
-    spare: dict[int, list[Tensor]] = defaultdict(list)
-    wanted = Counter(size for size, _ in plans.values())
-    found = {}
-    for position, (size, places) in plans.items():
-        if not spare[size]:
-            spare[size] = new_slab(size, pinned=device.type != "cpu", most=wanted[size])
-        wanted[size] -= 1
-        found[position] = _fill(spare[size].pop(), places)
-    return found
+    counts = Counter(size for size, _ in plans.values())
+    buffers = {size: _buffers(size, count, device) for size, count in counts.items()}
+    return {position: _fill(next(buffers[size]), places) for position, (size, places) in plans.items()}
+
+
+def _buffers(size: int, count: int, device: torch.device) -> Iterator[Tensor]:
+    """Host memory for so many blocks of a size, allocated as it is needed."""
+    pinned = device.type != "cpu" and size > 0
+    for n in _slabs(size, count) if pinned else (1,) * count:
+        yield from torch.empty(n * size, dtype=torch.uint8, pin_memory=pinned).view(n, size)
 
 
 def _offsets(block: nn.Module) -> tuple[int, list[tuple[nn.Parameter, int]]]:

@@ -17,6 +17,7 @@ from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_holding, most_in_flight
 from tworeel.engine.split import AUTO
 from tworeel.engine.streamed_blocks import streamed_positions
+from tworeel.engine.weight_streaming import pinned_bytes
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
@@ -191,7 +192,9 @@ class Planner:
             micro_batches=request.micro_batches,
             tokens=tokens(self.largest, request.source.traits),
             stages=tuple(made),
-            host_memory=sum(draft.parked(stage) + stage.streamed * draft.block for draft, stage in pairs),
+            host_memory=sum(
+                draft.parked(stage) + pinned_bytes([draft.block] * stage.streamed) for draft, stage in pairs
+            ),
             host_free=request.host_free,
             seconds_per_step=step.seconds,
             busy=step.busy,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import psutil
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from tworeel.cache.build import CacheIndex, build_cache
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
-from tworeel.engine import Split, split
+from tworeel.engine import Placement, Split, split
+from tworeel.errors import UserError
 from tworeel.lora.inject import inject_lora
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
@@ -26,7 +28,7 @@ from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles
 
 HOST_SHARE = 0.8
-"""Of the host memory that is available, how much activations may take."""
+"""Of the host memory that is available, how much streamed weights and activations may take."""
 
 
 def encoding_devices(config: RunConfig) -> list[torch.device]:
@@ -107,24 +109,51 @@ def load_model(config: RunConfig, job: Job, poll: Callable[[], None] = lambda: N
     return job.transformer
 
 
+def keep_compiled(cache: Path) -> None:
+    """Let what is compiled from now on be kept in a cache folder, for later runs.
+
+    The system may clear torch's usual place, a temporary folder, at every start.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute() / "compiled"))
+
+
+def host_limit(model: nn.Module, placement: Placement, streamed: Sequence[int]) -> int:
+    """Bytes of host memory that may be pinned.
+
+    Args:
+        model: that is loaded.
+        placement: of its blocks.
+        streamed: positions of those that wait in host memory already, and are pinned there.
+    """
+    waiting = [model.get_submodule(placement.block_names[i]) for i in streamed]
+    weights = sum(parameter.nbytes for block in waiting for parameter in block.parameters())
+    return int(HOST_SHARE * (psutil.virtual_memory().available + weights))
+
+
 def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
-    """Spread the loaded transformer over the devices, as the configuration wants its blocks run."""
+    """Spread the loaded transformer over the devices, as the configuration wants its blocks run.
+
+    Raises:
+        UserError: there is too little host memory for the weights that are streamed.
+    """
     devices, engine = job.placement.devices, config.engine
     compile = any(device.type != "cpu" for device in devices) if engine.compile is None else engine.compile
-    # The system may clear torch's usual place, a temporary folder, at every start.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder(config).absolute() / "compiled"))
-    return split(
-        model,
-        devices,
-        at=job.placement.boundaries[1:-1],
-        blocks=job.family.block_lists,
-        residency=engine.residency,
-        compile=compile,
-        cpp_wrapper=compile and job.cpp_wrapper,
-        streamed=job.streamed_counts,
-        may_stream=engine.streamed_blocks is None,
-        host_limit=int(HOST_SHARE * psutil.virtual_memory().available),
-    )
+    keep_compiled(cache_folder(config))
+    try:
+        return split(
+            model,
+            devices,
+            at=job.placement.boundaries[1:-1],
+            blocks=job.family.block_lists,
+            residency=engine.residency,
+            compile=compile,
+            cpp_wrapper=compile and job.cpp_wrapper,
+            streamed=job.streamed_counts,
+            may_stream=engine.streamed_blocks is None,
+            host_limit=host_limit(model, job.placement, job.streamed),
+        )
+    except ValueError as error:
+        raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
 
 
 def make_micro_batches(config: RunConfig, job: Job, index: CacheIndex) -> MicroBatches:

@@ -94,7 +94,7 @@ def _train(
         for name in start_from(model, job.init_from, str(config.lora.init_from)):
             observer.say(f"lora.init_from has nothing for {name}: it starts as new")
     division = split_model(config, job, model)
-    optimizer = make_optimizer(lora_parameters(model).values(), config.train)
+    division.optimizer = optimizer = make_optimizer(lora_parameters(model).values(), config.train)
     batches = make_micro_batches(config, job, index)
     if checkpoint is not None:
         restore_state(checkpoint, model, optimizer)
