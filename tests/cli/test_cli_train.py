@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tworeel.errors import UserError
+
 Run = Callable[..., Any]
 
 
@@ -51,6 +53,21 @@ def test_everything_wrong_is_listed_and_exits_with_2(run: Run, tiny_model: Path)
     lines = done.err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
     assert "error: train.stps = 4: unknown key (did you mean 'steps'?)" in lines
+
+
+@pytest.mark.parametrize(("options", "anyway"), [((), False), (("--anyway",), True)])
+def test_only_with_anyway_a_plan_that_does_not_fit_is_followed(
+    run: Run, small_run: list[str], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], anyway: bool
+) -> None:
+    asked: list[bool] = []
+
+    def train(*_: object, anyway: bool, **__: object) -> None:
+        asked.append(anyway)
+        raise UserError("the plan does not fit")
+
+    monkeypatch.setattr("tworeel.training.run.train", train)
+    assert run("train", *small_run, *options).code == 2
+    assert asked == [anyway]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM to a handler")

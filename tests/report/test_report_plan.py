@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tworeel.engine.residency import Residency
 from tworeel.planning.plans import Alternative, Plan, StagePlan
-from tworeel.report.plan import alternatives_table, duration, plan_lines, plan_table, verdict_lines
+from tworeel.report.plan import alternatives_table, duration, misfit, plan_lines, plan_table, verdict_lines
 
 GIB = 2**30
 FIRST = StagePlan(
@@ -81,14 +81,33 @@ def test_the_verdict_says_whether_it_fits_how_long_it_takes_and_what_limits() ->
 
 def test_what_does_not_fit_is_told_with_what_is_missing() -> None:
     plan = replace(PLAN, stages=(replace(FIRST, free=20 * GIB), SECOND))
-    assert verdict_lines(plan)[0].startswith("It does not fit: cuda:0 would need 22.0 GiB and has 20.0")
-    assert "may run out of memory" in plan_lines(plan)[-1]
+    lacking = "cuda:0 would need 22.0 GiB and has 20.0 GiB (2.0 GiB too few, most is weights)"
+    assert verdict_lines(plan)[0] == f"It does not fit: {lacking}"
+    plan = replace(plan, stages=(plan.stages[0], replace(SECOND, free=22 * GIB - 2**20)))
+    assert plan.limit == f"{lacking}; {plan.stages[1].shortfall}"
+    assert plan.limit.endswith("(1 MiB too few, most is weights)")
+
+
+def test_what_does_not_fit_is_told_with_the_changes_that_would_and_their_figures() -> None:
+    plan = replace(PLAN, host_memory=61 * GIB)
+    assert misfit(plan) == f"{plan.limit}. What would fit it: nothing that is known"
+    shorter = Alternative(
+        name="clips of at most 45 frames", fits=True, seconds_per_step=90.0, peaks=(GIB, 2 * GIB), reason=""
+    )
+    other = replace(shorter, name="model.quantize = 'fp8'", peaks=(GIB,))
+    assert misfit(replace(plan, changes=(shorter, other))).endswith(
+        "What would fit it: clips of at most 45 frames (90.0 s a step: 1.0 GiB, 2.0 GiB); "
+        "model.quantize = 'fp8' (90.0 s a step: 1.0 GiB)"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"host_memory": 61 * GIB}, "61.0 GiB of host memory would be pinned, 60.0 may be"),
+        (
+            {"host_memory": 61 * GIB},
+            "61.0 GiB of host memory would be pinned, 60.0 GiB may be (1.0 GiB",
+        ),
         ({"host_bound": True}, "the host"),
         ({"busy": (0.5, 0.5)}, "the cards wait 50 % of a step"),
         ({"stages": (replace(FIRST, kept=21), replace(SECOND, kept=19))}, "compute"),
@@ -118,7 +137,7 @@ def test_alternatives_have_their_figures_and_a_reason() -> None:
         reason="no room",
     )
     text = printed(alternatives_table([one], "What else was weighed"))
-    assert "90 s" in text and "60.0 GiB" in text and "no room" in text
+    assert "90.0 s" in text and "60.0 GiB" in text and "no room" in text
 
 
 def test_what_was_clear_without_a_plan_has_no_figures() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from tworeel.report.format import gibibytes
+from tworeel.report.format import gibibytes, short_seconds
 
 if TYPE_CHECKING:
     from tworeel.planning.plans import Alternative, Plan, StagePlan
@@ -33,8 +33,8 @@ def plan_table(plan: Plan) -> Table:
         "peak": [gibibytes(stage.peak) for stage in plan.stages],
         "left alone": [gibibytes(stage.spare) for stage in plan.stages],
         "free": [gibibytes(stage.free) for stage in plan.stages],
-        "a clip, forward": [f"{stage.forward:.3g} s" for stage in plan.stages],
-        "a clip, backward": [f"{stage.backward:.3g} s" for stage in plan.stages],
+        "a clip, forward": [short_seconds(stage.forward) for stage in plan.stages],
+        "a clip, backward": [short_seconds(stage.backward) for stage in plan.stages],
         "busy": [f"{100 * share:.0f} %" for share in plan.busy],
     }
     for name, cells in rows.items():
@@ -50,7 +50,7 @@ def verdict_lines(plan: Plan) -> list[str]:
     epoch = plan.seconds_per_step * plan.steps_per_epoch
     return [
         "It fits." if plan.fits else f"It does not fit: {plan.limit}",
-        f"A clip takes {per_clip:.3g} s, a step {plan.seconds_per_step:.3g} s ({source}); "
+        f"A clip takes {short_seconds(per_clip)}, a step {short_seconds(plan.seconds_per_step)} ({source}); "
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
         f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
@@ -71,11 +71,24 @@ def plan_lines(plan: Plan) -> list[str]:
         for stage in plan.stages
     ]
     per_clip = plan.seconds_per_step / plan.micro_batches
-    lines.append(f"Plan: {per_clip:.3g} s a clip, {duration(plan.seconds_per_step * plan.steps)} in all")
+    total = plan.seconds_per_step * plan.steps
+    lines.append(f"Plan: {short_seconds(per_clip)} a clip, {duration(total)} in all")
     lines += [f"Plan: not {one.name}: {one.reason}" for one in plan.alternatives]
-    if not plan.fits:
-        lines.append(f"Plan: this may run out of memory: {plan.limit}")
     return lines
+
+
+def misfit(plan: Plan) -> str:
+    """What does not fit of a plan, by how much, and the smallest changes with which it would."""
+    changes = "; ".join(map(in_words, plan.changes))
+    return f"{plan.limit}. What would fit it: {changes or 'nothing that is known'}"
+
+
+def in_words(change: Alternative) -> str:
+    """A change, with a step's time and the peaks by stage."""
+    figures = [", ".join(gibibytes(peak) for peak in change.peaks)]
+    if change.seconds_per_step is not None:
+        figures.insert(0, f"{short_seconds(change.seconds_per_step)} a step")
+    return f"{change.name} ({': '.join(figures)})"
 
 
 def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table:
@@ -85,7 +98,7 @@ def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table
         table.add_column(column)
     for one in alternatives:
         peaks = " ".join(gibibytes(peak) for peak in one.peaks)
-        seconds = "" if one.seconds_per_step is None else f"{one.seconds_per_step:.3g} s"
+        seconds = "" if one.seconds_per_step is None else short_seconds(one.seconds_per_step)
         table.add_row(one.name, seconds, peaks, one.reason)
     return table
 

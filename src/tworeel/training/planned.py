@@ -26,6 +26,7 @@ from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
+from tworeel.report.plan import in_words
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
 from tworeel.training.loadable import place_again, torch_dtype
@@ -196,7 +197,7 @@ class PlannedRun:
         now = Planner(replace(request, budgets=budgets), self.planner.trace, self.planner)
         if now.best().fits:
             return ("the same run with a new plan, which --resume makes",)
-        return tuple(change.name for change in changes(now))
+        return tuple(map(in_words, changes(now)))
 
 
 def plan_job(
