@@ -46,6 +46,7 @@ def train(
             "Without it, such a run stops before anything is encoded or loaded.",
         ),
     ] = False,
+    cards: options.Cards = None,
 ) -> None:
     """Train a LoRA.
 
@@ -64,24 +65,25 @@ def train(
         train__output=output,
         train__steps=steps,
     )
-    _show_result(_run(run_config, resume_from or resume, anyway))
+    _show_result(_run(run_config, resume_from or resume, anyway, cards))
 
 
-def _run(config: RunConfig, resume: bool | Path, anyway: bool) -> Result:
+def _run(config: RunConfig, resume: bool | Path, anyway: bool, cards: Path | None) -> Result:
     """Train; when a signal stops it, say how to go on."""
     try:
         with watching() as observer:
             # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
             from tworeel.training.run import train as train_lora
 
-            return train_lora(config, resume=resume, anyway=anyway, observer=observer)
+            return train_lora(config, resume=resume, anyway=anyway, cards=cards, observer=observer)
     except Stopped:
         from tworeel.report.tables import resume_command
         from tworeel.training.run_folder import RunFolder
 
         folder = RunFolder(config.train.output)
         if folder.checkpoints.exists():
-            say(f"Stopped. Go on with: {resume_command(folder.config)}{' --anyway' if anyway else ''}")
+            given = [*(["--anyway"] if anyway else []), *(["--cards", str(cards)] if cards else [])]
+            say(f"Stopped. Go on with: {resume_command(folder.config, *given)}")
         else:
             say("Stopped before the first step. The same command starts again; what is cached stays.")
         raise

@@ -50,6 +50,11 @@ class StagePlan:
         return self.last - self.first + 1
 
     @property
+    def only_computes(self) -> bool:
+        """Whether nothing of it is copied to host memory and back beside its work."""
+        return not self.streamed and not (self.residency.is_parked and self.kept < self.num_blocks)
+
+    @property
     def peak(self) -> int:
         """The most that is held at a time."""
         return sum(self.parts.values())

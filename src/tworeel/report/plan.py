@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 from tworeel.report.format import gibibytes, short_seconds
@@ -15,41 +16,63 @@ if TYPE_CHECKING:
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
-def plan_table(plan: Plan) -> Table:
-    """A column for each stage, a row for each figure."""
-    table = Table(
-        title=f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
-    )
+def plan_tables(plan: Plan, console: Console) -> list[Table]:
+    """A column for each stage, a row for each figure; as many stages a table as the console has room for."""
+    title = f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
+    count = len(plan.stages)
+    for most in range(count, 0, -1):
+        tables = [_table(title, plan, slice(first, first + most)) for first in range(0, count, most)]
+        if not any(_cuts_words(table, console) for table in tables):
+            break
+    return tables
+
+
+def _cuts_words(table: Table, console: Console) -> bool:
+    return any("…" in segment.text for line in console.render_lines(table) for segment in line)
+
+
+def _table(title: str, plan: Plan, some: slice) -> Table:
+    """With some of the stages."""
+    stages = plan.stages[some]
+    table = Table(title=title)
     table.add_column("")
-    for stage in plan.stages:
+    for stage in stages:
         table.add_column(stage.device, justify="right")
     rows = {
-        "card": [stage.card for stage in plan.stages],
-        "blocks": [f"{stage.first} to {stage.last}" for stage in plan.stages],
-        "leave behind": [_residency(stage) for stage in plan.stages],
-        "weights streamed": [_streamed(stage) for stage in plan.stages],
-        "clips in flight": [str(stage.in_flight) for stage in plan.stages],
-        **{part: [gibibytes(stage.parts[part]) for stage in plan.stages] for part in plan.stages[0].parts},
-        "peak": [gibibytes(stage.peak) for stage in plan.stages],
-        "left alone": [gibibytes(stage.spare) for stage in plan.stages],
-        "free": [gibibytes(stage.free) for stage in plan.stages],
-        "a clip, forward": [short_seconds(stage.forward) for stage in plan.stages],
-        "a clip, backward": [short_seconds(stage.backward) for stage in plan.stages],
-        "busy": [f"{100 * share:.0f} %" for share in plan.busy],
+        "card": [stage.card for stage in stages],
+        "blocks": [f"{stage.first} to {stage.last}" for stage in stages],
+        "precision": [plan.precision] * len(stages),
+        "leave behind": [_residency(stage) for stage in stages],
+        "weights streamed": [_streamed(stage) for stage in stages],
+        "clips in flight": [str(stage.in_flight) for stage in stages],
+        **{part: [gibibytes(stage.parts[part]) for stage in stages] for part in stages[0].parts},
+        "peak": [gibibytes(stage.peak) for stage in stages],
+        "left to the allocator": [gibibytes(stage.spare) for stage in stages],
+        "free": [gibibytes(stage.free) for stage in stages],
+        "a clip, forward": [short_seconds(stage.forward) for stage in stages],
+        "a clip, backward": [short_seconds(stage.backward) for stage in stages],
+        "busy": [f"{100 * share:.0f} %" for share in plan.busy[some]],
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
 
 
-def verdict_lines(plan: Plan) -> list[str]:
-    """Whether it fits, how long it takes, and what limits."""
+def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
+    """Whether it fits, how long it takes, and what limits.
+
+    Args:
+        plan: of which it is told.
+        host_is_here: host memory is what this machine has free, and another could have more.
+    """
     per_clip = plan.seconds_per_step / plan.micro_batches
     source = "as measured on these cards" if plan.calibrated else "by the cards' figures"
     total = plan.seconds_per_step * plan.steps
     epoch = plan.seconds_per_step * plan.steps_per_epoch
+    host_lacks = host_is_here and plan.host_memory > plan.host_free
+    elsewhere = ". That is this machine's: --host-memory-gib plans for another" if host_lacks else ""
     return [
-        "It fits." if plan.fits else f"It does not fit: {plan.limit}",
+        "It fits." if plan.fits else f"It does not fit: {plan.limit}{elsewhere}",
         f"A clip takes {short_seconds(per_clip)}, a step {short_seconds(plan.seconds_per_step)} ({source}); "
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",

@@ -21,12 +21,14 @@ from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from, without_needless_alpha
 from tworeel.models.family import Picture
+from tworeel.planning.cards import Card, known_cards
 from tworeel.planning.plans import Plan
 from tworeel.report.plan import misfit, plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
 from tworeel.training.choices import as_before
+from tworeel.training.devices import forget_peaks
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
@@ -46,6 +48,7 @@ def train(
     *,
     resume: bool | Path = False,
     anyway: bool = False,
+    cards: Path | None = None,
     observer: RunObserver | None = None,
 ) -> Result:
     """Check, cache, train and export.
@@ -54,6 +57,7 @@ def train(
         config: of the run.
         resume: True to go on from the newest intact checkpoint in the output folder, or the folder of one.
         anyway: train even if the plan does not fit the devices; it may run out of memory.
+        cards: a file of cards that the planner's table does not have.
         observer: sees the progress, and may stop it by raising `Stopped`: a checkpoint is saved first.
 
     Raises:
@@ -74,8 +78,11 @@ def train(
             checkpoint = find_checkpoint(store, resume, config, watched)
         if checkpoint is not None:
             config = as_before(config, checkpoint.state["config"])
+        known: Sequence[Card] = ()
+        with collected(problems):
+            known = known_cards(cards)
         job = preflight(config, watched, problems)
-        config, job, planned = plan_job(config, job, watched.say)
+        config, job, planned = plan_job(config, job, watched.say, known)
         if planned is not None:
             _tell(planned.plan, anyway, watched)
         write_text_atomic(folder.config, dump_config(config))
@@ -180,6 +187,7 @@ class _Run:
         steps = self.config.train.steps
         board = self.folder.tensorboard if self.config.train.tensorboard else None
         self.observer.train(done + 1, steps)
+        forget_peaks(self.job.placement.devices)  # what encoding and loading held is no peak of training
         with (
             MetricsLog(self.folder.metrics, done, board) as metrics,
             closing(self.batches.ahead(done, steps)) as ahead,
