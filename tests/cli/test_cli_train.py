@@ -55,6 +55,15 @@ def test_everything_wrong_is_listed_and_exits_with_2(run: Run, tiny_model: Path)
     assert "error: train.stps = 4: unknown key (did you mean 'steps'?)" in lines
 
 
+def test_a_file_of_cards_that_is_not_there_is_told_before_anything_is_encoded(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    done = run("train", *small_run, "--cards", "nothing.toml", "--set", "lora.targets=none")
+    assert done.code == 2 and len(done.err.splitlines()) == 2, done.err
+    assert "error: --cards nothing.toml: No such file" in done.err and "lora.targets" in done.err
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.mark.parametrize(("options", "anyway"), [((), False), (("--anyway",), True)])
 def test_only_with_anyway_a_plan_that_does_not_fit_is_followed(
     run: Run, small_run: list[str], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], anyway: bool
