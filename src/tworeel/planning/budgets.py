@@ -48,7 +48,7 @@ class Budget:
 
 def budget_of_card(card: Card, number: int) -> Budget:
     """A card of the table that nothing else runs on."""
-    free = max(0, int(card.memory * USABLE) - CONTEXT)
+    free = int(card.memory * USABLE) - CONTEXT
     return Budget(
         device=f"cuda:{number}",
         card=card.name,

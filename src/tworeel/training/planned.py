@@ -14,6 +14,7 @@ from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
+from tworeel.errors import raise_if_any
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
 from tworeel.planning.changing import changes
@@ -25,6 +26,7 @@ from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
+from tworeel.report.format import gibibytes
 from tworeel.report.plan import in_words
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
@@ -124,8 +126,18 @@ def _calibrated(request: Request) -> Request:
 
 
 def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
-    """Cards that need not be here, nothing else running on them."""
-    return tuple(budget_of_card(card, number) for number, card in enumerate(cards))
+    """Cards that need not be here, nothing else running on them.
+
+    Raises:
+        UserError: lists every card that is smaller than what CUDA takes for itself.
+    """
+    budgets = tuple(budget_of_card(card, number) for number, card in enumerate(cards))
+    raise_if_any(
+        f"{card.name} with {gibibytes(card.memory)}: CUDA itself takes all of that"
+        for card, budget in zip(cards, budgets, strict=True)
+        if budget.free <= 0
+    )
+    return budgets
 
 
 def budgets_of_devices(
