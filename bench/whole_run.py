@@ -120,7 +120,7 @@ def train_and_tell(
     with Meter([torch.device(device) for device in config.engine.devices or ()]) as meter:
         watcher = Watcher(meter)
         meter.begin("check")
-        result = train(config, resume=resume, observer=watcher)
+        result = train(config, resume=resume, anyway=True, observer=watcher)
     phases = list(meter.phases.values())
     measuring.print_phases(name, phases)
     _print_steps(name, watcher.reports, count)

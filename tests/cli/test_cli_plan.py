@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -60,11 +63,52 @@ def test_a_card_of_ones_own_can_be_planned_for(run: Run, given: tuple[str, ...],
     assert "Workshop 48" in done.out
 
 
+def test_host_memory_that_this_machine_lacks_may_be_another_ones(
+    run: Run, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked = (*PAIR, "--set", "engine.residency=offload")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    here = run("plan", *given, *parked)
+    assert "of host memory would be pinned" in here.out and "--host-memory-gib plans for another" in here.out
+    assert "It fits." in run("plan", *given, *parked, "--host-memory-gib", "128").out
+
+
+def test_planning_needs_no_package_that_only_training_needs(
+    run: Run, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    asked = ("--set", "model.quantize=nf4", "--set", "train.optimizer=adamw8bit")
+    done = run("plan", *given, *PAIR, *asked)
+    assert done.code == 0, done.err
+    assert "nf4" in done.out
+    assert run("check", *given, *asked).err.count("needs bitsandbytes") == 2
+
+
+def test_cards_that_need_not_be_here_take_the_better_order_whatever_devices_are_set(
+    run: Run, given: tuple[str, ...], tmp_path: Path
+) -> None:
+    found = []
+    for number, devices in enumerate(((), ("--set", 'engine.devices=["cuda:0","cuda:1"]'))):
+        file = tmp_path / f"{number}.json"
+        assert run("plan", *given, "--gpus", "RTX 3060, H200", *devices, "--json", file).code == 0
+        found.append([stage["card"] for stage in json.loads(file.read_text(encoding="utf-8"))["stages"]])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--gpus", "2x RTX 4091"), "no card 'RTX 4091' is known (did you mean 'RTX 4090'?)"),
-        ((*PAIR, "--memory-gib", "-3"), "--memory-gib -3: must be above 0"),
+        ((*PAIR, "--memory-gib", "-3"), "--memory-gib -3: must be above 0 and below 10000"),
+        ((*PAIR, "--memory-gib", "20000"), "--memory-gib 20000: must be above 0 and below 10000"),
+        ((*PAIR, "--host-memory-gib", "-3"), "--host-memory-gib -3: must be above 0"),
+        ((*PAIR, "--devices", "cuda:7"), "--devices cuda:7: are devices of this machine; leave it out"),
+        ((*PAIR, "--memory-gib", "0.5,24"), "RTX 4090 with 0.5 GiB: CUDA itself takes all of that"),
+        (("--gpus", "2x H100"), "'H100' may be H100 PCIe, H100 80GB; name one of them"),
+        (
+            (*PAIR, "--set", "engine.streamed_blocks=[99,1]"),
+            "engine.streamed_blocks = [99, 1]: the model has",
+        ),
         ((*PAIR, "--memory-gib", "1,2,3"), "2 cards need one number, or 2"),
         (("--memory-gib", "3"), "--memory-gib: needs --gpus"),
         ((*PAIR, "--cards", "nothing.toml"), "--cards nothing.toml: No such file"),

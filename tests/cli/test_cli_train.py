@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tworeel.errors import UserError
+
 Run = Callable[..., Any]
 
 
@@ -51,6 +53,30 @@ def test_everything_wrong_is_listed_and_exits_with_2(run: Run, tiny_model: Path)
     lines = done.err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
     assert "error: train.stps = 4: unknown key (did you mean 'steps'?)" in lines
+
+
+def test_a_file_of_cards_that_is_not_there_is_told_before_anything_is_encoded(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    done = run("train", *small_run, "--cards", "nothing.toml", "--set", "lora.targets=none")
+    assert done.code == 2 and len(done.err.splitlines()) == 2, done.err
+    assert "error: --cards nothing.toml: No such file" in done.err and "lora.targets" in done.err
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(("options", "anyway"), [((), False), (("--anyway",), True)])
+def test_only_with_anyway_a_plan_that_does_not_fit_is_followed(
+    run: Run, small_run: list[str], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], anyway: bool
+) -> None:
+    asked: list[bool] = []
+
+    def train(*_: object, anyway: bool, **__: object) -> None:
+        asked.append(anyway)
+        raise UserError("the plan does not fit")
+
+    monkeypatch.setattr("tworeel.training.run.train", train)
+    assert run("train", *small_run, *options).code == 2
+    assert asked == [anyway]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send SIGTERM to a handler")

@@ -203,5 +203,5 @@ def test_out_of_memory_while_loading_is_told_too(
     config = config_of(folder, "run", cuda)
     shortage.begin()
     with pytest.raises(UserError, match="out of memory"):
-        train(config)
+        train(config, anyway=True)
     assert CheckpointStore(config.train.output / "checkpoints").steps() == []

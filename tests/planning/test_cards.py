@@ -35,6 +35,8 @@ def test_every_card_has_a_source_and_rates_that_belong_together() -> None:
         ("2 × nvidia geforce rtx 4090", ["RTX 4090", "RTX 4090"]),
         ("4090, 3060 12GB", ["RTX 4090", "RTX 3060 12GB"]),
         ("RTX 3060", ["RTX 3060 12GB"]),
+        ("pro 4500", ["RTX PRO 4500 Blackwell"]),
+        ("W7900", ["Radeon PRO W7900"]),
         ("1x H200 + 1x RTX 5090", ["H200", "RTX 5090"]),
     ],
 )
@@ -50,9 +52,13 @@ def test_cards_are_found_however_they_are_spelled(text: str, names: list[str]) -
         ("0x RTX 4090", "0 cards; allowed are 1 to 16"),
         ("99x RTX 4090", "99 cards; allowed are 1 to 16"),
         ("RTX 4091, nothing", "no card 'nothing' is known"),
+        ("H100", "'H100' may be H100 PCIe, H100 80GB; name one of them"),
+        ("2x A100", "'A100' may be A100 40GB, A100 40GB PCIe, A100 80GB, A100 80GB PCIe; name"),
+        ("RTX PRO 6000", "'RTX PRO 6000' may be RTX PRO 6000 Blackwell, RTX PRO 6000 Blackwell Max-Q, RTX"),
+        ("NVIDIA GeForce RTX 3080", "may be RTX 3080 10GB, RTX 3080 12GB; name one of them"),
     ],
 )
-def test_an_unknown_card_is_told_with_a_name_that_is_near(text: str, words: str) -> None:
+def test_a_name_that_is_no_card_or_several_is_told_with_those_that_are_near(text: str, words: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_cards(text, CARDS)
     assert words in str(caught.value)
@@ -70,7 +76,7 @@ def test_memory_may_be_another_for_all_or_for_each() -> None:
     assert [card.memory for card in with_memory(pair, "22.5,15")] == [int(22.5 * GIB), 15 * GIB]
 
 
-@pytest.mark.parametrize("text", ["-3", "0", "many", "1,2,3", "nan", "inf", ""])
+@pytest.mark.parametrize("text", ["-3", "0", "20000", "many", "1,2,3", "nan", "inf", ""])
 def test_memory_that_no_card_has_is_told(text: str) -> None:
     with pytest.raises(UserError, match="--memory-gib"):
         with_memory(parse_cards("2x RTX 4090", CARDS), text)
@@ -88,6 +94,17 @@ def test_a_user_can_add_a_card(tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(OWN, encoding="utf-8")
     (card,) = parse_cards("Workshop 48", known_cards(tmp_path / "own.toml"))
     assert card.memory == 48 * GIB and card.fp8 is None and card.crossing == card.pcie
+
+
+def test_a_card_without_torchs_name_is_none_but_by_its_own(tmp_path: Path) -> None:
+    own = OWN.replace('torch_name = "NVIDIA Workshop 48"\n', "")
+    (tmp_path / "own.toml").write_text(own, encoding="utf-8")
+    cards = known_cards(tmp_path / "own.toml")
+    assert card_of_device("NVIDIA", GIB, cards) is None
+    for vendor in ("RTX", "NVIDIA", "GeForce"):
+        with pytest.raises(UserError, match=f"no card '{vendor}' is known"):
+            parse_cards(vendor, cards)
+    assert parse_cards("workshop", cards)[0].name == "Workshop 48"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from tworeel.engine.residency import Residency
 from tworeel.planning.plans import Alternative, Plan, StagePlan
-from tworeel.report.plan import alternatives_table, duration, plan_lines, plan_table, verdict_lines
+from tworeel.report.plan import alternatives_table, duration, misfit, plan_lines, plan_tables, verdict_lines
 
 GIB = 2**30
 FIRST = StagePlan(
@@ -46,10 +46,11 @@ PLAN = Plan(
 )
 
 
-def printed(thing: object) -> str:
+def printed(*things: object) -> str:
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(thing)
+        for thing in things:
+            console.print(thing)
     return capture.get()
 
 
@@ -60,14 +61,28 @@ def row(text: str, name: str) -> list[str]:
 
 
 def test_the_table_has_a_column_a_stage() -> None:
-    text = printed(plan_table(PLAN))
+    (table,) = plan_tables(PLAN, Console(width=80))
+    text = printed(table)
     assert "wan2.2-t2v-a14b, bfloat16, 20,280 tokens, 8 clips a step" in text and "…" not in text
     assert row(text, "card") == ["RTX 4090"] * 2
     assert row(text, "blocks") == ["0 to 20", "21 to 39"]
+    assert row(text, "precision") == ["bfloat16"] * 2
     assert row(text, "leave behind") == ["21 offload-selective", "17 selective, 2 keep"]
     assert row(text, "weights streamed") == ["4 of 21", "none"]
     assert row(text, "peak") == ["21.0 GiB"] * 2
     assert row(text, "busy") == ["96 %", "86 %"]
+    assert row(text, "left to the allocator") == ["1.0 GiB"] * 2
+
+
+def test_more_stages_than_the_console_has_room_for_are_in_several_tables() -> None:
+    stages = tuple(replace(FIRST, device=f"cuda:{number}") for number in range(8))
+    plan = replace(PLAN, stages=stages, busy=tuple(number / 10 for number in range(8)))
+    tables = plan_tables(plan, Console(width=80))
+    text = printed(*tables)
+    assert len(tables) > 1 and "…" not in text and "offload-selective" in text
+    assert [f"cuda:{number}" in text for number in range(8)] == [True] * 8
+    assert [f" {number}0 %" in text for number in range(1, 8)] == [True] * 7
+    assert len(plan_tables(plan, Console(width=300))) == 1
 
 
 def test_the_verdict_says_whether_it_fits_how_long_it_takes_and_what_limits() -> None:
@@ -81,14 +96,41 @@ def test_the_verdict_says_whether_it_fits_how_long_it_takes_and_what_limits() ->
 
 def test_what_does_not_fit_is_told_with_what_is_missing() -> None:
     plan = replace(PLAN, stages=(replace(FIRST, free=20 * GIB), SECOND))
-    assert verdict_lines(plan)[0].startswith("It does not fit: cuda:0 would need 22.0 GiB and has 20.0")
-    assert "may run out of memory" in plan_lines(plan)[-1]
+    lacking = "cuda:0 would need 22.0 GiB and has 20.0 GiB (2.0 GiB too few, most is weights)"
+    assert verdict_lines(plan)[0] == f"It does not fit: {lacking}"
+    plan = replace(plan, stages=(plan.stages[0], replace(SECOND, free=22 * GIB - 2**20)))
+    assert plan.limit == f"{lacking}; {plan.stages[1].shortfall}"
+    assert plan.limit.endswith("(1 MiB too few, most is weights)")
+
+
+def test_host_memory_that_lacks_here_need_not_lack_elsewhere() -> None:
+    plan = replace(PLAN, host_memory=61 * GIB)
+    assert verdict_lines(plan, host_is_here=True)[0].endswith("--host-memory-gib plans for another")
+    assert "--host-memory-gib" not in verdict_lines(plan)[0]
+    small = replace(PLAN, stages=(replace(FIRST, free=20 * GIB), SECOND))
+    assert "--host-memory-gib" not in verdict_lines(small, host_is_here=True)[0]
+
+
+def test_what_does_not_fit_is_told_with_the_changes_that_would_and_their_figures() -> None:
+    plan = replace(PLAN, host_memory=61 * GIB)
+    assert misfit(plan) == f"{plan.limit}. What would fit it: nothing that is known"
+    shorter = Alternative(
+        name="clips of at most 45 frames", fits=True, seconds_per_step=90.0, peaks=(GIB, 2 * GIB), reason=""
+    )
+    other = replace(shorter, name="model.quantize = 'fp8'", peaks=(GIB,))
+    assert misfit(replace(plan, changes=(shorter, other))).endswith(
+        "What would fit it: clips of at most 45 frames (90.0 s a step: 1.0 GiB, 2.0 GiB); "
+        "model.quantize = 'fp8' (90.0 s a step: 1.0 GiB)"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"host_memory": 61 * GIB}, "61.0 GiB of host memory would be pinned, 60.0 may be"),
+        (
+            {"host_memory": 61 * GIB},
+            "61.0 GiB of host memory would be pinned, 60.0 GiB may be (1.0 GiB",
+        ),
         ({"host_bound": True}, "the host"),
         ({"busy": (0.5, 0.5)}, "the cards wait 50 % of a step"),
         ({"stages": (replace(FIRST, kept=21), replace(SECOND, kept=19))}, "compute"),
@@ -118,7 +160,7 @@ def test_alternatives_have_their_figures_and_a_reason() -> None:
         reason="no room",
     )
     text = printed(alternatives_table([one], "What else was weighed"))
-    assert "90 s" in text and "60.0 GiB" in text and "no room" in text
+    assert "90.0 s" in text and "60.0 GiB" in text and "no room" in text
 
 
 def test_what_was_clear_without_a_plan_has_no_figures() -> None:

@@ -9,7 +9,7 @@ error that a GPU gives; then there are so many GiB for the run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from tworeel.cli.app import main
 from tworeel.config.schema import RunConfig
-from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.cards import GIB, Card, known_cards, parse_cards
 from tworeel.training import run, shortage
 from tworeel.training.planned import PlannedRun, budgets_of_cards, plan_on
 from tworeel.training.preflight import Job
@@ -31,7 +31,7 @@ run_transformer = run.run_transformer
 
 
 def plan_for_cards(
-    config: RunConfig, job: Job, _say: Callable[[str], None]
+    config: RunConfig, job: Job, _say: Callable[[str], None], _cards: Sequence[Card]
 ) -> tuple[RunConfig, Job, PlannedRun]:
     """The blocks stay where they are."""
     cards = budgets_of_cards(parse_cards("2x RTX 4090", known_cards()))

@@ -111,6 +111,15 @@ def test_counts_that_are_set_are_those_of_even_shares(
     assert placed.streamed_counts == (0, 2) and placed.placement.boundaries == found.placement.boundaries
 
 
+def test_counts_that_even_shares_have_no_blocks_for_are_left_to_the_weights(
+    turn: tuple[RunConfig, Turn], cards: Callable[..., None]
+) -> None:
+    config, found = turn
+    whole, _ = bytes_of(found)
+    cards(4 * whole, 4 * whole)
+    assert placed_by_weights(found, with_engine(config, streamed_blocks=(3, 1))).streamed == ()
+
+
 def test_with_streamed_weights_the_same_is_rendered(
     make_config: MakeConfig, tmp_path: Path, cards: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tworeel.errors import UserError
-from tworeel.training.devices import available_devices, peak_memory, resolve_devices, room
+from tworeel.training.devices import available_devices, forget_peaks, peak_memory, resolve_devices, room
 
 CPU = torch.device("cpu")
 
@@ -32,6 +32,13 @@ def test_a_kind_without_a_number_is_its_first_device(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tworeel.training.devices.available_devices", lambda: ["cuda:0", "cuda:1"])
     assert resolve_devices(["cuda", "cuda:1"]) == (torch.device("cuda:0"), torch.device("cuda:1"))
     assert resolve_devices(None) == (torch.device("cuda:0"), torch.device("cuda:1"))
+
+
+def test_peaks_are_forgotten_on_each_accelerator_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", forgotten.append)
+    forget_peaks([torch.device("cuda:0"), CPU, torch.device("cuda:0")])
+    assert forgotten == [torch.device("cuda:0")]
 
 
 def test_memory_is_told_once_for_each_device() -> None:

@@ -11,13 +11,15 @@ from tiny_runs import tiny_config, tiny_model
 
 from tworeel.config.schema import RunConfig
 from tworeel.demo.clips import write_clips
+from tworeel.engine.residency import Residency
+from tworeel.errors import UserError
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
 from tworeel.training.assembly import load_model, split_model
 from tworeel.training.choices import settled
-from tworeel.training.loadable import place_again
+from tworeel.training.loadable import place_again, place_blocks
 from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
 from tworeel.training.report import SilentRun, StepReport
@@ -41,6 +43,14 @@ def report(step: int, seconds: float) -> StepReport:
         memory={"cuda:0": 3 * GIB, "cuda:1": 2 * GIB},
         busy=(0.5, 0.5),
     )
+
+
+CUDA = [torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+def on_gpus(job: Job) -> Job:
+    """The job with an even share of its blocks on each of two GPUs."""
+    return place_again(job, CUDA, [2], [0, 0])
 
 
 def pair(first: str = "RTX 4090", second: str = "RTX 3060 12GB"):
@@ -153,10 +163,9 @@ def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.M
         timed.append(budget.device)
         return replace(budget, measured=True)
 
-    monkeypatch.setattr(planned, "budgets_of_devices", lambda _: pair())
+    monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
     monkeypatch.setattr(planned, "measured", measured)
-    on_gpus = place_again(found, [torch.device("cuda:0"), torch.device("cuda:1")], [2], [0, 0])
-    _, _, run = plan_job(left_open(config), on_gpus, print)
+    _, _, run = plan_job(left_open(config), on_gpus(found), print)
     assert timed == ["cuda:0", "cuda:1"] and run is not None and run.plan.calibrated
 
 
@@ -165,17 +174,20 @@ def test_on_a_cpu_there_is_nothing_to_plan(job) -> None:
     assert plan_job(config, found, print) == (settled(config), found, None)
 
 
+def refuse(*_: object) -> None:
+    raise RuntimeError("tracing has changed")
+
+
 def test_a_run_goes_on_where_no_plan_can_be_made(job, monkeypatch: pytest.MonkeyPatch) -> None:
     config, found = job
-    on_gpus = place_again(found, [torch.device("cuda:0"), torch.device("cuda:1")], [2], [0, 0])
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("tracing has changed")
-
     monkeypatch.setattr(planned, "budgets_of_devices", refuse)
     said: list[str] = []
-    assert plan_job(config, on_gpus, said.append) == (settled(config), on_gpus, None)
-    assert said == ["no plan could be made (RuntimeError: tracing has changed); the blocks are shared evenly"]
+    assert plan_job(config, on_gpus(found), said.append) == (settled(config), on_gpus(found), None)
+    decided, _, run = plan_job(left_open(config), on_gpus(found), said.append)
+    assert decided == settled(left_open(config)) and run is None
+    why = "no plan could be made (RuntimeError: tracing has changed); the blocks are shared evenly"
+    auto = "model.quantize = 'auto' is bfloat16, engine.stages_per_device = 'auto' is 1"
+    assert said == [why, f"{why}, {auto}"]
 
 
 def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -> None:
@@ -197,17 +209,108 @@ def test_where_the_host_limits_nothing_is_learnt_of_the_cards(job) -> None:
     assert not again.plan.calibrated
 
 
+def slowdown_after(config: RunConfig, job: Job, times: tuple[float, float], **changes: object) -> float:
+    """What is known of a card after a run on two of it.
+
+    Args:
+        config: of the run.
+        job: what it works on.
+        times: by stage, how many times as long as planned it works.
+        changes: of the plan's second stage.
+    """
+    alike = pair("RTX 4090", "RTX 4090")
+    _, _, run = plan_on(config, job, alike)
+    first, second = run.plan.stages
+    # So tiny a model waits for the host.
+    run.plan = replace(run.plan, host_bound=False, stages=(first, replace(second, **changes)))
+    planned = [run.plan.micro_batches * (stage.forward + stage.backward) for stage in (first, second)]
+    worked = [factor * seconds for factor, seconds in zip(times, planned, strict=True)]
+    for step in range(1, 6):
+        busy = tuple(seconds / sum(worked) for seconds in worked)
+        run.heard(replace(report(step, sum(worked)), busy=busy))
+    return make_request(config, job, alike).budgets[0].slowdown
+
+
 def test_the_next_plan_rests_on_what_was_measured(job) -> None:
     config, found = job
-    _, _, run = plan_on(config, found, pair())
-    run.plan = replace(run.plan, host_bound=False)  # so tiny a model waits for the host
-    once = run.plan.stages[0].forward + run.plan.stages[0].backward
-    # Each stage works for half of a step of two clips: three times what was planned for the first one.
-    for step in range(1, 6):
-        run.heard(report(step, 2 * 2 * 3 * once))
-    _, _, again = plan_on(config, found, pair())
-    assert again.plan.calibrated and not run.plan.calibrated
-    first = again.plan.stages[0]
-    assert (first.forward + first.backward) / first.num_blocks == pytest.approx(
-        3 * once / run.plan.stages[0].num_blocks, rel=0.01
-    )
+    assert slowdown_after(config, found, (3.0, 3.0)) == pytest.approx(3.0, rel=1e-3)
+    assert plan_on(config, found, pair("RTX 4090", "RTX 4090"))[2].plan.calibrated
+    # A run that was planned with it, and took as long as planned, changes nothing.
+    assert slowdown_after(config, found, (1.0, 1.0)) == pytest.approx(3.0, rel=1e-3)
+    assert slowdown_after(config, found, (2.0, 2.0)) == pytest.approx(6.0, rel=1e-3)
+
+
+def test_of_like_cards_both_count_by_their_work(job) -> None:
+    config, found = job
+    stages = plan_on(config, found, pair("RTX 4090", "RTX 4090"))[2].plan.stages
+    first, second = (stage.forward + stage.backward for stage in stages)
+    expected = (first + 4 * second) / (first + second)
+    assert slowdown_after(config, found, (1.0, 4.0)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"streamed": 1}, {"residency": Residency.OFFLOAD_SELECTIVE, "kept": 0}])
+def test_of_a_stage_that_copies_beside_its_work_nothing_is_learnt(job, changes: dict[str, object]) -> None:
+    config, found = job
+    assert slowdown_after(config, found, (1.5, 9.0), **changes) == pytest.approx(1.5, rel=1e-3)
+
+
+def test_a_card_of_ones_own_is_planned_with(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = job
+    given: list[object] = []
+
+    def budgets(_: object, cards: object) -> tuple[Budget, ...]:
+        given.append(cards)
+        return tuple(replace(budget, measured=True) for budget in pair())
+
+    monkeypatch.setattr(planned, "budgets_of_devices", budgets)
+    own = known_cards()[:1]
+    plan_job(config, on_gpus(found), print, own)
+    assert given == [own]
+
+
+def test_a_card_too_full_to_be_timed_is_planned_by_its_figures(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = job
+
+    def measured(_: Budget) -> Budget:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
+    monkeypatch.setattr(planned, "measured", measured)
+    _, _, run = plan_job(config, on_gpus(found), print)
+    assert run is not None and not run.plan.calibrated
+
+
+def with_streamed(config: RunConfig, *counts: int) -> RunConfig:
+    """With so many blocks of each stage in host memory."""
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"streamed_blocks": counts})})
+
+
+def test_streamed_blocks_that_even_shares_do_not_have_go_where_the_plan_has_them(
+    job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = job
+    config = with_streamed(config, 3, 1)
+    placement, streamed = place_blocks(found.transformer, config, found.family, CUDA)
+    assert placement.boundaries[1:-1] == (2,) and streamed == ()
+    monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
+    monkeypatch.setattr(planned, "measured", lambda budget: budget)
+    _, placed, run = plan_job(config, replace(on_gpus(found), streamed=streamed), print)
+    assert run is not None and placed.placement.boundaries[1:-1] == (3,)
+    assert placed.streamed_counts == (3, 1)
+
+
+def test_streamed_blocks_that_no_boundary_has_are_told_before(job) -> None:
+    config, found = job
+    with pytest.raises(UserError, match=r"engine.streamed_blocks = \[4, 1\]: the model has 4 blocks"):
+        place_blocks(found.transformer, with_streamed(config, 4, 1), found.family, CUDA)
+    with pytest.raises(UserError, match=r"\[3, 1\]: stage 0 has 2 blocks"):  # on CPUs shares are even
+        place_blocks(found.transformer, with_streamed(config, 3, 1), found.family, [torch.device("cpu")] * 2)
+
+
+def test_without_a_plan_streamed_blocks_must_fit_even_shares(job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = job
+    monkeypatch.setattr(planned, "budgets_of_devices", refuse)
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"engine.streamed_blocks = \[3, 1\]: stage 0 has 2 blocks"):
+        plan_job(with_streamed(config, 3, 1), on_gpus(found), said.append)
+    assert len(said) == 1

@@ -47,6 +47,11 @@ SkipBroken = Annotated[
     typer.Option("--skip-broken", help="Leave out broken files and list them, rather than stop."),
 ]
 
+Cards = Annotated[
+    Path | None,
+    typer.Option(help="A TOML file of cards that are not known; docs/planning.md shows one.", metavar="FILE"),
+]
+
 
 def read_config(config: Path | None, settings: list[str] | None, **options: Any) -> RunConfig:
     """Load the configuration that a command's options make.

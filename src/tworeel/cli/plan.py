@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,14 +40,9 @@ def plan(
     ] = None,
     host_memory_gib: Annotated[
         float | None,
-        typer.Option(help="Memory of the machine; what is available here by default.", min=1, metavar="GIB"),
+        typer.Option(help="Memory of the machine; what is available here by default.", metavar="GIB"),
     ] = None,
-    cards: Annotated[
-        Path | None,
-        typer.Option(
-            help="A TOML file of cards that are not known; docs/planning.md shows one.", metavar="FILE"
-        ),
-    ] = None,
+    cards: options.Cards = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show what else was weighed, and why it is not the plan.")
     ] = False,
@@ -75,14 +71,14 @@ def plan(
         data__skip_broken=skip_broken,
         engine__devices=options.device_list(devices),
     )
-    if memory_gib is not None and gpus is None:
-        raise UserError("--memory-gib: needs --gpus")
+    raise_if_any(_option_problems(gpus, memory_gib, host_memory_gib, devices))
     with watching() as observer:
         # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
         import torch
 
         from tworeel.engine.compiling import may_launch_from_cpp
         from tworeel.planning.explaining import plan as make_plan
+        from tworeel.training.loadable import of_options
         from tworeel.training.planned import make_request
         from tworeel.training.preflight import survey
 
@@ -95,13 +91,30 @@ def plan(
             found.job,
             budgets,
             host_memory=None if host_memory_gib is None else int(host_memory_gib * GIB),
-            may_reorder=devices is None and run_config.engine.devices is None,
+            # Devices of the configuration are this machine's.
+            may_reorder=True if gpus is not None else None,
             may_launch_from_cpp=gpus is not None or may_launch_from_cpp(),
         )
-        made = make_plan(request, explain=explain)
-    _show(made)
+        try:
+            made = make_plan(request, explain=explain)
+        except ValueError as error:
+            raise of_options(error) from None
+    _show(made, host_is_here=host_memory_gib is None)
     if json_file is not None:
         _write(json_file, made)
+
+
+def _option_problems(
+    gpus: str | None, memory_gib: str | None, host_memory_gib: float | None, devices: str | None
+) -> list[str]:
+    problems = []
+    if memory_gib is not None and gpus is None:
+        problems.append("--memory-gib: needs --gpus")
+    if devices is not None and gpus is not None:
+        problems.append(f"--devices {devices}: are devices of this machine; leave it out with --gpus")
+    if host_memory_gib is not None and not 0 < host_memory_gib < math.inf:
+        problems.append(f"--host-memory-gib {host_memory_gib:g}: must be above 0")
+    return problems
 
 
 def _budgets(
@@ -111,22 +124,24 @@ def _budgets(
     from tworeel.training.devices import resolve_devices
     from tworeel.training.planned import budgets_of_cards, budgets_of_devices
 
+    known = known_cards(cards)
     if gpus is not None:
-        chosen = parse_cards(gpus, known_cards(cards))
+        chosen = parse_cards(gpus, known)
         return budgets_of_cards(chosen if memory_gib is None else with_memory(chosen, memory_gib))
     devices = resolve_devices(config.engine.devices)
     if any(device.type == "cpu" for device in devices):
         raise UserError(
             "--gpus: there is no GPU here to plan for; name some, for example --gpus '2x RTX 4090'"
         )
-    return budgets_of_devices(devices, cards)
+    return budgets_of_devices(devices, known)
 
 
-def _show(plan: Plan) -> None:
-    from tworeel.report.plan import alternatives_table, plan_table, verdict_lines
+def _show(plan: Plan, *, host_is_here: bool) -> None:
+    from tworeel.report.plan import alternatives_table, plan_tables, verdict_lines
 
-    console.print(plan_table(plan))
-    for line in verdict_lines(plan):
+    for table in plan_tables(plan, console):
+        console.print(table)
+    for line in verdict_lines(plan, host_is_here=host_is_here):
         say(line)
     if plan.changes:
         console.print(alternatives_table(plan.changes, "With one of these it would"))

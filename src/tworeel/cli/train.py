@@ -38,11 +38,20 @@ def train(
         Path | None, typer.Option(help="Go on from this checkpoint's folder; later ones are set aside.")
     ] = None,
     skip_broken: options.SkipBroken = None,
+    anyway: Annotated[
+        bool,
+        typer.Option(
+            "--anyway",
+            help="Train although the plan does not fit the GPUs; it may run out of memory. "
+            "Without it, such a run stops before anything is encoded or loaded.",
+        ),
+    ] = False,
+    cards: options.Cards = None,
 ) -> None:
     """Train a LoRA.
 
-    Checks everything, encodes what is not cached yet, trains and writes the LoRA. Give a TOML file, or only
-    --model and --data; options here are stronger than the file.
+    Checks everything, plans what fits the GPUs, encodes what is not cached yet, trains and writes the LoRA.
+    Give a TOML file, or only --model and --data; options here are stronger than the file.
     """
     run_config = options.read_config(
         config,
@@ -56,24 +65,25 @@ def train(
         train__output=output,
         train__steps=steps,
     )
-    _show_result(_run(run_config, resume_from or resume))
+    _show_result(_run(run_config, resume_from or resume, anyway, cards))
 
 
-def _run(config: RunConfig, resume: bool | Path) -> Result:
+def _run(config: RunConfig, resume: bool | Path, anyway: bool, cards: Path | None) -> Result:
     """Train; when a signal stops it, say how to go on."""
     try:
         with watching() as observer:
             # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
             from tworeel.training.run import train as train_lora
 
-            return train_lora(config, resume=resume, observer=observer)
+            return train_lora(config, resume=resume, anyway=anyway, cards=cards, observer=observer)
     except Stopped:
         from tworeel.report.tables import resume_command
         from tworeel.training.run_folder import RunFolder
 
         folder = RunFolder(config.train.output)
         if folder.checkpoints.exists():
-            say(f"Stopped. Go on with: {resume_command(folder.config)}")
+            given = [*(["--anyway"] if anyway else []), *(["--cards", str(cards)] if cards else [])]
+            say(f"Stopped. Go on with: {resume_command(folder.config, *given)}")
         else:
             say("Stopped before the first step. The same command starts again; what is cached stays.")
         raise

@@ -18,6 +18,7 @@ from tworeel.quant.matmul import Mode
 GIB = 2**30
 _TABLE = "cards.toml"
 _MOST_CARDS = 16
+_MOST_GIB = 10_000
 
 
 class _Row(BaseModel):
@@ -102,7 +103,7 @@ def parse_cards(text: str, cards: Sequence[Card]) -> tuple[Card, ...]:
     """Turn `2x RTX 4090` or `RTX 4090, RTX 3060 12GB` into cards, in this order.
 
     Raises:
-        UserError: lists every part that names no card, with names that are near.
+        UserError: lists every part that names no card, with names that are near, or several cards.
     """
     found: list[Card] = []
     problems: list[str] = []
@@ -114,12 +115,10 @@ def parse_cards(text: str, cards: Sequence[Card]) -> tuple[Card, ...]:
         count, name = int(counted[1] or 1), counted[2]
         if not 1 <= count <= _MOST_CARDS:
             problems.append(f"--gpus {text!r}: {count} cards; allowed are 1 to {_MOST_CARDS}")
-        elif (card := _named(name, cards)) is None:
-            names = [known.name for known in cards]
-            near = did_you_mean(name, names)
-            problems.append(f"--gpus {text!r}: no card {name!r} is known{near}; --cards adds one")
+        elif len(matches := _named(name, cards)) != 1:
+            problems.append(f"--gpus {text!r}: {_not_one(name, matches, cards)}")
         else:
-            found += [card] * count
+            found += matches * count
     raise_if_any(problems)
     return tuple(found)
 
@@ -136,8 +135,8 @@ def with_memory(cards: Sequence[Card], text: str) -> tuple[Card, ...]:
         raise UserError(
             f"--memory-gib {text}: must be numbers with commas between, for example 22.5,15"
         ) from None
-    if any(not 0 < size < 10_000 for size in sizes):
-        raise UserError(f"--memory-gib {text}: must be above 0")
+    if any(not 0 < size < _MOST_GIB for size in sizes):
+        raise UserError(f"--memory-gib {text}: must be above 0 and below {_MOST_GIB}")
     if len(sizes) == 1:
         sizes *= len(cards)
     if len(sizes) != len(cards):
@@ -153,23 +152,34 @@ def card_of_device(name: str, memory: int, cards: Sequence[Card]) -> Card | None
         memory: bytes that torch says it has.
         cards: to choose from.
     """
-    same = [card for card in cards if _plain(name) in (_plain(card.torch_name), _plain(card.name))]
+    plain = _plain(name)
+    same = [card for card in cards if plain and plain in (_plain(card.torch_name), _plain(card.name))]
     return min(same, key=lambda card: abs(card.memory - memory), default=None)
 
 
-def _named(name: str, cards: Sequence[Card]) -> Card | None:
-    """The card of this name, however it is spelled; a unique part of a name is enough."""
+def _named(name: str, cards: Sequence[Card]) -> list[Card]:
+    """The card of this name, however it is spelled; else all whose names begin with it, or contain it."""
     plain = _plain(name)
-    exact = [card for card in cards if plain in (_plain(card.name), _plain(card.torch_name))]
-    if exact:
-        return exact[0]
+    if not plain:
+        return []
+    if exact := [card for card in cards if plain == _plain(card.name)]:
+        return exact[:1]
+    called = [card for card in cards if plain == _plain(card.torch_name)]
     starts = [card for card in cards if _plain(card.name).startswith(plain)]
-    return starts[0] if len(starts) == 1 else None
+    return called or starts or [card for card in cards if plain in _plain(card.name)]
+
+
+def _not_one(name: str, matches: Sequence[Card], cards: Sequence[Card]) -> str:
+    """Why a name stands for no card."""
+    if matches:
+        return f"{name!r} may be {', '.join(card.name for card in matches)}; name one of them"
+    near = did_you_mean(name, [card.name for card in cards])
+    return f"no card {name!r} is known{near}; --cards adds one"
 
 
 def _plain(name: str) -> str:
-    words = re.sub(r"nvidia|geforce|amd|radeon|rtx|generation|[^a-z0-9]", "", name.lower())
-    return words
+    """What tells a card from others: `NVIDIA GeForce RTX 4090` -> `4090`."""
+    return re.sub(r"nvidia|geforce|amd|radeon|rtx|generation|[^a-z0-9]", "", name.lower())
 
 
 @cache

@@ -36,8 +36,8 @@ def calibrated(budget: Budget, settings: TraceSettings) -> Budget:
     return replace(budget, rates=budget.rates.slowed(float(factor)), measured=True, slowdown=float(factor))
 
 
-def keep(budget: Budget, settings: TraceSettings, measured: float, planned: float) -> None:
-    """Keep how long a stage worked for a micro-batch, in seconds, beside what was planned for it.
+def keep(card: str, settings: TraceSettings, slowdown: float) -> None:
+    """Keep how much longer than by its figures a card worked.
 
     Nothing is kept where the folder cannot be written: a plan is a help, and no reason to stop a run.
     """
@@ -46,7 +46,7 @@ def keep(budget: Budget, settings: TraceSettings, measured: float, planned: floa
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{_NAME}.lock"):
             known = _read()
-            known[_key(budget.card, settings)] = round(budget.slowdown * measured / planned, 4)
+            known[_key(card, settings)] = round(slowdown, 4)
             write_text_atomic(folder / _NAME, json.dumps(known, indent=1, sort_keys=True) + "\n")
     except OSError:
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 from tworeel.engine.residency import Residency
 from tworeel.planning.cards import GIB
+from tworeel.report.format import gibibytes
 
 MOST_BUBBLE = 0.2
 """Where the cards wait for a larger share of a step, that is what limits."""
@@ -49,6 +50,11 @@ class StagePlan:
         return self.last - self.first + 1
 
     @property
+    def only_computes(self) -> bool:
+        """Whether nothing of it is copied to host memory and back beside its work."""
+        return not self.streamed and not (self.residency.is_parked and self.kept < self.num_blocks)
+
+    @property
     def peak(self) -> int:
         """The most that is held at a time."""
         return sum(self.parts.values())
@@ -57,6 +63,14 @@ class StagePlan:
     def fits(self) -> bool:
         """Whether the device has room for it."""
         return self.peak + self.spare <= self.free
+
+    @property
+    def shortfall(self) -> str:
+        """How much it lacks where it does not fit, in words."""
+        wanted = self.peak + self.spare
+        most = max(self.parts, key=lambda part: self.parts[part])
+        lacking = f"{_too_few(wanted - self.free)}, most is {most}"
+        return f"{self.device} would need {gibibytes(wanted)} and has {gibibytes(self.free)} ({lacking})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +126,8 @@ class Plan:
     @property
     def limit(self) -> str:
         """What keeps it from fitting, or from being faster."""
-        for stage in self.stages:
-            if not stage.fits:
-                most = max(stage.parts, key=lambda part: stage.parts[part])
-                wanted = f"{(stage.peak + stage.spare) / GIB:.1f} GiB"
-                return f"{stage.device} would need {wanted} and has {stage.free / GIB:.1f}; most is {most}"
-        if self.host_memory > self.host_free:
-            wanted = f"{self.host_memory / GIB:.1f} GiB of host memory"
-            return f"{wanted} would be pinned, {self.host_free / GIB:.1f} may be"
+        if not self.fits:
+            return "; ".join(self.shortfalls)
         if self.host_bound:
             return "the host, which launches too slowly for so few tokens: larger clips"
         if self.bubble > MOST_BUBBLE:
@@ -127,6 +135,16 @@ class Plan:
         if any(stage.kept < stage.num_blocks for stage in self.stages):
             return "memory: blocks compute again what there is no room to keep"
         return "compute"
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What does not fit, and by how much."""
+        found = [stage.shortfall for stage in self.stages if not stage.fits]
+        if self.host_memory > self.host_free:
+            wanted, free = gibibytes(self.host_memory), gibibytes(self.host_free)
+            lacking = _too_few(self.host_memory - self.host_free)
+            found.append(f"{wanted} of host memory would be pinned, {free} may be ({lacking})")
+        return found
 
     @property
     def num_streamed(self) -> int:
@@ -169,6 +187,10 @@ class Plan:
         }
 
 
+def _too_few(missing: int) -> str:
+    return f"{gibibytes(missing) if missing > 0.1 * GIB else f'{missing / 2**20:.0f} MiB'} too few"
+
+
 def alternative_of(name: str, found: Plan, best: Plan | None = None) -> Alternative:
     """Something else that was weighed, and why it is not the plan.
 
@@ -178,7 +200,7 @@ def alternative_of(name: str, found: Plan, best: Plan | None = None) -> Alternat
         best: the one that is followed; None if that does not fit.
     """
     if not found.fits:
-        reason = f"does not fit: {found.limit}"
+        reason = f"does not fit: {found.shortfalls[0]}"
     elif best is None:
         reason = "fits"
     else:

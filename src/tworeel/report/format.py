@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def clock_time(seconds: float) -> str:
     """3723.4 -> `1:02:03`."""
@@ -12,6 +14,12 @@ def clock_time(seconds: float) -> str:
 def gibibytes(size: float) -> str:
     """Bytes -> `21.3 GiB`."""
     return f"{size / 2**30:.1f} GiB"
+
+
+def short_seconds(seconds: float) -> str:
+    """1243.2 -> `1,243 s`, 0.2548 -> `0.255 s`: three digits, or all of a whole number."""
+    digits = 2 - math.floor(math.log10(max(seconds, 0.001)))
+    return f"{seconds:,.{min(3, max(0, digits))}f} s"
 
 
 class RunningMean:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
-from tworeel.report.format import gibibytes
+from tworeel.report.format import gibibytes, short_seconds
 
 if TYPE_CHECKING:
     from tworeel.planning.plans import Alternative, Plan, StagePlan
@@ -15,42 +16,64 @@ if TYPE_CHECKING:
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
-def plan_table(plan: Plan) -> Table:
-    """A column for each stage, a row for each figure."""
-    table = Table(
-        title=f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
-    )
+def plan_tables(plan: Plan, console: Console) -> list[Table]:
+    """A column for each stage, a row for each figure; as many stages a table as the console has room for."""
+    title = f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
+    count = len(plan.stages)
+    for most in range(count, 0, -1):
+        tables = [_table(title, plan, slice(first, first + most)) for first in range(0, count, most)]
+        if not any(_cuts_words(table, console) for table in tables):
+            break
+    return tables
+
+
+def _cuts_words(table: Table, console: Console) -> bool:
+    return any("…" in segment.text for line in console.render_lines(table) for segment in line)
+
+
+def _table(title: str, plan: Plan, some: slice) -> Table:
+    """With some of the stages."""
+    stages = plan.stages[some]
+    table = Table(title=title)
     table.add_column("")
-    for stage in plan.stages:
+    for stage in stages:
         table.add_column(stage.device, justify="right")
     rows = {
-        "card": [stage.card for stage in plan.stages],
-        "blocks": [f"{stage.first} to {stage.last}" for stage in plan.stages],
-        "leave behind": [_residency(stage) for stage in plan.stages],
-        "weights streamed": [_streamed(stage) for stage in plan.stages],
-        "clips in flight": [str(stage.in_flight) for stage in plan.stages],
-        **{part: [gibibytes(stage.parts[part]) for stage in plan.stages] for part in plan.stages[0].parts},
-        "peak": [gibibytes(stage.peak) for stage in plan.stages],
-        "left alone": [gibibytes(stage.spare) for stage in plan.stages],
-        "free": [gibibytes(stage.free) for stage in plan.stages],
-        "a clip, forward": [f"{stage.forward:.3g} s" for stage in plan.stages],
-        "a clip, backward": [f"{stage.backward:.3g} s" for stage in plan.stages],
-        "busy": [f"{100 * share:.0f} %" for share in plan.busy],
+        "card": [stage.card for stage in stages],
+        "blocks": [f"{stage.first} to {stage.last}" for stage in stages],
+        "precision": [plan.precision] * len(stages),
+        "leave behind": [_residency(stage) for stage in stages],
+        "weights streamed": [_streamed(stage) for stage in stages],
+        "clips in flight": [str(stage.in_flight) for stage in stages],
+        **{part: [gibibytes(stage.parts[part]) for stage in stages] for part in stages[0].parts},
+        "peak": [gibibytes(stage.peak) for stage in stages],
+        "left to the allocator": [gibibytes(stage.spare) for stage in stages],
+        "free": [gibibytes(stage.free) for stage in stages],
+        "a clip, forward": [short_seconds(stage.forward) for stage in stages],
+        "a clip, backward": [short_seconds(stage.backward) for stage in stages],
+        "busy": [f"{100 * share:.0f} %" for share in plan.busy[some]],
     }
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
 
 
-def verdict_lines(plan: Plan) -> list[str]:
-    """Whether it fits, how long it takes, and what limits."""
+def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
+    """Whether it fits, how long it takes, and what limits.
+
+    Args:
+        plan: of which it is told.
+        host_is_here: host memory is what this machine has free, and another could have more.
+    """
     per_clip = plan.seconds_per_step / plan.micro_batches
     source = "as measured on these cards" if plan.calibrated else "by the cards' figures"
     total = plan.seconds_per_step * plan.steps
     epoch = plan.seconds_per_step * plan.steps_per_epoch
+    host_lacks = host_is_here and plan.host_memory > plan.host_free
+    elsewhere = ". That is this machine's: --host-memory-gib plans for another" if host_lacks else ""
     return [
-        "It fits." if plan.fits else f"It does not fit: {plan.limit}",
-        f"A clip takes {per_clip:.3g} s, a step {plan.seconds_per_step:.3g} s ({source}); "
+        "It fits." if plan.fits else f"It does not fit: {plan.limit}{elsewhere}",
+        f"A clip takes {short_seconds(per_clip)}, a step {short_seconds(plan.seconds_per_step)} ({source}); "
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
         f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
@@ -71,11 +94,24 @@ def plan_lines(plan: Plan) -> list[str]:
         for stage in plan.stages
     ]
     per_clip = plan.seconds_per_step / plan.micro_batches
-    lines.append(f"Plan: {per_clip:.3g} s a clip, {duration(plan.seconds_per_step * plan.steps)} in all")
+    total = plan.seconds_per_step * plan.steps
+    lines.append(f"Plan: {short_seconds(per_clip)} a clip, {duration(total)} in all")
     lines += [f"Plan: not {one.name}: {one.reason}" for one in plan.alternatives]
-    if not plan.fits:
-        lines.append(f"Plan: this may run out of memory: {plan.limit}")
     return lines
+
+
+def misfit(plan: Plan) -> str:
+    """What does not fit of a plan, by how much, and the smallest changes with which it would."""
+    changes = "; ".join(map(in_words, plan.changes))
+    return f"{plan.limit}. What would fit it: {changes or 'nothing that is known'}"
+
+
+def in_words(change: Alternative) -> str:
+    """A change, with a step's time and the peaks by stage."""
+    figures = [", ".join(gibibytes(peak) for peak in change.peaks)]
+    if change.seconds_per_step is not None:
+        figures.insert(0, f"{short_seconds(change.seconds_per_step)} a step")
+    return f"{change.name} ({': '.join(figures)})"
 
 
 def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table:
@@ -85,7 +121,7 @@ def alternatives_table(alternatives: Sequence[Alternative], title: str) -> Table
         table.add_column(column)
     for one in alternatives:
         peaks = " ".join(gibibytes(peak) for peak in one.peaks)
-        seconds = "" if one.seconds_per_step is None else f"{one.seconds_per_step:.3g} s"
+        seconds = "" if one.seconds_per_step is None else short_seconds(one.seconds_per_step)
         table.add_row(one.name, seconds, peaks, one.reason)
     return table
 

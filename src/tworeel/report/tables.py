@@ -95,7 +95,7 @@ def closing_lines(lora: Path, config: Path, *, steps: int, expert: str | None = 
     return lines
 
 
-def resume_command(config: Path) -> str:
-    """The command that goes on with a run."""
-    path = f'"{config}"' if " " in str(config) else str(config)
-    return f"tworeel train {path} --resume"
+def resume_command(config: Path, *options: str) -> str:
+    """The command that goes on with a run, with these options."""
+    words = map(str, ("tworeel", "train", config, "--resume", *options))
+    return " ".join(f'"{word}"' if " " in word else word for word in words)

@@ -15,7 +15,7 @@ from tworeel.planning.shares import WEIGHTS_SHARE, BlockWeights, share_out
 from tworeel.planning.traces import TraceSettings
 from tworeel.planning.weights import UnitBytes, unit_bytes
 from tworeel.training.choices import settled
-from tworeel.training.loadable import J, place_again, torch_dtype
+from tworeel.training.loadable import J, exceed_shares, place_again, torch_dtype
 from tworeel.training.planned import budgets_of_devices
 
 
@@ -43,13 +43,15 @@ def placed_by_weights(job: J, config: RunConfig) -> J:
     around[0] += sum(unit.frozen for unit in others if unit.blocks_before == 0)
     around[-1] += sum(unit.frozen for unit in others if unit.blocks_before > 0)
     at: Sequence[int] = job.placement.boundaries[1:-1]
-    if engine.split_at is None and engine.streamed_blocks is None:
+    # Counts that no even shares have blocks for were meant for the boundaries of a plan.
+    given = None if exceed_shares(job.placement, engine.streamed_blocks) else engine.streamed_blocks
+    if engine.split_at is None and given is None:
         size = settings.dtype.itemsize
         weights = [BlockWeights(block.frozen, {settings.dtype: block.frozen // size}) for block in blocks]
         first, last = (around[0], around[-1]) if len(budgets) > 1 else (around[0], 0)
         at = share_out(weights, budgets, first=first, last=last)
-    counts = engine.streamed_blocks or (0,) * len(budgets)
-    if engine.streamed_blocks is None and engine.residency != Residency.KEEP:
+    counts = given or (0,) * len(budgets)
+    if given is None and engine.residency != Residency.KEEP:
         stages = [blocks[start:stop] for start, stop in pairwise((0, *at, len(blocks)))]
         names = [budget.device for budget in budgets]
         rooms = [

@@ -41,6 +41,13 @@ def _full_name(name: str) -> str:
     return name if ":" in name or name == "cpu" else f"{name}:0"
 
 
+def forget_peaks(devices: Sequence[torch.device]) -> None:
+    """Let `peak_memory` tell of what is held from here on."""
+    for device in set(devices):
+        if device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
+
+
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, int]:
     """The most bytes that this process has held on each device so far; on the CPU what it holds now."""
     return {

@@ -89,14 +89,20 @@ def place_blocks(
     config: RunConfig,
     family: Family,
     devices: Sequence[torch.device] | None = None,
+    *,
+    planned: bool = True,
 ) -> tuple[Placement, tuple[int, ...]]:
     """Which block is where, and the positions of those whose weights wait in host memory.
+
+    On GPUs boundaries that are not set are even shares until they are decided: counts that only other
+    boundaries have the blocks for leave nothing in host memory until then.
 
     Args:
         transformer: on the meta device.
         config: of the run.
         family: of the model.
         devices: stand for the configuration's.
+        planned: boundaries that are not set will be decided yet.
 
     Raises:
         UserError: there is no such device, or the options do not fit the blocks.
@@ -105,15 +111,37 @@ def place_blocks(
     try:
         placement = place(transformer, found, at=config.engine.split_at, blocks=family.block_lists)
     except ValueError as error:
-        raise UserError(f"engine: {error}") from None
-    return placement, _streamed(placement, config)
-
-
-def _streamed(placement: Placement, config: RunConfig) -> tuple[int, ...]:
+        raise of_options(error) from None
+    counts = config.engine.streamed_blocks
+    undecided = config.engine.split_at is None and not any(device.type == "cpu" for device in found)
+    if planned and undecided and exceed_shares(placement, counts):
+        _require_blocks(placement, counts or ())
+        return placement, ()
     try:
-        return tuple(streamed_positions(placement, config.engine.streamed_blocks))
+        return placement, tuple(streamed_positions(placement, counts))
     except ValueError as error:
-        raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
+        raise of_options(error) from None
+
+
+def of_options(error: ValueError) -> UserError:
+    """What the engine says of its arguments, said of the options."""
+    before, streamed, after = str(error).partition("streamed=")
+    return UserError(f"engine.streamed_blocks = {after}" if streamed and not before else f"engine: {error}")
+
+
+def exceed_shares(placement: Placement, counts: Sequence[int] | None) -> bool:
+    """Whether a stage has fewer blocks than are to be streamed, so that only other boundaries would do."""
+    if counts is None or len(counts) != placement.num_stages:
+        return False
+    return any(count > len(placement.blocks_of(stage)) for stage, count in enumerate(counts))
+
+
+def _require_blocks(placement: Placement, counts: Sequence[int]) -> None:
+    """Raise `UserError` if no boundaries have blocks for these counts."""
+    total = placement.boundaries[-1]
+    if sum(max(1, count) for count in counts) > total:
+        found = f"the model has {total} blocks, and each stage at least one"
+        raise UserError(f"engine.streamed_blocks = {list(counts)}: {found}")
 
 
 def place_again(job: J, devices: Sequence[torch.device], at: Sequence[int], streamed: Sequence[int]) -> J:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from statistics import fmean
 
 import psutil
@@ -15,6 +14,7 @@ from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
+from tworeel.errors import raise_if_any
 from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
 from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
 from tworeel.planning.changing import changes
@@ -26,9 +26,11 @@ from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
+from tworeel.report.format import gibibytes
+from tworeel.report.plan import in_words
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
-from tworeel.training.loadable import place_again, torch_dtype
+from tworeel.training.loadable import place_again, place_blocks, torch_dtype
 from tworeel.training.preflight import Job
 from tworeel.training.report import StepReport
 
@@ -124,19 +126,31 @@ def _calibrated(request: Request) -> Request:
 
 
 def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
-    """Cards that need not be here, nothing else running on them."""
-    return tuple(budget_of_card(card, number) for number, card in enumerate(cards))
+    """Cards that need not be here, nothing else running on them.
+
+    Raises:
+        UserError: lists every card that is smaller than what CUDA takes for itself.
+    """
+    budgets = tuple(budget_of_card(card, number) for number, card in enumerate(cards))
+    raise_if_any(
+        f"{card.name} with {gibibytes(card.memory)}: CUDA itself takes all of that"
+        for card, budget in zip(cards, budgets, strict=True)
+        if budget.free <= 0
+    )
+    return budgets
 
 
-def budgets_of_devices(devices: Sequence[torch.device], extra: Path | None = None) -> tuple[Budget, ...]:
+def budgets_of_devices(
+    devices: Sequence[torch.device], cards: Sequence[Card] | None = None
+) -> tuple[Budget, ...]:
     """Devices of this machine, with what is free on them now.
 
     Args:
         devices: one a stage, once over; none of them a CPU.
-        extra: a file of cards that the table does not have.
+        cards: that are known; those of the table by default.
     """
-    cards = known_cards(extra)
-    fallback = next(card for card in cards if card.name == UNKNOWN_CARD)
+    cards = known_cards() if cards is None else cards
+    fallback = next(card for card in known_cards() if card.name == UNKNOWN_CARD)
     budgets = []
     for device in devices:
         module = torch.get_device_module(device)
@@ -165,13 +179,10 @@ class PlannedRun:
         return self._compared(self._reports[UNMEASURED:])
 
     def _compared(self, reports: Sequence[StepReport]) -> str:
-        found, request = self.plan, self.planner.request
-        budgets = {budget.device: budget for budget in request.budgets}
+        found = self.plan
+        for card, slowdown in self._slowdowns(reports).items():
+            keep(card, self.planner.request.trace, slowdown)
         seconds = fmean(report.seconds for report in reports) / found.micro_batches
-        # Waiting for the host says nothing of the cards.
-        for number, stage in enumerate(() if found.host_bound else found.stages):
-            worked = fmean(report.busy[number] * report.seconds for report in reports) / found.micro_batches
-            keep(budgets[stage.device], request.trace, worked, stage.forward + stage.backward)
         held = reports[-1].memory
         memory = ", ".join(
             f"{device} {held[device] / GIB:.1f} GiB (planned {peak / GIB:.1f})"
@@ -180,6 +191,22 @@ class PlannedRun:
         )
         planned = found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
+
+    def _slowdowns(self, reports: Sequence[StepReport]) -> dict[str, float]:
+        """How much longer than by its figures each card worked, over all of its stages that only compute.
+
+        Waiting for the host says nothing of a card, nor do copies to host memory and back.
+        """
+        budgets = {budget.device: budget for budget in self.planner.request.budgets}
+        worked: dict[str, float] = defaultdict(float)
+        by_figures: dict[str, float] = defaultdict(float)
+        for number, stage in enumerate(() if self.plan.host_bound else self.plan.stages):
+            if stage.only_computes:
+                step = fmean(report.busy[number] * report.seconds for report in reports)
+                worked[stage.card] += step / self.plan.micro_batches
+                planned = stage.forward + stage.backward
+                by_figures[stage.card] += planned / budgets[stage.device].slowdown
+        return {card: seconds / by_figures[card] for card, seconds in worked.items()}
 
     def would_fit(self, room: Mapping[str, int]) -> tuple[str, ...] | None:
         """What would fit where a run has so much memory now, in words; None if the plan still does.
@@ -196,11 +223,11 @@ class PlannedRun:
         now = Planner(replace(request, budgets=budgets), self.planner.trace, self.planner)
         if now.best().fits:
             return ("the same run with a new plan, which --resume makes",)
-        return tuple(change.name for change in changes(now))
+        return tuple(map(in_words, changes(now)))
 
 
 def plan_job(
-    config: RunConfig, job: Job, say: Callable[[str], None]
+    config: RunConfig, job: Job, say: Callable[[str], None], cards: Sequence[Card] | None = None
 ) -> tuple[RunConfig, Job, PlannedRun | None]:
     """Plan a run on the devices that it has, and place its blocks as the plan says.
 
@@ -208,10 +235,14 @@ def plan_job(
         config: of the run.
         job: what it works on.
         say: told if no plan could be made.
+        cards: that are known; those of the table by default.
 
     Returns:
         The configuration with nothing left open; the job; and what was planned, None where a stage is on a
         CPU: there is nothing to choose.
+
+    Raises:
+        UserError: no plan could be made, and the options do not fit even shares of the blocks.
     """
     job = replace(job, cpp_wrapper=config.engine.cpp_wrapper is True)
     stages = job.placement.devices
@@ -219,12 +250,23 @@ def plan_job(
     if any(device.type == "cpu" for device in devices):
         return settled(config), job, None
     try:
-        budgets = budgets_of_devices(devices)
+        budgets = budgets_of_devices(devices, cards)
         request = make_request(config, job, budgets, may_launch_from_cpp=may_launch_from_cpp())
         return _followed(config, job, _timed(request))
-    except Exception as error:  # noqa: BLE001  # torch's tracing is its own affair: a run needs no plan
-        say(f"no plan could be made ({type(error).__name__}: {error}); the blocks are shared evenly")
-        return settled(config), job, None
+    except Exception as error:  # noqa: BLE001  # torch's tracing may raise anything, and a run needs no plan
+        say(f"no plan could be made ({type(error).__name__}: {error}); {_unplanned(config)}")
+    placement, streamed = place_blocks(job.transformer, config, job.family, devices, planned=False)
+    return settled(config), replace(job, placement=placement, streamed=streamed), None
+
+
+def _unplanned(config: RunConfig) -> str:
+    """What becomes of a run without a plan."""
+    done = ["the blocks are shared evenly"]
+    if config.model.quantize == "auto":
+        done.append(f"model.quantize = 'auto' is {config.model.dtype}")
+    if config.engine.stages_per_device == "auto":
+        done.append("engine.stages_per_device = 'auto' is 1")
+    return ", ".join(done)
 
 
 def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[RunConfig, Job, PlannedRun]:
@@ -238,7 +280,10 @@ def _timed(request: Request) -> Request:
 
     def time(budget: Budget) -> Budget:
         if budget.device not in timed:
-            timed[budget.device] = measured(budget)
+            try:
+                timed[budget.device] = measured(budget)
+            except torch.OutOfMemoryError:
+                timed[budget.device] = budget  # so little is left that the plan will not fit either
         return timed[budget.device]
 
     def known(one: Request) -> Request:

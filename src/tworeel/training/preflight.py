@@ -135,16 +135,11 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
     Args:
         config: of the run.
         observer: sees the progress, and may stop it.
-        devices: stand for the configuration's, and need not be there.
+        devices: stand for the configuration's, and need not be there, nor packages that only a run needs.
     """
     problems: list[str] = []
-    with collected(problems):
-        require_optimizer(config.train)
-    with collected(problems):
-        require_quantization(config)
-    with collected(problems):
-        if devices is None:
-            require_launcher(config)
+    if devices is None:
+        problems += _problems_of_installation(config)
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
             require_no_file(folder, what)
@@ -155,6 +150,18 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
         return _survey_model(config, *found, problems, observer, devices)
     problems += _problems_without_model(config, devices)
     return Survey(problems=tuple(problems))
+
+
+def _problems_of_installation(config: RunConfig) -> list[str]:
+    """Which packages and compilers the run lacks."""
+    problems: list[str] = []
+    with collected(problems):
+        require_optimizer(config.train)
+    with collected(problems):
+        require_quantization(config)
+    with collected(problems):
+        require_launcher(config)
+    return problems
 
 
 def _survey_model(

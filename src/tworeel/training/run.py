@@ -16,16 +16,19 @@ from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
 from tworeel.engine import Pipeline, attention_backend
 from tworeel.engine.attention import before_first_product
-from tworeel.errors import collected
+from tworeel.errors import UserError, collected
 from tworeel.files import sweep_temporaries, write_text_atomic
 from tworeel.lora.files import describe_run, save_lora
 from tworeel.lora.state import export_lora, lora_parameters, start_from, without_needless_alpha
 from tworeel.models.family import Picture
-from tworeel.report.plan import plan_lines
+from tworeel.planning.cards import Card, known_cards
+from tworeel.planning.plans import Plan
+from tworeel.report.plan import misfit, plan_lines
 from tworeel.signals import Stopped
 from tworeel.training.assembly import cache_clips, load_model, make_micro_batches, split_model
 from tworeel.training.checkpoint import Checkpoint, CheckpointStore
 from tworeel.training.choices import as_before
+from tworeel.training.devices import forget_peaks
 from tworeel.training.loop import Trainer
 from tworeel.training.metrics import MetricsLog
 from tworeel.training.micro_batches import MicroBatches, run_transformer
@@ -40,16 +43,26 @@ from tworeel.training.space import full_disk_as_user_error, require_space
 from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
 
 
-def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserver | None = None) -> Result:
+def train(
+    config: RunConfig,
+    *,
+    resume: bool | Path = False,
+    anyway: bool = False,
+    cards: Path | None = None,
+    observer: RunObserver | None = None,
+) -> Result:
     """Check, cache, train and export.
 
     Args:
         config: of the run.
         resume: True to go on from the newest intact checkpoint in the output folder, or the folder of one.
+        anyway: train even if the plan does not fit the devices; it may run out of memory.
+        cards: a file of cards that the planner's table does not have.
         observer: sees the progress, and may stop it by raising `Stopped`: a checkpoint is saved first.
 
     Raises:
-        UserError: everything that was found wrong, before a weight is read; or what stopped the training.
+        UserError: everything that was found wrong, or that the plan does not fit, before a weight is read;
+            or what stopped the training.
         Stopped: a signal came; the work so far is saved.
     """
     watched = observer or SilentRun()
@@ -65,17 +78,31 @@ def train(config: RunConfig, *, resume: bool | Path = False, observer: RunObserv
             checkpoint = find_checkpoint(store, resume, config, watched)
         if checkpoint is not None:
             config = as_before(config, checkpoint.state["config"])
+        known: Sequence[Card] = ()
+        with collected(problems):
+            known = known_cards(cards)
         job = preflight(config, watched, problems)
-        config, job, planned = plan_job(config, job, watched.say)
+        config, job, planned = plan_job(config, job, watched.say, known)
+        if planned is not None:
+            _tell(planned.plan, anyway, watched)
         write_text_atomic(folder.config, dump_config(config))
         if planned is not None:
             write_text_atomic(folder.plan, json.dumps(planned.plan.as_json(), indent=1) + "\n")
-            for line in plan_lines(planned.plan):
-                watched.say(line)
         with _memory_told(job.placement.devices, folder, planned):
             index = cache_clips(config, job, watched)
             pictures = encode_previews(config, job, watched)
             return _train(config, job, planned, index, pictures, folder, store, checkpoint, watched)
+
+
+def _tell(plan: Plan, anyway: bool, observer: RunObserver) -> None:
+    """Say what was planned; raise `UserError` if it does not fit, unless it is to be tried all the same."""
+    for line in plan_lines(plan):
+        observer.say(line)
+    if plan.fits:
+        return
+    if not anyway:
+        raise UserError(f"the plan does not fit: {misfit(plan)}. --anyway trains all the same")
+    observer.say(f"Plan: this may run out of memory: {misfit(plan)}")
 
 
 def _train(
@@ -160,6 +187,7 @@ class _Run:
         steps = self.config.train.steps
         board = self.folder.tensorboard if self.config.train.tensorboard else None
         self.observer.train(done + 1, steps)
+        forget_peaks(self.job.placement.devices)  # what encoding and loading held is no peak of training
         with (
             MetricsLog(self.folder.metrics, done, board) as metrics,
             closing(self.batches.ahead(done, steps)) as ahead,

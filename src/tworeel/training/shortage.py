@@ -11,6 +11,7 @@ import torch
 from tworeel.errors import UserError
 from tworeel.planning.plans import Plan
 from tworeel.report.format import gibibytes
+from tworeel.report.plan import misfit
 from tworeel.training.devices import peak_memory, room
 
 _NEEDS_LESS = (
@@ -68,10 +69,10 @@ def _advice(devices: Sequence[torch.device], planned: Planned | None) -> str:
     now = room(devices)
     try:
         fitting = planned.would_fit(now)
-    except Exception:  # noqa: BLE001  # torch's tracing is its own affair: the shortage is what is to be told
-        return _NEEDS_LESS
+    except Exception as broken:  # noqa: BLE001  # torch's tracing may raise anything; the shortage is what counts
+        return f"{_NEEDS_LESS}. What fits could not be planned ({type(broken).__name__}: {broken})"
     if fitting is None:
-        return _NEEDS_LESS
+        return _NEEDS_LESS if planned.plan.fits else f"The plan did not fit: {misfit(planned.plan)}"
     had = dict.fromkeys(now, 0)
     for stage in planned.plan.stages:
         had[stage.device] += stage.free
