@@ -129,6 +129,22 @@ def animate() -> Toy:
     return toy
 
 
+def animate_2() -> Toy:
+    from diffsynth.models.wan_animate_2_dit import WanAnimate2Transformer
+
+    # Flex attention takes heads as wide as a power of two.
+    given = {"dim": 64, "ffn_dim": FFN, "num_heads": HEADS, "num_layers": BLOCKS, "text_dim": TEXT}
+    dit = WanAnimate2Transformer(**given, freq_dim=32, text_len=6)
+    tokens = HEIGHT * WIDTH // 4
+    whole = {"clip_feature": clip(), "y": latents(20), "context": torch.randn(1, 5, TEXT)}
+    reference = {"clip_fea_ref": clip(), "condition_y": latents(20)[0]}
+    reference |= {"context_ref": torch.randn(1, 5, TEXT)}
+    sizes = {"seq_len": FRAMES * tokens, "seq_len_ref": FRAMES * tokens}
+    sizes |= {"origin_len": 4, "origin_area": [8 * HEIGHT, 8 * WIDTH]}
+    inputs = {**basic(), **whole, **reference, **sizes, "condition_latents": [latents()[0]]}
+    return Toy({"dit": dit}, inputs)
+
+
 def s2v() -> Toy:
     from diffsynth.models.wan_video_dit_s2v import WanS2VModel
 
@@ -231,6 +247,7 @@ VARIANTS: Mapping[str, Callable[[], Toy]] = {
         vace,
         vace_lora,
         animate,
+        animate_2,
         s2v,
         wantodance,
         wantodance_global,
