@@ -192,7 +192,7 @@ def test_a_moved_gradient_goes_with_its_parameter():
     model = Model()
     model.leave.weight.grad = torch.zeros(4, 4)
     division = split(model, ["cpu", "cpu"])
-    homes = division.homes()
+    homes = division._homes()
     assert homes[id(model.leave.weight.grad)] == homes[id(model.leave.weight)]
     weight = model.leave.weight
     assert model.to("cpu", torch.float64).leave.weight is weight

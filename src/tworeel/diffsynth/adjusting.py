@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 
+from tworeel.engine.moving import lodgers
 from tworeel.engine.neighbours import keep_spread
+from tworeel.engine.placement import Placement
 from tworeel.engine.split import Split
 from tworeel.engine.strays import without_strays
 
@@ -26,22 +28,27 @@ def adjust(pipe: Any, models: Mapping[str, nn.Module], division: Split) -> None:
         division: of all of them together.
     """
     for name, model in models.items():
-        stay(model, name, division)
+        stay(model, name, division.model, division.placement)
     keep_music_apart(pipe.dit)
     if hasattr(pipe.dit, "block_masks"):
         prepare_arguments(division)
     pipe.model_fn = without_checkpointing(pipe.model_fn)
 
 
-def stay(model: Any, name: str, division: Split) -> None:
-    """Keep a split model's parts on their devices when the whole pipeline is moved to one.
+def stay(model: Any, name: str, together: nn.Module, placement: Placement) -> None:
+    """Keep a model's parts on their devices when its pipeline is moved to one.
 
-    `hf_device_map` is what accelerate looks at; `_apply` is what a parent's `.to()` calls.
+    Args:
+        model: one of several that are placed together.
+        name: its name among them.
+        together: all of them.
+        placement: of all of them.
     """
     prefix = f"{name}."
-    places = division.device_map.items()
-    model.hf_device_map = {unit.removeprefix(prefix): d for unit, d in places if unit.startswith(prefix)}
-    keep_spread(model, division.homes)
+    own = [unit for unit in placement.units if unit.name.startswith(prefix)]
+    # What accelerate looks at, to leave the model where it is.
+    model.hf_device_map = {unit.name.removeprefix(prefix): placement.devices[unit.stage] for unit in own}
+    keep_spread(model, lambda: {id(one): device for one, device in lodgers(together, placement, ())})
 
 
 class _OfThisThread:

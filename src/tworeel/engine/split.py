@@ -159,7 +159,7 @@ class Split:
         self.under_way = UnderWay(placement)
         self.block_runs = BlockRuns(self)
         self._forwards = Forwards(self)
-        keep_spread(model, self.homes)
+        keep_spread(model, self._homes)
         model.hf_device_map = self.device_map  # type: ignore[assignment]
 
     @property
@@ -255,7 +255,7 @@ class Split:
             return outputs
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.placement.devices[0]), outputs)
 
-    def homes(self) -> dict[int, torch.device]:
+    def _homes(self) -> dict[int, torch.device]:
         """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
         homes = {}
         for tensor, device in lodgers(self.model, self.placement, self.streamed.positions):
