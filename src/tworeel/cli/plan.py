@@ -108,8 +108,9 @@ def _budgets(
     config: RunConfig, gpus: str | None, memory_gib: str | None, cards: Path | None
 ) -> tuple[Budget, ...]:
     from tworeel.planning.cards import known_cards, parse_cards, with_memory
+    from tworeel.planning.devices import budgets_of_devices
     from tworeel.training.devices import resolve_devices
-    from tworeel.training.planned import budgets_of_cards, budgets_of_devices
+    from tworeel.training.planned import budgets_of_cards
 
     if gpus is not None:
         chosen = parse_cards(gpus, known_cards(cards))
