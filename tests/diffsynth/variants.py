@@ -96,6 +96,18 @@ def ref_conv() -> Toy:
     return Toy({"dit": dit}, inputs)
 
 
+def fun_a14b_control() -> Toy:
+    dit = wan(in_dim=52, has_ref_conv=True, require_clip_embedding=False)
+    return Toy({"dit": dit}, {**basic(), "y": latents(36), "reference_latents": latents(frames=1)})
+
+
+def fun_a14b_camera() -> Toy:
+    own = {"add_control_adapter": True, "in_dim_control_adapter": 24, "require_clip_embedding": False}
+    dit = wan(in_dim=36, **own)
+    camera = torch.randn(1, 24, FRAMES, 8 * HEIGHT, 8 * WIDTH)
+    return Toy({"dit": dit}, {**basic(), "y": latents(20), "control_camera_latents_input": camera})
+
+
 def vace(lora_base: str = "dit") -> Toy:
     from diffsynth.models.wan_video_vace import VaceWanModel
 
@@ -243,6 +255,8 @@ VARIANTS: Mapping[str, Callable[[], Toy]] = {
         fun_inp,
         fun_camera,
         ref_conv,
+        fun_a14b_control,
+        fun_a14b_camera,
         speed_control,
         vace,
         vace_lora,
