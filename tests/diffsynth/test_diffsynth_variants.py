@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,10 +41,10 @@ def frozen(name: str) -> Toy:
     return toy
 
 
-def trained_whole(name: str) -> Toy:
+def trained_whole(name: str, model: str | None = None) -> Toy:
     """A variant with a model that is trained without a LoRA."""
     toy = frozen(name)
-    toy.models[TRAINED_WHOLE.get(name, toy.lora_base)].requires_grad_()
+    toy.models[model or TRAINED_WHOLE.get(name, toy.lora_base)].requires_grad_()
     return toy
 
 
@@ -183,6 +184,10 @@ def test_micro_batches_that_overlap_have_the_losses_and_gradients_of_one_after_t
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_model_that_is_trained_whole_has_the_gradients_of_diffsynths_own(name: str) -> None:
     assert_overlapping_is_alike(name, ("cpu", "cpu"), build=trained_whole)
+
+
+def test_animates_transformer_is_trained_whole_too_though_its_embedding_is_written_into() -> None:
+    assert_overlapping_is_alike("animate", ("cpu", "cpu"), build=partial(trained_whole, model="dit"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

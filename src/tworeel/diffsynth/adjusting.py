@@ -30,6 +30,8 @@ def adjust(pipe: Any, models: Mapping[str, nn.Module], division: Split) -> None:
     for name, model in models.items():
         stay(model, name, division.model, division.placement)
     keep_music_apart(pipe.dit)
+    if "animate_adapter" in models:
+        let_write(pipe.dit.patch_embedding)
     if hasattr(pipe.dit, "block_masks"):
         prepare_arguments(division)
     pipe.model_fn = without_checkpointing(pipe.model_fn)
@@ -72,6 +74,18 @@ def keep_music_apart(dit: Any) -> None:
     if getattr(dit, "wantodance_enable_music_inject", False):
         kind = type(dit)
         dit.__class__ = type(kind.__name__, (kind,), {"merged_audio_emb": _OfThisThread()})
+
+
+def let_write(module: nn.Module) -> None:
+    """Let the model function write into what a module before the blocks returns, as Animate's does.
+
+    Where the module is trained, a pipeline cuts the graph behind it, and autograd refuses to write there.
+    """
+
+    def copied(_: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.clone() if output.requires_grad and output.is_leaf else output
+
+    module.register_forward_hook(copied)
 
 
 def prepare_arguments(division: Split) -> None:
