@@ -73,10 +73,11 @@ def _limit_memory(gib: float | None) -> None:
 def _hook(stack: ExitStack) -> None:
     """Let the script's own loop run over per-block device hooks, one micro-batch at a time."""
     from tworeel.benchmarks.naive import device_hooks
+    from tworeel.diffsynth.adjusting import stay, without_checkpointing
     from tworeel.diffsynth.layouts import MODELS, layout_of
     from tworeel.diffsynth.package import replace_launcher
     from tworeel.diffsynth.settings import visible_devices
-    from tworeel.diffsynth.splitting import StepModels, runs_first, stay, without_checkpointing
+    from tworeel.diffsynth.splitting import StepModels, runs_first
     from tworeel.engine import place
 
     def make(launch: Callable[..., None]) -> Callable[..., None]:
@@ -90,8 +91,8 @@ def _hook(stack: ExitStack) -> None:
             for name, tensor in [*together.named_parameters(), *together.named_buffers()]:
                 tensor.data = tensor.data.to(placement.device_of(name))
             stack.enter_context(device_hooks(together, placement))
-            for one in models.values():
-                stay(one, placement)
+            for name, one in models.items():
+                stay(one, name, together, placement)
             model_fn = without_checkpointing(model.pipe.model_fn)
             model.pipe.model_fn = lambda **given: model_fn(**given).to(devices[0])
             launch(accelerator, dataset, model, *rest, **named)

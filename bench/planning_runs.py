@@ -26,13 +26,14 @@ from tworeel.models.registry import FAMILIES
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.changing import scaled
+from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import ModelTrace, TraceSettings
 from tworeel.training.assembly import HOST_SHARE
-from tworeel.training.planned import budgets_of_cards, budgets_of_devices
+from tworeel.training.planned import budgets_of_cards
 
 MOST_FRAMES = 1001
 """Longer clips are not looked for."""

@@ -91,6 +91,12 @@ def test_the_quantized_layers_know_nothing_of_ours(path: Path) -> None:
     assert all(room_of(name) == "quant" for name in imports_of(path))
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "diffsynth").glob("*.py")), ids=relative)
+def test_diffsynths_training_needs_the_engine_and_the_planner_alone(path: Path) -> None:
+    rooms = {room_of(name) for name in imports_of(path)} - {None}
+    assert rooms <= {"diffsynth", "engine", "quant", "planning"}
+
+
 @pytest.mark.parametrize("name", ["errors", "files", "signals", "workers"])
 def test_what_belongs_to_no_room_uses_no_room(name: str) -> None:
     assert all(is_shared(imported) for imported in imports_of(PACKAGE / f"{name}.py"))

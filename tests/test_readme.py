@@ -49,6 +49,9 @@ NOT_RUN = {
     "tworeel demo": "run by tests/demo/test_demo_run.py",
     "python -m pytest -n 2": "is what runs this test",
     "python -m pytest -m gpu": "needs GPUs",
+    "DIFFSYNTH_REPOSITORY=DiffSynth-Studio python -m pytest tests/diffsynth/test_scripts.py": (
+        "needs DiffSynth's repository"
+    ),
     "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
     f"{CLIP_BENCH} --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",

@@ -39,3 +39,13 @@ if INSTALLED:
 def diffsynth_package() -> None:
     if not INSTALLED:
         pytest.skip("DiffSynth is not installed: pip install --no-deps -r requirements-diffsynth.txt")
+
+
+@pytest.fixture(autouse=True)
+def _flex_attention_with_a_backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU; on GPUs it is the real one."""
+    if "diffsynth_package" in request.fixturenames and request.node.get_closest_marker("gpu") is None:
+        request.getfixturevalue("diffsynth_package")
+        import dense_attention
+
+        dense_attention.install(monkeypatch)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("diffsynth_package")
 
 
 def test_s2v_with_diffsynths_own_checkpointing_fails_on_the_write_to_its_input() -> None:
-    """test_variants.py shows that ours has the gradients of S2V without checkpointing."""
+    """test_diffsynth_variants.py shows that ours has the gradients of S2V without checkpointing."""
     toy = made("s2v")
     output = model_function("s2v")(**toy.models, **inputs_of(toy), use_gradient_checkpointing=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_diffsynth_variants import ONE_AT_A_TIME, assert_overlapping_is_alike, assert_split_is_alike
+from test_diffsynth_variants import assert_overlapping_is_alike, assert_split_is_alike
 from variants import VARIANTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("diffsynth_package")]
@@ -29,6 +29,6 @@ def test_a_variant_over_two_gpus_has_the_loss_and_gradients_of_one(name: str, st
     assert_split_is_alike(name, PLACES[stages])
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ONE_AT_A_TIME])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_overlapping_micro_batches_over_two_gpus_have_those_of_one_after_the_other(name: str) -> None:
     assert_overlapping_is_alike(name, PLACES[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,20 +23,36 @@ from tworeel.planning.cards import known_cards, parse_cards
 pytestmark = pytest.mark.usefixtures("diffsynth_package")
 WRONG_WITH_ITS_CHECKPOINTING = {"s2v"}
 """See test_defects.py: without it, DiffSynth is right."""
-ONE_AT_A_TIME = {"wantodance", "wantodance_global"}
+TRAINED_WHOLE = {"animate": "animate_adapter", "video_as_prompt": "vap", "speed_control": "motion_controller"}
+"""What DiffSynth's examples train without a LoRA, where it is not the model that a LoRA is put into."""
+MAY_HAVE_NO_GRADIENT = ("dit.cond_encoder.", "vap.blocks.2.")
+"""S2V's is of poses, which the clip has none of; of Video-as-Prompt's last block keys and values are used."""
 
 
-def made(name: str, seed: int = 0) -> Toy:
-    """A variant with random weights and a LoRA as DiffSynth injects it, whose B is not zero."""
-    from diffsynth.diffusion.training_module import DiffusionTrainingModule
-
-    torch.manual_seed(seed)
+def frozen(name: str) -> Toy:
+    """A variant with random weights."""
+    torch.manual_seed(0)
     toy = VARIANTS[name]()
     for model in toy.models.values():
         model.eval().requires_grad_(False)
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.data.normal_(std=0.05)  # zeros at the start would hide what comes before them
+    return toy
+
+
+def trained_whole(name: str, model: str | None = None) -> Toy:
+    """A variant with a model that is trained without a LoRA."""
+    toy = frozen(name)
+    toy.models[model or TRAINED_WHOLE.get(name, toy.lora_base)].requires_grad_()
+    return toy
+
+
+def made(name: str) -> Toy:
+    """A variant with a LoRA as DiffSynth injects it, whose B is not zero."""
+    from diffsynth.diffusion.training_module import DiffusionTrainingModule
+
+    toy = frozen(name)
     base = toy.models[toy.lora_base]
     DiffusionTrainingModule().add_lora_to_model(base, list(toy.targets), lora_rank=2)
     for key, parameter in base.named_parameters():
@@ -45,9 +62,11 @@ def made(name: str, seed: int = 0) -> Toy:
 
 
 def inputs_of(toy: Toy, number: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """The inputs of a micro-batch; each has latents of its own."""
+    """The inputs of a micro-batch; each has latents of its own, and music."""
     copied = copy.deepcopy(toy.inputs)
     copied["latents"] = copied["latents"] + number
+    if "music_feature" in copied:
+        copied["music_feature"] = copied["music_feature"] + number
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), copied)
 
 
@@ -61,8 +80,10 @@ def gradients_of(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {key: p.grad.cpu() for key, p in named if p.requires_grad and p.grad is not None}
 
 
-def unsplit(name: str, micro_batches: int = 1, device: str = "cpu") -> tuple[list[float], dict[str, Tensor]]:
-    toy, function, losses = made(name), model_function(name), []
+def unsplit(
+    name: str, micro_batches: int = 1, device: str = "cpu", build: Callable[[str], Toy] = made
+) -> tuple[list[float], dict[str, Tensor]]:
+    toy, function, losses = build(name), model_function(name), []
     for model in toy.models.values():
         model.to(device)
     for number in range(micro_batches):
@@ -92,12 +113,13 @@ def pipe_of(name: str, toy: Toy) -> Pipe:
 
 
 def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys() and len(theirs) > 10
+    assert ours.keys() == theirs.keys() and len(theirs) > 2
     # WanToDance's music has one key a frame: the gradients of its queries and keys are rounding alone.
     rounding = torch.finfo(torch.float32).eps * max(gradient.abs().max() for gradient in theirs.values())
     for key, gradient in theirs.items():
         scale = gradient.abs().max()
-        assert scale > 0, f"{key} has no gradient, which shows nothing"
+        may_be_zero = key.startswith(MAY_HAVE_NO_GRADIENT)
+        assert scale > 0 or may_be_zero, f"{key} has no gradient, which shows nothing"
         assert (ours[key] - gradient).abs().max() <= 1e-5 * scale + rounding, key
 
 
@@ -116,13 +138,14 @@ def assert_split_is_alike(name: str, devices: tuple[str, ...]) -> None:
     assert_alike(gradients_of(toy.models), theirs)
 
 
-def assert_overlapping_is_alike(name: str, devices: tuple[str, ...]) -> None:
+def assert_overlapping_is_alike(
+    name: str, devices: tuple[str, ...], build: Callable[[str], Toy] = made
+) -> None:
     """Over `devices`, three micro-batches in flight, against DiffSynth's own one after the other."""
-    losses, theirs = unsplit(name, micro_batches=3, device=devices[0])
-    toy = made(name)
+    losses, theirs = unsplit(name, micro_batches=3, device=devices[0], build=build)
+    toy = build(name)
     pipe = pipe_of(name, toy)
-    division, layout = split_pipeline(pipe, Settings(devices=devices), checkpointing=True, offload=False)
-    assert not layout.one_at_a_time
+    division, _ = split_pipeline(pipe, Settings(devices=devices), checkpointing=True, offload=False)
     pipeline = Pipeline(
         division, forward=lambda models, given: models(lambda: loss_of(pipe.model_fn(**toy.models, **given)))
     )
@@ -151,11 +174,20 @@ def test_a_split_variant_has_the_loss_and_gradients_of_diffsynths_own(name: str,
 
 
 @pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ONE_AT_A_TIME])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_micro_batches_that_overlap_have_the_losses_and_gradients_of_one_after_the_other(
     name: str, stages: int
 ) -> None:
     assert_overlapping_is_alike(name, ("cpu",) * stages)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_that_is_trained_whole_has_the_gradients_of_diffsynths_own(name: str) -> None:
+    assert_overlapping_is_alike(name, ("cpu", "cpu"), build=trained_whole)
+
+
+def test_animates_transformer_is_trained_whole_too_though_its_embedding_is_written_into() -> None:
+    assert_overlapping_is_alike("animate", ("cpu", "cpu"), build=partial(trained_whole, model="dit"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -168,11 +200,3 @@ def test_on_gpus_a_variant_is_shared_out_by_what_they_have(
     division, _ = split_pipeline(pipe, Settings(devices=("cpu", "cpu")), checkpointing=True, offload=False)
     first, last = (len(division.placement.blocks_of(stage)) for stage in (0, 1))
     assert first > 0 and last > 0
-
-
-@pytest.mark.parametrize("name", sorted(ONE_AT_A_TIME))
-def test_a_model_that_keeps_one_micro_batchs_music_is_trained_one_at_a_time(name: str) -> None:
-    toy = made(name)
-    settings = Settings(devices=("cpu", "cpu"))
-    _, layout = split_pipeline(pipe_of(name, toy), settings, checkpointing=True, offload=False)
-    assert "music" in layout.one_at_a_time

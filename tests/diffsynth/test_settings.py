@@ -5,7 +5,11 @@ import pytest
 from tworeel.diffsynth.settings import Settings, read_settings
 from tworeel.errors import UserError
 
-TWO = {"DIFFSYNTH_DUAL_GPU": "true", "DIFFSYNTH_DUAL_GPU_DEVICES": "cpu,cpu"}
+TWO = {
+    "DIFFSYNTH_DUAL_GPU": "true",
+    "DIFFSYNTH_DUAL_GPU_DEVICES": "cpu,cpu",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def problems(**variables: str) -> str:
@@ -34,6 +38,47 @@ def test_all_visible_devices_are_used_and_fewer_than_two_are_an_error(
         read_settings({"DIFFSYNTH_DUAL_GPU": "true"})
     monkeypatch.setattr("tworeel.diffsynth.settings.visible_devices", lambda: ["cuda:0", "cuda:1"])
     assert read_settings({"DIFFSYNTH_DUAL_GPU": "true"}).devices == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:7", "meta"])
+def test_a_device_that_is_not_there_is_said_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tworeel.diffsynth.settings.visible_devices", lambda: ["cuda:0", "cuda:1"])
+    assert f"there is no {name} here; there are cuda:0, cuda:1, cpu" in problems(DEVICES=f"cpu,{name}")
+
+
+def test_the_first_device_is_accelerates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tworeel.diffsynth.settings.visible_devices", lambda: ["cuda:0", "cuda:1"])
+    said = "accelerate computes on cpu, so that has to be the first device"
+    assert said in problems(DEVICES="cuda:0,cuda:1")
+    named = {"DIFFSYNTH_DUAL_GPU": "true", "DIFFSYNTH_DUAL_GPU_DEVICES": "cuda:1,cuda:0"}
+    with pytest.raises(UserError, match="accelerate computes on cuda:0"):
+        read_settings(named)
+    devices = read_settings(named | {"ACCELERATE_TORCH_DEVICE": "cuda:1"}).devices
+    assert devices == ("cuda:1", "cuda:0")
+    assert read_settings(named | {"DIFFSYNTH_DUAL_GPU_DEVICES": "cuda,cuda:1"}).devices[0] == "cuda:0"
+
+
+def test_a_misspelled_variable_is_an_error() -> None:
+    message = problems(SPLITAT="2")
+    assert "DIFFSYNTH_DUAL_GPU_SPLITAT: there is no such variable" in message
+    assert "did you mean 'DIFFSYNTH_DUAL_GPU_SPLIT_AT'?" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR"),
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_USE_FSDP", "true"),
+    ],
+)
+def test_what_of_accelerates_a_split_does_not_go_with_is_refused(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{name}={value.lower()}: "):
+        read_settings(TWO | {name: value})
+    for off in ("no", "false") if "DYNAMO" not in name else ("NO",):
+        assert read_settings(TWO | {name: off}).devices == ("cpu", "cpu")
 
 
 @pytest.mark.parametrize(

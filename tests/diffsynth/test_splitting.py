@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_diffsynth_variants import made, pipe_of
+from test_diffsynth_variants import made, pipe_of, trained_whole
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
+from tworeel.diffsynth.launching import in_words
 from tworeel.diffsynth.layouts import layout_of
 from tworeel.diffsynth.settings import Settings
 from tworeel.diffsynth.sharing import budgets as budgets_of_settings
@@ -49,8 +51,9 @@ def test_modules_between_blocks_live_with_the_block_that_they_follow() -> None:
 @pytest.mark.usefixtures("diffsynth_package")
 def test_a_boundary_counts_the_transformers_own_blocks() -> None:
     _, division, layout = split_toy("vace", Settings(devices=("cpu", "cpu"), split_at=(4,)))
-    assert layout.before == 3
     assert division.placement.boundaries == (0, 7, 9)
+    said = in_words(division, layout)
+    assert said.startswith("tworeel: VACE's blocks 0 to 2, blocks 0 to 3 on cpu; blocks 4 to 5 on cpu. ")
     with pytest.raises(UserError, match="SPLIT_AT=6: the transformer has 6 blocks, allowed are 1 to 5"):
         split_toy("vace", Settings(devices=("cpu", "cpu"), split_at=(6,)))
     with pytest.raises(UserError, match="7 devices for 6 blocks"):
@@ -74,14 +77,33 @@ def test_the_scripts_checkpointing_options_say_what_blocks_leave_behind() -> Non
 def test_a_split_transformer_stays_when_its_pipeline_is_moved_and_accelerate_leaves_it_too() -> None:
     from accelerate import Accelerator
 
-    toy = made("t2v")
-    pipe = pipe_of("t2v", toy)
-    split_pipeline(pipe, TWO, checkpointing=True, offload=False)
-    whole = nn.Module()
-    whole.dit, whole.vae = pipe.dit, nn.Linear(2, 2)
-    whole.to("meta")
-    assert whole.vae.weight.is_meta and not any(p.is_meta for p in pipe.dit.parameters())
-    assert Accelerator(cpu=True).verify_device_map(whole)
+    pipe, division, _ = split_toy("vace")
+    object.__setattr__(division.placement, "devices", (torch.device("cuda:0"), torch.device("cuda:1")))
+    first, last = pipe.vace.vace_blocks[0], pipe.dit.head
+    with FakeTensorMode():
+        for module in pipe.modules():
+            module._parameters.clear()  # a module cannot move fake ones
+            module._buffers.clear()
+        for part in (first, last):
+            part.register_buffer("scale", torch.empty(1))
+        pipe.to("cuda:0")
+        assert [str(part.scale.device) for part in (first, last)] == ["cuda:0", "cuda:1"]
+    assert Accelerator(cpu=True).verify_device_map(pipe)
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_a_split_model_says_by_its_own_names_where_its_parts_are() -> None:
+    pipe, _, _ = split_toy("vace")
+    for model in (pipe.dit, pipe.vace):
+        names = dict(model.named_modules())
+        assert len(model.hf_device_map) > 3 and all(name in names for name in model.hf_device_map)
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_a_split_transformer_can_be_cast() -> None:
+    pipe, _, _ = split_toy("t2v")
+    pipe.dit.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in pipe.dit.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.usefixtures("diffsynth_package")
@@ -98,6 +120,18 @@ def test_frozen_weights_go_to_fp8_and_the_loras_layers_do_not() -> None:
     assert len(gradients) == 120 and all(g is not None and g.any() for g in gradients)
 
 
+@pytest.mark.usefixtures("diffsynth_package")
+def test_layers_that_are_trained_do_not_go_to_fp8() -> None:
+    fp8 = Settings(devices=("cpu", "cpu"), fp8=True)
+    toy = trained_whole("t2v")
+    with pytest.raises(UserError, match="FP8=true: all linear layers are trained"):
+        split_pipeline(pipe_of("t2v", toy), fp8, checkpointing=True, offload=False)
+    toy.models["dit"].blocks[:5].requires_grad_(False)
+    split_pipeline(pipe_of("t2v", toy), fp8, checkpointing=True, offload=False)
+    assert isinstance(toy.models["dit"].blocks[4].ffn[0], FrozenLinear)
+    assert type(toy.models["dit"].blocks[5].ffn[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("name", ["vram_management_enabled", "quantize_config"])
 @pytest.mark.usefixtures("diffsynth_package")
 def test_layers_that_diffsynth_binds_to_one_device_are_refused(name: str) -> None:
@@ -110,15 +144,6 @@ def test_layers_that_diffsynth_binds_to_one_device_are_refused(name: str) -> Non
 def test_a_transformer_that_is_not_known_is_refused() -> None:
     with pytest.raises(UserError, match="Linear is not known here"):
         layout_of({"dit": nn.Linear(2, 2)})
-
-
-@pytest.mark.usefixtures("diffsynth_package")
-def test_animate_2_is_refused_with_the_reason() -> None:
-    from diffsynth.models.wan_animate_2_dit import WanAnimate2Transformer
-
-    dit = WanAnimate2Transformer(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=32, freq_dim=32)
-    with pytest.raises(UserError, match=r"Wan-Animate-2 cannot be split: its attention mask"):
-        layout_of({"dit": dit})
 
 
 class Pipe(nn.Module):

@@ -96,6 +96,18 @@ def ref_conv() -> Toy:
     return Toy({"dit": dit}, inputs)
 
 
+def fun_a14b_control() -> Toy:
+    dit = wan(in_dim=52, has_ref_conv=True, require_clip_embedding=False)
+    return Toy({"dit": dit}, {**basic(), "y": latents(36), "reference_latents": latents(frames=1)})
+
+
+def fun_a14b_camera() -> Toy:
+    own = {"add_control_adapter": True, "in_dim_control_adapter": 24, "require_clip_embedding": False}
+    dit = wan(in_dim=36, **own)
+    camera = torch.randn(1, 24, FRAMES, 8 * HEIGHT, 8 * WIDTH)
+    return Toy({"dit": dit}, {**basic(), "y": latents(20), "control_camera_latents_input": camera})
+
+
 def vace(lora_base: str = "dit") -> Toy:
     from diffsynth.models.wan_video_vace import VaceWanModel
 
@@ -127,6 +139,22 @@ def animate() -> Toy:
     faces = torch.randn(1, 3, 4 * (FRAMES - 1), 16, 16)
     toy.inputs |= {"pose_latents": latents(frames=FRAMES - 1), "face_pixel_values": faces}
     return toy
+
+
+def animate_2() -> Toy:
+    from diffsynth.models.wan_animate_2_dit import WanAnimate2Transformer
+
+    # Flex attention takes heads as wide as a power of two.
+    given = {"dim": 64, "ffn_dim": FFN, "num_heads": HEADS, "num_layers": BLOCKS, "text_dim": TEXT}
+    dit = WanAnimate2Transformer(**given, freq_dim=32, text_len=6)
+    tokens = HEIGHT * WIDTH // 4
+    whole = {"clip_feature": clip(), "y": latents(20), "context": torch.randn(1, 5, TEXT)}
+    reference = {"clip_fea_ref": clip(), "condition_y": latents(20)[0]}
+    reference |= {"context_ref": torch.randn(1, 5, TEXT)}
+    sizes = {"seq_len": FRAMES * tokens, "seq_len_ref": FRAMES * tokens}
+    sizes |= {"origin_len": 4, "origin_area": [8 * HEIGHT, 8 * WIDTH]}
+    inputs = {**basic(), **whole, **reference, **sizes, "condition_latents": [latents()[0]]}
+    return Toy({"dit": dit}, inputs)
 
 
 def s2v() -> Toy:
@@ -227,10 +255,13 @@ VARIANTS: Mapping[str, Callable[[], Toy]] = {
         fun_inp,
         fun_camera,
         ref_conv,
+        fun_a14b_control,
+        fun_a14b_camera,
         speed_control,
         vace,
         vace_lora,
         animate,
+        animate_2,
         s2v,
         wantodance,
         wantodance_global,

@@ -114,12 +114,15 @@ class Network(nn.Module):
     """LoRA for every linear layer of the blocks, or of the whole model."""
 
     def __init__(
-        self, transformer: nn.Module, choose: Callable[[str], bool] = lambda name: "blocks" in name
+        self,
+        transformer: nn.Module,
+        choose: Callable[[str], bool] = lambda name: "blocks" in name,
+        kind: Callable[[nn.Linear], Lora] = Lora,
     ) -> None:
         super().__init__()
         torch.manual_seed(1)
         layers = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and choose(n)}
-        self.loras = nn.ModuleList(Lora(layer) for layer in layers.values())
+        self.loras = nn.ModuleList(kind(layer) for layer in layers.values())
         for lora in self.loras:
             lora.apply_to()
 

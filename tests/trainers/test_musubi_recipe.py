@@ -9,7 +9,7 @@ import pytest
 import stand_ins
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from tworeel import Pipeline
 from tworeel.engine.split import find_split
@@ -22,11 +22,33 @@ class Trainer:
         self.loaded_on = loading_device
         return stand_ins.Flux2("inside" if args.gradient_checkpointing else "").to(loading_device, dtype)
 
-    def call_dit(self, accelerator, transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        noisy = (batch["latents"] + batch["noise"]) / 2
-        noisy.requires_grad_(True)
-        pred = transformer(x=noisy, timesteps=torch.tensor([0.5]), ctx=batch["ctx"])
-        return pred, batch["noise"] - batch["latents"]
+    def call_dit(
+        self,
+        args,
+        accelerator,
+        transformer,
+        latents,
+        batch,
+        noise,
+        noisy_model_input,
+        timesteps,
+        network_dtype,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        noisy_model_input = noisy_model_input.to(accelerator.device, network_dtype)
+        if args.gradient_checkpointing:
+            noisy_model_input.requires_grad_(True)
+        ctx = batch["ctx"].to(accelerator.device, network_dtype)
+        pred = transformer(x=noisy_model_input, timesteps=timesteps / 1000, ctx=ctx)
+        return pred, noise - latents
+
+    def call(self, args, accelerator, transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """As its loop calls it for a batch."""
+        latents, noise = batch["latents"], batch["noise"]
+        noisy, timesteps = (latents + noise) / 2, torch.tensor([500.0])
+        return self.call_dit(
+            args, accelerator, transformer, latents, batch, noise, noisy, timesteps, torch.float32
+        )
 
     def train(self, args) -> None:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -40,7 +62,7 @@ class Trainer:
         self.losses, self.transformer, self.network = [], transformer, network
         for batch in stand_ins.batches(4):
             with accelerator.accumulate(network):
-                pred, target = self.call_dit(accelerator, transformer, batch)
+                pred, target = self.call(args, accelerator, transformer, batch)
                 loss = torch.nn.functional.mse_loss(pred, target)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -80,20 +102,21 @@ def test_losses_and_trained_lora_are_those_of_the_unsplit_trainer(trainer_of_the
 def test_a_pipeline_over_its_micro_batches_gives_the_same_gradients(trainer_of_the_page, checkpointing):
     args = SimpleNamespace(gradient_checkpointing=checkpointing)
     trainer_of_the_page.train(args)
-    transformer, network = trainer_of_the_page.transformer, trainer_of_the_page.network
+    trainer, accelerator = trainer_of_the_page, Accelerator(cpu=True)
+    transformer, network = trainer.transformer, trainer.network
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return trainer.call(args, accelerator, model, batch)
+
     grads = []
     for together in (False, True):
         network.zero_grad()
         if together:
-            pipeline = Pipeline(
-                transformer, forward=lambda model, batch: trainer_of_the_page.call_dit(None, model, batch)
-            )
+            pipeline = Pipeline(transformer, forward=forward)
             pipeline.step(stand_ins.batches(3), lambda output, _: torch.nn.functional.mse_loss(*output))
         else:
             for batch in stand_ins.batches(3):
-                torch.nn.functional.mse_loss(
-                    *trainer_of_the_page.call_dit(None, transformer, batch)
-                ).backward()
+                torch.nn.functional.mse_loss(*forward(transformer, batch)).backward()
         grads.append([parameter.grad.clone() for parameter in network.parameters()])
     stand_ins.assert_same(grads[1], grads[0])
 

@@ -121,8 +121,9 @@ def _budgets(
     config: RunConfig, gpus: str | None, memory_gib: str | None, cards: Path | None
 ) -> tuple[Budget, ...]:
     from tworeel.planning.cards import known_cards, parse_cards, with_memory
+    from tworeel.planning.devices import budgets_of_devices
     from tworeel.training.devices import resolve_devices
-    from tworeel.training.planned import budgets_of_cards, budgets_of_devices
+    from tworeel.training.planned import budgets_of_cards
 
     known = known_cards(cards)
     if gpus is not None:

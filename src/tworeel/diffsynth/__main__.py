@@ -22,15 +22,18 @@ def main(words: Sequence[str] | None = None) -> int:
         print(_USAGE, file=sys.stderr)  # noqa: T201
         return 0 if words else 2
     try:
-        script, args = Path(words[0]), words[1:]
+        script, args, launcher = Path(words[0]), words[1:], None
         if not script.is_file():
             raise UserError(f"there is no script '{script}'")
         if os.environ.get("DIFFSYNTH_DUAL_GPU", "").strip().lower() == "true":
             # Imported here: without the variable nothing of ours is loaded.
             from tworeel.diffsynth.launching import prepare
 
-            args = prepare(args, os.environ)
+            args, launcher = prepare(args, os.environ)
         _run(script, args)
+        if launcher is not None and not launcher.called:
+            said = f"{script} has not called DiffSynth's launch_training_task: nothing was split"
+            print(f"warning: {said}", file=sys.stderr)  # noqa: T201
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201

@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from tworeel.diffsynth.layouts import Layout
 from tworeel.diffsynth.loop import train_in_micro_batches
 from tworeel.diffsynth.package import check_package, mend_mistral, replace_launcher
-from tworeel.diffsynth.settings import Settings, read_settings
+from tworeel.diffsynth.settings import Settings, device_name, read_settings
 from tworeel.diffsynth.splitting import split_pipeline
 from tworeel.engine.split import Split
 from tworeel.errors import UserError, collected, raise_if_any
 
 _ON_CPU = "--initialize_model_on_cpu"
-_OFFLOAD = "--enable_model_cpu_offload"
+_FP16 = "--mixed_precision fp16: its scaled losses cannot overlap; allowed are no, bf16"
 
 
-def prepare(args: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """Check all that can be checked, replace DiffSynth's launcher, and return the script's arguments.
+def prepare(args: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], SplitLauncher | None]:
+    """Check all that can be checked, and replace DiffSynth's launcher.
+
+    Returns:
+        The script's arguments, and what it gets for a launcher; None for a task that trains nothing.
 
     Raises:
         UserError: all that is wrong with the variables, the installation and the arguments.
     """
+    options = _options(args)
     problems: list[str] = []
     with collected(problems):
         check_package()
+    if options.task.endswith(":data_process"):
+        raise_if_any(problems)
+        mend_mistral()
+        return list(args), None
     with collected(problems):
         settings = read_settings(environment)
-    task = _option(args, "--task", "sft")
-    if task.startswith("direct_distill"):
-        problems.append(f"--task {task}: it runs the transformer several times a step; allowed are sft tasks")
-    if _OFFLOAD in args:
-        problems.append(f"{_OFFLOAD}: the transformer is on several devices already; leave it out")
+    problems += _refused(options)
+    fp16 = environment.get("ACCELERATE_MIXED_PRECISION", "").lower() == "fp16"
+    if fp16 and options.gradient_accumulation_steps > 1:
+        problems.append(_FP16)
     raise_if_any(problems)
     mend_mistral()
-    if task.endswith(":data_process"):
-        return list(args)  # nothing is trained, so there is nothing to split
-    replace_launcher(lambda launch: launcher(launch, settings))
+    split_launcher = SplitLauncher(settings)
+    replace_launcher(split_launcher.in_place_of)
     # Loaded to host memory, it is never whole on a card.
-    return [*args, *([] if _ON_CPU in args else [_ON_CPU])]
+    return [*args, *([] if _ON_CPU in args else [_ON_CPU])], split_launcher
+
+
+def _options(args: Sequence[str]) -> argparse.Namespace:
+    """Those of the script's options that must be known before it runs, read as it will read them."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--task", default="sft")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--enable_model_cpu_offload", action="store_true")
+    parser.add_argument("--enable_lora_hot_loading", action="store_true")
+    try:
+        return parser.parse_known_args(args)[0]
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+
+
+def _refused(options: Any) -> Iterator[str]:
+    if options.task.startswith("direct_distill"):
+        yield f"--task {options.task}: it runs the transformer several times a step; allowed are sft tasks"
+    if options.enable_model_cpu_offload:
+        yield "--enable_model_cpu_offload: the transformer is on several devices already; leave it out"
+    if getattr(options, "enable_lora_hot_loading", False):
+        yield (
+            "--enable_lora_hot_loading: DiffSynth puts the transformer's layers into ones of its own, which "
+            "are of one device; train image-to-LoRA models without DIFFSYNTH_DUAL_GPU"
+        )
 
 
 @contextmanager
@@ -62,39 +95,46 @@ def shortage_in_words() -> Iterator[None]:
         ) from None
 
 
-def _option(args: Sequence[str], name: str, default: str) -> str:
-    for i, word in enumerate(args):
-        if word.startswith(f"{name}="):
-            return word.partition("=")[2]
-        if word == name and i + 1 < len(args):
-            return args[i + 1]
-    return default
+class SplitLauncher:
+    """What a script gets for DiffSynth's `launch_training_task`.
 
+    Attributes:
+        called: whether the script has called it.
 
-def launcher(launch: Callable[..., None], settings: Settings) -> Callable[..., None]:
-    """What a script gets for DiffSynth's `launch_training_task`, which is `launch`."""
+    Args:
+        settings: how the transformer is split.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.called = False
+        self._settings = settings
+
+    def in_place_of(self, launch: Callable[..., None]) -> SplitLauncher:
+        """Stand for DiffSynth's own function from now on."""
+        self._launch = launch
+        return self
 
     @shortage_in_words()
-    def launch_split(
-        accelerator: Any, dataset: Any, model: Any, model_logger: Any, *rest: Any, **named: Any
+    def __call__(
+        self, accelerator: Any, dataset: Any, model: Any, model_logger: Any, *rest: Any, **named: Any
     ) -> None:
-        _check_accelerator(accelerator, settings)
+        self.called = True
+        args = named.get("args")
+        refused = () if args is None else _refused(args)
+        raise_if_any([*_obstacles(accelerator, self._settings), *refused])
         division, layout = split_pipeline(
             model.pipe,
-            settings,
+            self._settings,
             checkpointing=getattr(model, "use_gradient_checkpointing", False),
             offload=getattr(model, "use_gradient_checkpointing_offload", False),
         )
         _bring_managed_layers(model.pipe, accelerator.device)
-        accelerator.print(_in_words(division))
-        overlaps = accelerator.gradient_accumulation_steps > 1 and not layout.one_at_a_time
-        if overlaps and not rest and named.get("args") is not None:
-            train_in_micro_batches(accelerator, dataset, model, model_logger, named["args"], division)
+        accelerator.print(in_words(division, layout))
+        if accelerator.gradient_accumulation_steps > 1 and not rest and args is not None:
+            train_in_micro_batches(accelerator, dataset, model, model_logger, args, division)
             return
         run_through(model, division)
-        launch(accelerator, dataset, model, model_logger, *rest, **named)
-
-    return launch_split
+        self._launch(accelerator, dataset, model, model_logger, *rest, **named)
 
 
 def _bring_managed_layers(pipe: Any, device: torch.device) -> None:
@@ -112,22 +152,34 @@ def run_through(model: Any, division: Split) -> None:
     model.forward = lambda *args, **kwargs: division.model(lambda: forward(*args, **kwargs))
 
 
-def _check_accelerator(accelerator: Any, settings: Settings) -> None:
-    if accelerator.num_processes > 1:
-        raise UserError(f"--num_processes {accelerator.num_processes}: one process drives all devices")
-    first = settings.devices[0]
-    here = accelerator.device
-    if here.type != first.partition(":")[0] or (here.index or 0) != int(first.partition(":")[2] or 0):
-        raise UserError(
-            f"DIFFSYNTH_DUAL_GPU_DEVICES: accelerate computes on {here}, so {here} has to be the first device"
+def _obstacles(accelerator: Any, settings: Settings) -> Iterator[str]:
+    """What of accelerate's state a split does not go with, however it came about."""
+    if accelerator.distributed_type.value != "NO":
+        kind, count = accelerator.distributed_type.value, accelerator.num_processes
+        yield (
+            f"accelerate is set to {kind} with {count} processes, but one process drives all devices; start "
+            "it with python -m tworeel.diffsynth, or with accelerate launch --num_processes 1"
         )
+    if accelerator.scaler is not None and accelerator.gradient_accumulation_steps > 1:
+        yield _FP16
+    here = device_name(accelerator.device)
+    if here != settings.devices[0]:
+        yield f"DIFFSYNTH_DUAL_GPU_DEVICES: accelerate computes on {here}, so that has to be the first device"
 
 
-def _in_words(division: Split) -> str:
+def in_words(division: Split, layout: Layout) -> str:
+    """Which blocks are where, by the numbers of `DIFFSYNTH_DUAL_GPU_SPLIT_AT`, and what they leave behind."""
     placement = division.placement
     parts = [
-        f"blocks {blocks.start} to {blocks.stop - 1} on {placement.devices[stage]}"
-        for stage in range(placement.num_stages)
-        for blocks in (placement.blocks_of(stage),)
+        f"{_blocks_in_words(placement.blocks_of(stage), layout.before)} on {device}"
+        for stage, device in enumerate(placement.devices)
     ]
     return f"tworeel: {'; '.join(parts)}. {division.residency_in_words()}"
+
+
+def _blocks_in_words(positions: range, before: int) -> str:
+    """Blocks of all lists; the first `before` are VACE's, which have numbers of their own."""
+    vace = range(positions.start, min(positions.stop, before))
+    own = range(max(positions.start, before) - before, positions.stop - before)
+    parts = (("VACE's blocks", vace), ("blocks", own))
+    return ", ".join(f"{what} {numbers[0]} to {numbers[-1]}" for what, numbers in parts if numbers)

@@ -12,6 +12,7 @@ from tworeel.errors import UserError
 
 MODELS = ("dit", "vace", "vap", "animate_adapter", "motion_controller")
 """Names in DiffSynth's pipelines of what runs at each step; the transformer is `dit`."""
+_KINDS = ("WanModel", "WanS2VModel", "WanAnimate2Transformer", "LongCatVideoTransformer3DModel")
 _HEADS = ("head", "head_global", "final_layer")
 
 
@@ -27,8 +28,6 @@ class Layout:
     """Modules between blocks, and the block that each of them follows."""
     after: tuple[str, ...] = ()
     """Modules that run after the blocks; whatever else there is runs before them."""
-    one_at_a_time: str = ""
-    """Why micro-batches cannot overlap, if they cannot."""
 
 
 def layout_of(models: Mapping[str, nn.Module]) -> Layout:
@@ -39,26 +38,18 @@ def layout_of(models: Mapping[str, nn.Module]) -> Layout:
     """
     dit = models["dit"]
     kind = type(dit).__name__
-    if kind == "WanAnimate2Transformer":
-        raise UserError(
-            "Wan-Animate-2 cannot be split: its attention mask is compiled for one device, and all of its "
-            "blocks share it; train it without DIFFSYNTH_DUAL_GPU"
-        )
     if kind == "Flux2DiT":
         both = ("dit.transformer_blocks", "dit.single_transformer_blocks")
         return Layout(lists=both, after=("dit.norm_out", "dit.proj_out"))
-    if kind not in ("WanModel", "WanS2VModel", "LongCatVideoTransformer3DModel"):
+    if kind not in _KINDS:
         raise UserError(f"{kind} is not known here: only the transformers of Wan and FLUX.2 can be split")
     vace = models.get("vace")
     own: tuple[str, ...] = ("dit.blocks",)
     lists = own if vace is None else ("vace.vace_blocks", *own)
     before = 0 if vace is None else len(_list(vace, "vace_blocks"))
     beside = {name: f"dit.blocks.{block}" for name, block in _between(models)}
-    # The music of a micro-batch is an attribute of the model, which the next one would overwrite.
-    keeps_state = bool(getattr(dit, "wantodance_enable_music_inject", False))
-    why = "the model keeps the music of one micro-batch at a time" if keeps_state else ""
     after = tuple(f"dit.{name}" for name in _HEADS if hasattr(dit, name))
-    return Layout(lists=lists, before=before, beside=beside, after=after, one_at_a_time=why)
+    return Layout(lists=lists, before=before, beside=beside, after=after)
 
 
 def _list(module: nn.Module, name: str) -> nn.ModuleList:

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from tworeel.engine.pipeline import Pipeline
 from tworeel.engine.split import Split
-from tworeel.errors import UserError
 
 
 def train_in_micro_batches(
@@ -22,8 +21,6 @@ def train_in_micro_batches(
     Its loop computes the micro-batches of an accumulated step one after the other. Here they are drawn in the
     same order, and computed when the last one of the step is there.
     """
-    if accelerator.scaler is not None:
-        raise UserError("--mixed_precision fp16: its scaled losses cannot overlap; allowed are no, bf16")
     runner: Any = importlib.import_module("diffsynth.diffusion.runner")
     runner.save_training_args(args)
     optimizer = runner.get_optimizer_class(args.customized_optimizer)(

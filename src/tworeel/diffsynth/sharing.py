@@ -11,8 +11,8 @@ from torch import nn
 from tworeel.diffsynth.layouts import Layout
 from tworeel.engine.placement import Placement
 from tworeel.planning.budgets import Budget
+from tworeel.planning.devices import budgets_on
 from tworeel.planning.shares import BlockWeights, share_out
-from tworeel.training.by_weights import budgets_on
 
 
 def budgets(devices: Sequence[str]) -> tuple[Budget, ...] | None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from typing import Any
 
 from torch import nn
 
+from tworeel.diffsynth.adjusting import adjust
 from tworeel.diffsynth.layouts import MODELS, Layout, layout_of
 from tworeel.diffsynth.settings import Settings
 from tworeel.diffsynth.sharing import budgets, planned
-from tworeel.engine.placement import Placement, place
+from tworeel.engine.placement import place
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split, split
 from tworeel.errors import UserError, raise_if_any
@@ -51,7 +51,7 @@ def split_pipeline(
     layout = layout_of(models)
     together = StepModels(models)
     if settings.fp8:
-        quantize_blocks(together, "fp8", block_linears(together, (*layout.lists, *layout.beside)))
+        quantize_blocks(together, "fp8", _frozen_linears(together, layout))
     residency = settings.residency or _residency(checkpointing, offload)
     _check_range(together, layout, settings)
     first = runs_first(together, layout)
@@ -64,9 +64,7 @@ def split_pipeline(
         beside=layout.beside,
         first=first,
     )
-    for model in models.values():
-        stay(model, division.placement)
-    pipe.model_fn = without_checkpointing(pipe.model_fn)
+    adjust(pipe, models, division)
     return division, layout
 
 
@@ -89,6 +87,20 @@ def runs_first(together: nn.Module, layout: Layout) -> list[str]:
     units = place(together, ["cpu"], blocks=layout.lists, beside=layout.beside).units
     others = (unit.name for unit in units if not unit.is_block and unit.beside is None)
     return [name for name in others if name not in layout.after]
+
+
+def _frozen_linears(together: nn.Module, layout: Layout) -> list[str]:
+    """Names of the linear layers of the blocks and beside them that are not trained.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = block_linears(together, (*layout.lists, *layout.beside))
+    trained = {name.rpartition(".")[0] for name, p in together.named_parameters() if p.requires_grad}
+    frozen = [name for name in names if name not in trained]
+    if not frozen:
+        raise UserError("DIFFSYNTH_DUAL_GPU_FP8=true: all linear layers are trained; fp8 is for frozen ones")
+    return frozen
 
 
 def _residency(checkpointing: bool, offload: bool) -> Residency:
@@ -122,31 +134,3 @@ def _check_range(together: nn.Module, layout: Layout, settings: Settings) -> Non
         )
     if count < len(settings.devices):
         raise UserError(f"{len(settings.devices)} devices for {count} blocks: at most one device a block")
-
-
-def stay(model: Any, placement: Placement) -> None:
-    """Keep a split model's parts where they are when the whole pipeline is moved to a device.
-
-    `hf_device_map` is what accelerate looks at; `_apply` is what a parent's `.to()` calls.
-    """
-    model.hf_device_map = {unit.name: placement.devices[unit.stage] for unit in placement.units}
-
-    def keep(_function: Callable[..., Any], recurse: bool = True) -> Any:
-        return model
-
-    model._apply = keep
-
-
-def without_checkpointing(model_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's `model_fn` with DiffSynth's gradient checkpointing off: the engine does it.
-
-    DiffSynth's stores and restores the random state around each block, which micro-batches that overlap
-    share; and for S2V it computes wrong gradients (its block number is bound late).
-    """
-
-    @wraps(model_fn)
-    def unchecked(*args: Any, **kwargs: Any) -> Any:
-        kwargs |= {"use_gradient_checkpointing": False, "use_gradient_checkpointing_offload": False}
-        return model_fn(*args, **kwargs)
-
-    return unchecked

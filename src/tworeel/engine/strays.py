@@ -14,7 +14,7 @@ from tworeel.engine.passage import Passage
 
 _OF_ITSELF = {"__set__", "__len__", "__hash__", "size", "dim", "ndimension", "numel", "nelement", "stride"}
 _OF_ITSELF |= {"element_size", "is_floating_point", "is_complex", "is_contiguous"}
-_OF_ITSELF |= {"requires_grad_", "retain_grad", "register_hook"}
+_OF_ITSELF |= {"requires_grad_", "retain_grad", "register_hook", "tolist"}
 """What is asked of a tensor, or is to hold for it, is meant for that very one and needs no copy."""
 
 

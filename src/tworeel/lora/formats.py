@@ -58,12 +58,15 @@ def to_tensors(lora: LoraFile, form: Form, naming: Naming) -> tuple[dict[str, Te
     """Spell a LoRA in a form: tensors by key, and the file's metadata.
 
     Raises:
-        UserError: the LoRA has DoRA magnitudes and the form has no place for them, or layers that are one in
-            this form have different scales.
+        UserError: the LoRA has DoRA magnitudes and the form has no place for them, or layers that it has no
+            names for, or layers that are one in this form have different scales.
     """
     if form.magnitude is None and any(part.magnitude is not None for part in lora.modules.values()):
         able = ", ".join(other.name for other in FORMS.values() if other.magnitude)
         raise UserError(f"the form '{form.name}' cannot hold DoRA's magnitudes; allowed are {able}")
+    if not form.is_native(naming) and (nameless := naming.without_own(lora.modules)):
+        able = ", ".join(other.name for other in FORMS.values() if other.is_native(naming))
+        raise UserError(f"the form '{form.name}' has no names for {_some(nameless)}; allowed are {able}")
     stored = {name: as_stored(part, form.alpha) for name, part in lora.modules.items()}
     layers, shown, note = stored, stored, None
     if form.is_native(naming):

@@ -22,6 +22,8 @@ class Naming:
     """The same of diffusers' names."""
     native_parts: Callable[[str], tuple[str, ...]] | None = None
     """See `Family.native_parts`."""
+    native_only: Callable[[str], bool] | None = None
+    """See `Family.native_only`."""
     swapped: tuple[str, ...] = ()
     """See `Family.native_swapped`."""
     diffsynth_names: Literal["native", "diffusers"] = "native"
@@ -35,6 +37,7 @@ class Naming:
             words=family.native_words,
             own_words=family.own_words,
             native_parts=family.native_parts,
+            native_only=family.native_only,
             swapped=family.native_swapped,
             diffsynth_names=family.diffsynth_names,
         )
@@ -69,9 +72,16 @@ class Naming:
         parts = self.parts(native)
         return parts[0] if len(parts) == 1 else native
 
+    def without_own(self, names: Iterable[str]) -> list[str]:
+        """Return the layers that have a native name alone."""
+        only = self.native_only
+        return [] if only is None else [name for name in names if only(self.to_native(name))]
+
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return the names that are neither native nor diffusers': layers of another model."""
-        return [name for name in names if self.to_native(name) == name == self.from_native(name)]
+        alike = [name for name in names if self.to_native(name) == name == self.from_native(name)]
+        known = set(self.without_own(alike))
+        return [name for name in alike if name not in known]
 
 
 def _dotted(name: str, words: Iterable[str]) -> str:

@@ -253,6 +253,8 @@ class Family:
     native_parts: Callable[[str], tuple[str, ...]] | None = None
     """A native layer's name -> the layers whose rows it stacks, in equal shares (query, key, value).
     `to_native` gives that name for each of them. None if every layer has a native one of its own."""
+    native_only: Callable[[str], bool] | None = None
+    """Whether a native layer is one of variants that only others train, and diffusers has no name for."""
     native_swapped: tuple[str, ...] = ()
     """Layers whose two halves of rows stand the other way round natively."""
     diffsynth_names: Literal["native", "diffusers"] = "native"

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-
 from tworeel.config.schema import RunConfig
 from tworeel.engine.fitting import blocks_to_stream
 from tworeel.engine.residency import Residency
-from tworeel.planning.budgets import Budget
+from tworeel.planning.devices import budgets_on
 from tworeel.planning.shares import WEIGHTS_SHARE, BlockWeights, share_out
 from tworeel.planning.traces import TraceSettings
 from tworeel.planning.weights import UnitBytes, unit_bytes
 from tworeel.training.choices import settled
 from tworeel.training.loadable import J, exceed_shares, place_again, torch_dtype
-from tworeel.training.planned import budgets_of_devices
 
 
 def placed_by_weights(job: J, config: RunConfig) -> J:
@@ -60,11 +57,6 @@ def placed_by_weights(job: J, config: RunConfig) -> J:
         ]
         counts = tuple(map(_too_many, stages, rooms))
     return place_again(job, devices, at, counts)
-
-
-def budgets_on(devices: Sequence[torch.device]) -> tuple[Budget, ...] | None:
-    """What the stages' devices have free, and how fast they are; None where one is a CPU."""
-    return None if any(device.type == "cpu" for device in devices) else budgets_of_devices(devices)
 
 
 def _too_many(blocks: Sequence[UnitBytes], room: float) -> int:

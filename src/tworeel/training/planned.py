@@ -15,10 +15,11 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
 from tworeel.errors import raise_if_any
-from tworeel.planning.budgets import Budget, budget_of_card, budget_of_device
-from tworeel.planning.cards import GIB, Card, card_of_device, known_cards
+from tworeel.planning.budgets import Budget, budget_of_card
+from tworeel.planning.cards import GIB, Card
 from tworeel.planning.changing import changes
 from tworeel.planning.choosing import choose
+from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.explaining import explained
 from tworeel.planning.measurements import calibrated, keep
 from tworeel.planning.measuring import measured
@@ -34,8 +35,6 @@ from tworeel.training.loadable import place_again, place_blocks, torch_dtype
 from tworeel.training.preflight import Job
 from tworeel.training.report import StepReport
 
-UNKNOWN_CARD = "RTX 4090"
-"""Whose speed stands for a card that the table does not have; its memory is asked of the card itself."""
 UNMEASURED = 2
 """Steps that tell nothing of a run's speed: they compile and measure."""
 MEASURED = 3
@@ -138,26 +137,6 @@ def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
         if budget.free <= 0
     )
     return budgets
-
-
-def budgets_of_devices(
-    devices: Sequence[torch.device], cards: Sequence[Card] | None = None
-) -> tuple[Budget, ...]:
-    """Devices of this machine, with what is free on them now.
-
-    Args:
-        devices: one a stage, once over; none of them a CPU.
-        cards: that are known; those of the table by default.
-    """
-    cards = known_cards() if cards is None else cards
-    fallback = next(card for card in known_cards() if card.name == UNKNOWN_CARD)
-    budgets = []
-    for device in devices:
-        module = torch.get_device_module(device)
-        _, total = torch.accelerator.get_memory_info(device)
-        card = card_of_device(module.get_device_name(device), total, cards)
-        budgets.append(budget_of_device(device, card, fallback))
-    return tuple(budgets)
 
 
 @dataclass

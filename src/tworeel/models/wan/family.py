@@ -10,7 +10,7 @@ from tworeel.models.wan.encoders import (
     open_text_encoder,
     text_identity,
 )
-from tworeel.models.wan.keys import NATIVE_WORDS, from_native, parameter_name, to_native
+from tworeel.models.wan.keys import NATIVE_WORDS, from_native, is_native_only, parameter_name, to_native
 from tworeel.models.wan.layouts import locate
 from tworeel.models.wan.sampling import SAMPLING
 from tworeel.models.wan.transformer import BLOCK_LISTS, KEEP_FP32, LORA_PRESETS, build_transformer
@@ -26,6 +26,7 @@ WAN = Family(
     to_native=to_native,
     from_native=from_native,
     native_words=NATIVE_WORDS,
+    native_only=is_native_only,
     latent_identity=latent_identity,
     text_identity=text_identity,
     open_latent_encoder=open_latent_encoder,

@@ -41,13 +41,16 @@ _PROJECTIONS = {
     "norm_k_img": "norm_added_k",
 }
 
-# Within `blocks.N.`. The authors number norms by place of definition, diffusers by order of use.
+# Within `blocks.N.`, and VACE's `vace_blocks.N.`, which alone have the two projections. The authors number
+# norms by place of definition, diffusers by order of use.
 _BLOCK = {
     "norm2": "norm3",
     "norm3": "norm2",
     "modulation": "scale_shift_table",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
+    "before_proj": "proj_in",
+    "after_proj": "proj_out",
     **_ATTENTIONS,
     **{
         f"{attention}.{projection}": f"{other_attention}.{other_projection}"
@@ -56,9 +59,14 @@ _BLOCK = {
     },
 }
 
-NATIVE_WORDS = tuple(
-    sorted({part for name in (*_TOP, *_BLOCK, "patch_embedding") for part in name.split(".") if "_" in part})
+_NATIVE_ONLY = re.compile(
+    r"(audio_injector|music_injector)\..+"  # S2V's, WanToDance's
+    r"|blocks\.\d+\.block\..+"  # Animate-2's
+    r"|blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q_linear|kv_linear|proj)|ffn\.w[123])"  # LongCat-Video's
 )
+_WORDS = (*_TOP, *_BLOCK, "patch_embedding", "vace_blocks", "audio_injector", "music_injector")
+_WORDS += ("injector_adain_layers", "injector_pre_norm_feat", "q_linear", "kv_linear")
+NATIVE_WORDS = tuple(sorted({part for name in _WORDS for part in name.split(".") if "_" in part}))
 """Parts of native names with an underscore of their own, which kohya's LoRA files run into the others."""
 
 
@@ -71,7 +79,7 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
 _TOP_INVERSE = _inverse(_TOP)
 _BLOCK_INVERSE = _inverse(_BLOCK)
 
-_BLOCK_NAME = re.compile(r"(blocks\.\d+\.)(.+)")
+_BLOCK_NAME = re.compile(r"((?:vace_)?blocks\.\d+\.)(.+)")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
@@ -87,6 +95,11 @@ def from_native(name: str) -> str:
 def to_native(name: str) -> str:
     """Turn diffusers' name of a module or parameter into the authors'; the inverse of `from_native`."""
     return _rename(name, _TOP_INVERSE, _BLOCK_INVERSE)
+
+
+def is_native_only(name: str) -> bool:
+    """Tell whether the authors' name of a layer is one of a variant that diffusers has no names for."""
+    return _NATIVE_ONLY.fullmatch(name) is not None
 
 
 def parameter_name(layout: Layout, key: str) -> str | None:
