@@ -22,7 +22,7 @@ def test_what_is_set_needlessly_is_named_first_and_alone_if_that_is_enough() -> 
 
 def test_settings_that_fit_only_together_are_named_together() -> None:
     budgets = limited(CARDS, 15)
-    planner = Planner(request_of(budgets=budgets, residency="offload-selective", streamed=(2, 2)))
+    planner = Planner(request_of(budgets=budgets, residency="keep", streamed=(2, 2)))
     assert next(changes(planner)).name == "engine.residency = 'auto' and engine.streamed_blocks not set"
 
 

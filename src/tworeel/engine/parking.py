@@ -54,6 +54,11 @@ class HostPool:
                 self._free[size] += [(buffer, None) for buffer in slab]
             return self._free[size].pop() if self._free[size] else None
 
+    def reserve(self, size: int) -> None:
+        """Leave `size` bytes of the limit to something else."""
+        if self.limit is not None:
+            self.limit = max(0, self.limit - size)
+
     def give_back(self, buffer: Tensor, read: torch.Event | None) -> None:
         """Let another tensor have the buffer once `read` has happened."""
         with self._lock:

@@ -64,7 +64,8 @@ def split(
             residency `auto`, as many as are needed.
         may_stream: whether the residency `auto` may let more weights be streamed than `streamed` says; by
             default where that says nothing.
-        host_limit: bytes of pinned host memory for activations; what does not fit stays on the devices.
+        host_limit: bytes of pinned host memory for activations, and for weights that `auto` streams beside
+            `streamed`; activations that do not fit stay on the devices.
         run_ahead: blocks that may be queued on a device behind the one that it computes; no limit by default.
         io_same_device: bring what the forward returns back to the first device, where a loop that knows
             nothing of the split has its targets. A `Pipeline` computes its loss on the last one all the same.
@@ -196,8 +197,13 @@ class Split:
         return self.streamed.on(stage)
 
     def stream(self, stage: int, count: int) -> None:
-        """Let the weights of so many blocks of a stage wait in host memory from now on."""
+        """Let the weights of so many blocks of a stage wait in host memory from now on.
+
+        They take of what may be pinned; those that were there when the model was split do not.
+        """
+        before = self.streamed_bytes
         self.streamed.stream(stage, count)
+        self.host_pool.reserve(self.streamed_bytes - before)
 
     def residency_in_words(self) -> str:
         """For example `stage 0: 12 selective, 8 keep; stage 1: 20 keep`."""

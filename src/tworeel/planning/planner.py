@@ -11,11 +11,10 @@ from functools import cached_property
 import torch
 
 from tworeel.data.buckets import tokens
-from tworeel.engine.fitting import SPARE, Fit, fit_stages
+from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_holding, most_in_flight
-from tworeel.engine.split import AUTO
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
@@ -171,9 +170,7 @@ class Planner:
         holding = most_holding(depths)
         return [self._draft(i, stages, boundaries, depths[i], holding[i]) for i in range(len(stages))]
 
-    def assembled(
-        self, stages: Sequence[Budget], drafts: Sequence[StageDraft], made: Sequence[StagePlan]
-    ) -> Plan:
+    def assembled(self, stages: Sequence[Budget], made: Sequence[StagePlan]) -> Plan:
         """The plan of these stages, with the time of a step."""
         request = self.request
         hidden = max(trace.footprints[Residency.KEEP].hidden for trace in self.trace.blocks.values())
@@ -182,7 +179,6 @@ class Planner:
         time = simulate(orders, [s.forward for s in made], [s.backward for s in made], crossing)
         host = request.micro_batches * self._launching(made)
         step = time.at_least(host)
-        pairs = zip(drafts, made, strict=True)
         return Plan(
             model=request.source.traits.variant,
             precision=request.trace.quantize or str(request.trace.dtype).removeprefix("torch."),
@@ -191,7 +187,7 @@ class Planner:
             micro_batches=request.micro_batches,
             tokens=tokens(self.largest, request.source.traits),
             stages=tuple(made),
-            host_memory=sum(draft.parked(stage) + stage.streamed * draft.block for draft, stage in pairs),
+            host_memory=sum(stage.host for stage in made),
             host_free=request.host_free,
             seconds_per_step=step.seconds,
             busy=step.busy,
@@ -216,8 +212,9 @@ class Planner:
         return selective and any(block.repeats_attention for block in self.trace.blocks.values())
 
     def _evaluate(self, stages: Sequence[Budget], at: Sequence[int]) -> Plan:
-        drafts = self.drafts(stages, at)
-        return self.assembled(stages, drafts, self._decide(drafts))
+        made = self._ways(self.drafts(stages, at))
+        fitting = [one for one in made if sum(s.host for s in one) <= self.request.host_free]
+        return min((self.assembled(stages, one) for one in fitting or made[-1:]), key=rank)
 
     def _orders_of(self, stages: Sequence[Budget]) -> list[Order]:
         request = self.request
@@ -245,6 +242,9 @@ class Planner:
             free=int(budget.free / shared),
             in_flight=in_flight,
             holding=holding,
+            residency=self.request.residency,
+            streamed=None if self.request.streamed is None else self.request.streamed[stage],
+            means=self.means,
         )
 
     def _dequantizes(self, budget: Budget) -> bool:
@@ -256,23 +256,14 @@ class Planner:
         kind = self.request.trace.quantize
         return kind in STORED_ONLY or (self.request.trace.compile and budget.mode(kind) == "weight-only")
 
-    def _decide(self, drafts: Sequence[StageDraft]) -> list[StagePlan]:
-        """What all stages' blocks leave behind; as the engine decides it when it has measured."""
-        residency, given = self.request.residency, self.request.streamed
-        counts = given or (0,) * len(drafts)
-        may_stream = given is None
-        memories = [d.memory(count, may_stream=may_stream) for d, count in zip(drafts, counts, strict=True)]
-        if residency == AUTO:
-            found = fit_stages(memories, [draft.footprints for draft in drafts], self.request.host_free)
-            fits = [fit for fit in found if fit is not None]
-            if may_stream:
-                counts = tuple(d.to_stream(fit.missing) for d, fit in zip(drafts, fits, strict=True))
-        elif residency == Residency.KEEP:
-            fits = [Fit(memory.may_keep, Residency.SELECTIVE) for memory in memories]
-        else:
-            fits = [Fit(0, Residency(residency)) for _ in memories]
-        decided = zip(drafts, fits, counts, strict=True)
-        return [draft.decide(fit, count, self.means) for draft, fit, count in decided]
+    @staticmethod
+    def _ways(drafts: Sequence[StageDraft]) -> list[list[StagePlan]]:
+        """What all stages' blocks may leave behind, with less and less of the host."""
+        plans = [dict(zip(draft.ways, draft.plans, strict=True)) for draft in drafts]
+        return [
+            [known[fit] for known, fit in zip(plans, fits, strict=True)]
+            for fits in leaner_and_leaner([draft.ways for draft in drafts])
+        ]
 
     @cached_property
     def means(self) -> Means:

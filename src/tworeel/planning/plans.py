@@ -31,6 +31,8 @@ class StagePlan:
     """Blocks whose weights wait in host memory."""
     in_flight: int
     """Micro-batches whose activations it holds at a time."""
+    host: int
+    """Bytes of pinned host memory, for what is parked and streamed."""
     parts: Mapping[str, int]
     """What the peak is made of."""
     spare: int
