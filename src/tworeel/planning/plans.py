@@ -136,9 +136,14 @@ class Plan:
         return sum(stage.streamed for stage in self.stages)
 
     @property
+    def devices(self) -> list[str]:
+        """Of each stage."""
+        return [stage.device for stage in self.stages]
+
+    @property
     def stages_per_device(self) -> int:
         """Stages that each device has."""
-        return len(self.stages) // len({stage.device for stage in self.stages})
+        return len(self.stages) // len(set(self.devices))
 
     @property
     def split_at(self) -> tuple[int, ...]:
@@ -156,8 +161,7 @@ class Plan:
     @property
     def bubble(self) -> float:
         """Share of a step in which the cards wait, on average."""
-        devices = {stage.device for stage in self.stages}
-        return 1 - sum(self.busy) / len(devices)
+        return 1 - sum(self.busy) / len(set(self.devices))
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
