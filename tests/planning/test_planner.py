@@ -205,6 +205,22 @@ def test_weights_are_streamed_beside_a_residency_that_is_set() -> None:
     assert {stage.residency for stage in found.stages} == {Residency.OFFLOAD_SELECTIVE}
 
 
+def test_an_optimizer_that_keeps_less_takes_less() -> None:
+    trace = settings_of("wan2.2-t2v-a14b", rank=128)
+    usual, small = (plan(request_of(trace=trace, moments=moments)) for moments in (2.0, 0.5))
+    lora = "LoRA, gradients, optimizer"
+    usual_bytes, small_bytes = (sum(stage.parts[lora] for stage in one.stages) for one in (usual, small))
+    assert small_bytes == pytest.approx(usual_bytes * 2.5 / 4, rel=1e-6)
+
+
+def test_weights_that_are_only_stored_so_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Planner(request_of())
+    known = first.trace
+    monkeypatch.setattr("tworeel.planning.planner.trace_model", None)
+    stored = replace(first.request, trace=replace(first.request.trace, quantize="nf4"))
+    assert Planner(stored, like=first).trace is known
+
+
 def test_explained_alternatives_are_no_better() -> None:
     found = plan(request_of(budgets=budgets_of("2x RTX 4090"), clips_per_epoch=64), explain=True)
     named = {one.name: one for one in found.alternatives}

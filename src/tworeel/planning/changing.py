@@ -22,7 +22,7 @@ from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of
 from tworeel.planning.precisions import in_precision, less_precise_kinds
 from tworeel.planning.requests import Request
-from tworeel.planning.traces import STORED_ONLY, ModelTrace
+from tworeel.planning.traces import ModelTrace
 
 LEAST_SIDE = 256
 """Pixels of a clip's longer side: smaller ones are not proposed."""
@@ -119,17 +119,10 @@ def _with_clips(planner: Planner, smaller: Callable[[Bucket], Bucket]) -> Plan:
 
 def _less_precise(planner: Planner) -> Alternative | None:
     for kind in less_precise_kinds(planner.request):
-        smaller = in_precision(planner.request, kind)
-        found = Planner(smaller, _same_trace(planner, kind), planner).best()
+        found = Planner(in_precision(planner.request, kind), like=planner).best()
         if found.fits:
             return alternative_of(f"model.quantize = '{kind}'", found)
     return None
-
-
-def _same_trace(planner: Planner, quantize: str) -> ModelTrace | None:
-    """The trace for weights that are only stored so, which compute as those of full precision."""
-    is_plain = planner.request.trace.quantize is None
-    return planner.trace if is_plain and quantize in STORED_ONLY else None
 
 
 def _one_more_device(planner: Planner) -> Alternative | None:

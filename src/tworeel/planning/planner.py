@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tworeel.data.buckets import tokens
+from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
@@ -24,7 +25,7 @@ from tworeel.planning.orders import distinct_orders
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS, LAUNCH_SECONDS, simulate
-from tworeel.planning.traces import STORED_ONLY, ModelTrace
+from tworeel.planning.traces import STORED_ONLY, ModelTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
@@ -50,6 +51,7 @@ class Planner:
         self.request = request
         self._known_trace = trace
         self._drafts: dict[tuple[object, ...], StageDraft] = {}
+        self._traces: dict[tuple[Bucket, TraceSettings], ModelTrace] = {} if like is None else like._traces
         if like is None:
             self._model = request.family.build_transformer(request.source.transformer)
         else:
@@ -65,12 +67,22 @@ class Planner:
         """What the blocks cost for the largest clip."""
         if self._known_trace is not None:
             return self._known_trace
-        request = self.request
-        modes = {budget.mode(request.trace.quantize) for budget in request.budgets}
+        settings = self._trace_settings
+        if (self.largest, settings) not in self._traces:
+            family, source = self.request.family, self.request.source
+            self._traces[self.largest, settings] = trace_model(family, source, self.largest, settings)
+        return self._traces[self.largest, settings]
+
+    @property
+    def _trace_settings(self) -> TraceSettings:
+        """What the trace depends on, beside the clip."""
+        settings = self.request.trace
+        if settings.quantize in STORED_ONLY:
+            return replace(settings, quantize=None)
+        modes = {budget.mode(settings.quantize) for budget in self.request.budgets}
         # Unlike cards: the mode that needs most memory.
         mode = modes.pop() if len(modes) == 1 else "tensorwise"
-        settings = request.trace if mode is None else replace(request.trace, mode=mode)
-        return trace_model(request.family, request.source, self.largest, settings)
+        return settings if mode is None else replace(settings, mode=mode)
 
     @cached_property
     def weights(self) -> int:
