@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -10,14 +11,17 @@ from toy_wan import make_wan
 from tworeel import split
 from tworeel.engine import fitting, place
 from tworeel.engine.fitting import (
+    FALLBACKS,
     Fit,
     StageMemory,
     available_memory,
     blocks_to_stream,
+    fit_as,
     fit_stage,
     fit_stages,
     needs_fallback,
     streamable,
+    ways_to_fit,
 )
 from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.residency import Residency
@@ -67,19 +71,29 @@ def test_with_little_room_activations_wait_on_the_host():
 
 
 def test_what_is_missing_is_told_as_long_as_streamed_weights_can_make_up_for_it():
-    assert fit_stage(memory(36, streamable=3), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE, missing=3)
+    weights = {"may_stream": True, "smallest": 1, "largest": 1}
+    assert fit_stage(memory(36, **weights), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE, streamed=5)
 
 
 def test_with_less_still_the_attentions_are_computed_again_too():
     # 3 × 1 + 2 × 1 + 30: an input each is on the device, and what `keep` would have kept is made again
-    assert fit_stage(memory(36, streamable=2), SIZES) == Fit(0, Residency.OFFLOAD)
+    few = {"may_stream": True, "smallest": 1, "largest": 4}
+    assert fit_stage(memory(36, **few), SIZES) == Fit(0, Residency.OFFLOAD)
     assert fit_stage(memory(35), SIZES) == Fit(0, Residency.OFFLOAD)
     assert fit_stage(memory(33), SIZES) == Fit(0, Residency.OFFLOAD, missing=2)
 
 
 def test_what_is_known_of_recomputing_counts():
     known = {**BLOCK, Residency.RECOMPUTE: Footprint(kept=1, working=40, hidden=1)}
-    assert fit_stage(memory(38), StageFootprints([known] * 10)) == Fit(0, Residency.OFFLOAD, missing=7)
+    inputs = StageFootprints([known] * 10).inputs_only()
+    assert fit_as(Residency.OFFLOAD, memory(38), inputs) == Fit(0, Residency.OFFLOAD, missing=7)
+
+
+def test_what_fits_in_no_way_is_fitted_in_the_way_that_is_nearest():
+    known = {**BLOCK, Residency.RECOMPUTE: Footprint(kept=1, working=40, hidden=1)}
+    assert fit_stage(memory(38), StageFootprints([known] * 10)) == Fit(
+        0, Residency.OFFLOAD_SELECTIVE, missing=1
+    )
 
 
 def test_where_keeping_could_not_be_measured_the_selective_way_counts():
@@ -132,7 +146,57 @@ def test_what_all_stages_park_has_to_fit_the_host():
     assert fit_stages(memories, footprints, parked) == [selective, None, selective]
     assert fit_stages(memories, footprints, None) == [selective, None, selective]
     inputs = Fit(0, Residency.OFFLOAD)
-    assert fit_stages(memories, footprints, parked - 1) == [inputs, None, inputs]
+    assert fit_stages(memories, footprints, parked - 1) == [inputs, None, selective]
+    assert fit_stages(memories, footprints, parked - 2 * 10 * 2 - 1) == [inputs, None, inputs]
+
+
+WEIGHTS = {"may_stream": True, "smallest": 9, "largest": 9}
+
+
+def test_streamed_weights_take_of_the_host_too():
+    fit = fit_stage(memory(36, **WEIGHTS), SIZES)
+    assert (fit.fallback, fit.streamed) == (Residency.OFFLOAD_SELECTIVE, SLOTS + 1)
+    assert fit.host == 2 * 10 * 3 + (SLOTS + 1) * 9
+    for limit, fits in ((fit.host, True), (fit.host - 1, False)):
+        assert (fit_stages([memory(36, **WEIGHTS)], [SIZES], limit) == [fit]) == fits
+
+
+def test_weights_that_wait_on_the_host_already_take_nothing_more_of_it():
+    before = memory(36, streamed=SLOTS + 1, may_keep=9 - SLOTS, **WEIGHTS)
+    fit = fit_stage(before, SIZES)
+    assert fit.streamed == SLOTS + 2 and fit.host == 2 * 10 * 3 + 9
+
+
+def test_each_way_to_fit_is_leaner_on_the_host_and_fits_by_itself():
+    for available in range(20, 420, 10):
+        known = memory(available, **WEIGHTS)
+        found = ways_to_fit(known, SIZES)
+        assert all(before.host > after.host for before, after in itertools.pairwise(found))
+        assert len(found) == 1 or not any(fit.missing for fit in found)
+
+
+def test_what_is_kept_is_chosen_anew_where_less_is_parked():
+    # 2 × 20 + 3 × 1 + 2 × 3 + 10 and one that keeps does not fit; 2 × 20 + 3 × 1 + 2 × 1 + 32 − 20 does
+    selective, inputs, *_ = ways_to_fit(memory(58), SIZES)
+    assert selective == Fit(0, Residency.OFFLOAD_SELECTIVE) and inputs == Fit(1, Residency.OFFLOAD)
+
+
+def test_with_next_to_nothing_of_the_host_attentions_are_computed_again_on_the_device():
+    # 2 × 10 × 1 + 3 × 1 + 30
+    (fit,) = fit_stages([memory(55)], [SIZES], 0)
+    assert fit == Fit(0, Residency.RECOMPUTE) and fit.host == 0
+
+
+def test_more_of_the_host_never_makes_a_stage_leave_behind_less():
+    memories, footprints = [memory(40, **WEIGHTS), memory(55, **WEIGHTS)], [SIZES, SIZES]
+    found = [fit_stages(memories, footprints, limit) for limit in range(0, 300)]
+    places = [[FALLBACKS.index(fit.fallback) for fit in fits] for fits in found]
+    assert all(
+        a >= b for before, after in itertools.pairwise(places) for a, b in zip(before, after, strict=True)
+    )
+    hosts = [sum(fit.host for fit in fits) for fits in found]
+    least = min(hosts)
+    assert all(host <= max(limit, least) for limit, host in enumerate(hosts))
 
 
 def test_room_is_left_for_gradients_and_moments_that_are_still_to_come(monkeypatch):

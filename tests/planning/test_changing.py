@@ -1,16 +1,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-from real_models import CLIP, budgets_of, limited, request_of
+from real_models import CLIP, IMAGE, budgets_of, limited, request_of
 
 from tworeel.data.buckets import tokens
+from tworeel.data.clips import Bucket
 from tworeel.engine.residency import Residency
+from tworeel.planning import Alternative, Plan, plan
+from tworeel.planning.cards import GIB
 from tworeel.planning.changing import changes, scaled
+from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.planning.planner import Planner
+from tworeel.planning.timing import StepTime, simulate
 
 CARDS = budgets_of("2x RTX 4090")
+LONG = replace(CLIP, frames=121)
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
 
 
 def test_what_is_set_needlessly_is_named_first_and_alone_if_that_is_enough() -> None:
@@ -22,8 +35,101 @@ def test_what_is_set_needlessly_is_named_first_and_alone_if_that_is_enough() -> 
 
 def test_settings_that_fit_only_together_are_named_together() -> None:
     budgets = limited(CARDS, 15)
-    planner = Planner(request_of(budgets=budgets, residency="offload-selective", streamed=(2, 2)))
+    planner = Planner(request_of(budgets=budgets, residency="keep", streamed=(2, 2)))
     assert next(changes(planner)).name == "engine.residency = 'auto' and engine.streamed_blocks not set"
+
+
+def changed(**changes_: Any) -> dict[str, Alternative]:
+    planner = Planner(request_of(**changes_))
+    assert not planner.best().fits
+    found = {change.name: change for change in changes(planner)}
+    assert all(change.fits for change in found.values())
+    return found
+
+
+def test_the_longest_clip_that_fits_is_found_in_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = request_of(budgets=limited(CARDS, 12), host_free=24 * GIB, buckets={LONG: 1.0})
+    tried: list[int] = []
+    best = Planner.best
+
+    def counted(planner: Planner) -> Plan:
+        tried.append(planner.largest.frames)
+        return best(planner)
+
+    monkeypatch.setattr(Planner, "best", counted)
+    planner = Planner(request)
+    (name,) = [change.name for change in changes(planner) if "frames" in change.name]
+    frames = int(name.split()[4])
+    shorter = [number for number in tried if number != LONG.frames]
+    assert len(shorter) <= 6 and frames in shorter and frames + 4 in {*shorter, LONG.frames}
+
+
+def test_shorter_clips_are_planned_in_the_mix_that_there_is() -> None:
+    host = {"budgets": budgets_of("2x RTX 4070"), "host_free": 16 * GIB}
+    alone = changed(buckets={CLIP: 1.0}, **host)
+    mixed = changed(buckets={CLIP: 1.0, IMAGE: 19.0}, **host)
+    (name,) = [one for one in alone if "frames" in one]
+    assert name in mixed
+    alone_seconds, mixed_seconds = alone[name].seconds_per_step, mixed[name].seconds_per_step
+    assert alone_seconds is not None and mixed_seconds is not None and mixed_seconds < 0.5 * alone_seconds
+
+
+def test_images_get_smaller_as_they_cannot_get_shorter() -> None:
+    image = Bucket(frames=1, height=2048, width=1024)
+    found = changed(budgets=limited(CARDS, 6), host_free=64 * GIB, buckets={image: 1.0})
+    (name,) = [one for one in found if one.endswith("pixels (data.resolution)")]
+    width, height = map(int, name.split()[:3:2])
+    assert 256 <= height < 2048 and height == pytest.approx(2 * width, abs=32) and not width % 16
+
+
+def test_more_host_memory_is_named_where_that_is_what_is_short() -> None:
+    found = changed(budgets=CARDS, host_free=4 * GIB)
+    (name,) = [one for one in found if one.endswith("GiB of host memory that may be pinned")]
+    gib = int(name.split()[0])
+    needed, short = (
+        Planner(request_of(budgets=CARDS, host_free=size * GIB)).best() for size in (gib, gib - 1)
+    )
+    assert needed.fits and not short.fits
+
+
+@pytest.mark.parametrize(
+    ("gpus", "kind"), [("2x RTX 3090", "int8"), ("2x RTX 4090", "fp8"), ("RTX 4090, RTX 3090", "int8")]
+)
+def test_the_8_bits_are_those_that_the_cards_multiply(gpus: str, kind: str) -> None:
+    assert f"model.quantize = '{kind}'" in changed(budgets=budgets_of(gpus), host_free=11 * GIB)
+
+
+def test_one_more_card_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = limited(CARDS, 12)
+    planned: list[list[str]] = []
+    best = Planner.best
+
+    def seen(planner: Planner) -> Plan:
+        planned.append([budget.device for budget in planner.request.budgets])
+        return best(planner)
+
+    monkeypatch.setattr(Planner, "best", seen)
+    request = request_of(budgets=(first, replace(second, device="cuda:2")), host_free=12 * GIB)
+    list(changes(Planner(request)))
+    assert ["cuda:0", "cuda:2", "cuda:1"] in planned
+
+
+@pytest.mark.parametrize("gpus", ["RTX 3060 12GB, RTX 4060 Ti 16GB, RTX 4070, RTX 4080"])
+def test_little_is_simulated_for_unlike_cards_also_where_nothing_fits(
+    gpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    def counted(*args: Any, **more: Any) -> StepTime:
+        steps.append(1)
+        return simulate(*args, **more)
+
+    monkeypatch.setattr("tworeel.planning.planner.simulate", counted)
+    request = request_of(
+        budgets=limited(budgets_of(gpus), 5), may_reorder=True, may_interleave=True, host_free=4 * GIB
+    )
+    found = plan(request)
+    assert not found.fits and len(steps) < 6000
 
 
 @pytest.mark.parametrize("frames", [25, 81])

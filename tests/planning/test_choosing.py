@@ -106,7 +106,7 @@ def test_a_single_card_has_one_stage() -> None:
 def test_what_was_weighed_is_explained_once() -> None:
     request = request_of(budgets=budgets_of("RTX 4090, RTX 3060 12GB"), may_interleave=True)
     names = [one.name for one in plan(request, explain=True).alternatives]
-    assert names.count("two stages a device") == 1 and "8-bit weights (fp8)" in names
+    assert names.count("two stages a device") == 1 and "8-bit weights (int8)" in names
 
 
 def test_where_eight_bits_do_not_fit_four_may() -> None:

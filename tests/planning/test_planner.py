@@ -28,10 +28,10 @@ def forced(request: Request, *residencies: tuple[int, Residency]) -> Plan:
     planner = Planner(replace(request, split_at=(20,)))
     drafts = planner.drafts(request.budgets, (20,))
     decided = [
-        draft.decide(Fit(kept, residency), 0, planner.means)
+        draft.decide(Fit(kept, residency))
         for draft, (kept, residency) in zip(drafts, residencies, strict=True)
     ]
-    return planner.assembled(request.budgets, drafts, decided)
+    return planner.assembled(request.budgets, decided)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,53 @@ def test_where_streamed_weights_are_not_enough_attentions_are_computed_again() -
 def test_too_little_host_memory_is_told() -> None:
     found = plan(request_of(budgets=limited(H100S, 22.5), host_free=4 * GIB))
     assert not found.fits and "host memory would be pinned" in found.limit
+
+
+@pytest.mark.parametrize("gpus", ["RTX 5090", "2x RTX 4090", "RTX 4090, RTX 3060 12GB", "3x RTX 4070"])
+def test_more_host_memory_never_makes_a_plan_slower_or_stop_fitting(gpus: str) -> None:
+    planner = Planner(request_of(budgets=budgets_of(gpus)))
+    found = [
+        Planner(replace(planner.request, host_free=gib * GIB), planner.trace, planner).best()
+        for gib in range(4, 64, 2)
+    ]
+    fits, seconds = [one.fits for one in found], [one.seconds_per_step for one in found if one.fits]
+    assert fits == sorted(fits) and any(fits) and not fits[0]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+    assert all(one.host_memory <= one.host_free for one in found if one.fits)
+
+
+def test_little_host_memory_is_spent_on_what_fits_in_it() -> None:
+    """49 frames in bf16 on one card: the inputs are parked, or more weights streamed where nothing is."""
+    planner = Planner(request_of(budgets=budgets_of("RTX 5090")))
+    some, more = (
+        Planner(replace(planner.request, host_free=gib * GIB), planner.trace, planner).best().stages[0]
+        for gib in (16, 30)
+    )
+    assert some.residency is Residency.OFFLOAD and more.residency is Residency.OFFLOAD_SELECTIVE
+    assert some.fits and some.host <= 16 * GIB < more.host
+    assert 0 < some.streamed < more.streamed
+
+
+def test_weights_are_streamed_beside_a_residency_that_is_set() -> None:
+    found = plan(request_of(budgets=budgets_of("2x RTX 4090"), residency="offload-selective"))
+    assert found.fits and found.num_streamed > 0
+    assert {stage.residency for stage in found.stages} == {Residency.OFFLOAD_SELECTIVE}
+
+
+def test_an_optimizer_that_keeps_less_takes_less() -> None:
+    trace = settings_of("wan2.2-t2v-a14b", rank=128)
+    usual, small = (plan(request_of(trace=trace, moments=moments)) for moments in (2.0, 0.5))
+    lora = "LoRA, gradients, optimizer"
+    usual_bytes, small_bytes = (sum(stage.parts[lora] for stage in one.stages) for one in (usual, small))
+    assert small_bytes == pytest.approx(usual_bytes * 2.5 / 4, rel=1e-6)
+
+
+def test_weights_that_are_only_stored_so_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Planner(request_of())
+    known = first.trace
+    monkeypatch.setattr("tworeel.planning.planner.trace_model", None)
+    stored = replace(first.request, trace=replace(first.request.trace, quantize="nf4"))
+    assert Planner(stored, like=first).trace is known
 
 
 def test_explained_alternatives_are_no_better() -> None:

@@ -37,6 +37,24 @@ def test_interleaved_stages_wait_less() -> None:
     assert interleaved.seconds < plain.seconds
 
 
+@pytest.mark.parametrize("devices", [[0, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0, 2]])
+def test_stages_of_one_device_take_turns(devices: list[int]) -> None:
+    orders = make_orders(devices, 8)
+    stages = len(devices)
+    found = simulate(orders, [1.0] * stages, [2.0] * stages, devices=devices)
+    alone = simulate(orders, [1.0] * stages, [2.0] * stages)
+    share = sum(busy for busy, device in zip(found.busy, devices, strict=True) if device == 0)
+    assert found.seconds >= 8 * 3 * devices.count(0) and share <= 1
+    assert found.seconds > alone.seconds
+
+
+def test_two_stages_of_the_only_device_take_what_one_of_all_blocks_takes() -> None:
+    whole = simulate(make_orders([0], 4), [2.0], [4.0])
+    halves = simulate(make_orders([0, 0], 4), [1.0] * 2, [2.0] * 2, devices=[0, 0])
+    assert halves.seconds == pytest.approx(whole.seconds)
+    assert sum(halves.busy) == pytest.approx(1)
+
+
 def test_crossings_cost_time() -> None:
     orders = make_orders([0, 1], 4)
     assert (

@@ -12,9 +12,7 @@ from tworeel.engine.fitting import (
     Fit,
     StageMemory,
     available_memory,
-    blocks_to_stream,
     fit_stages,
-    streamable,
 )
 from tworeel.engine.footprints import TOO_LARGE, StageFootprints
 from tworeel.engine.probing import Probe
@@ -49,8 +47,7 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
     footprints = [_of_stage(split, stage, probe) for stage in stages]
     for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_pool.limit)):
         if found is not None:
-            if found.missing > 0 and split.may_stream:
-                split.stream(stage, _blocks_for(split, stage, found.missing))
+            split.stream(stage, min(found.streamed, split.streamed.most(stage, split.host_room)))
             _keep_most(split, stage, found)
 
 
@@ -59,6 +56,7 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
     if split.placement.devices[stage].type == "cpu":
         return None
     blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
+    smallest, largest = _extremes(split, stage)
     return StageMemory(
         available=available_memory(split.placement, split.model, stage, split.optimizer),
         num_blocks=len(blocks),
@@ -67,7 +65,10 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
         holding=holding,
         last_streamed=blocks.index(streamed[-1]) if streamed else -1,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
-        streamable=_streamable(split, stage) if split.may_stream else 0,
+        streamed=len(streamed),
+        may_stream=split.may_stream,
+        smallest=smallest,
+        largest=largest,
     )
 
 
@@ -137,23 +138,6 @@ def _stream_more(split: Split, stages: Sequence[int]) -> None:
         half = streamed + -(-(blocks - streamed) // 2)
         split.stream(stage, min(half, split.streamed.most(stage, split.host_room)))
     release_memory()
-
-
-def _blocks_for(split: Split, stage: int, missing: int) -> int:
-    """How many blocks of a stage must be streamed to free so many bytes more."""
-    most, streamed = split.streamed.most(stage, split.host_room), len(split.streamed_on(stage))
-    smallest, largest = _extremes(split, stage)
-    return blocks_to_stream(missing, smallest, most, streamed, slot=largest)
-
-
-def _streamable(split: Split, stage: int) -> int:
-    """Bytes of weights of a stage that could still go to host memory."""
-    room = split.host_room
-    # Each stage decides for itself: none counts on what another one may take.
-    share = None if room is None else room // max(1, len(_accelerated(split)))
-    most, streamed = split.streamed.most(stage, share), len(split.streamed_on(stage))
-    smallest, largest = _extremes(split, stage)
-    return streamable(smallest, most, streamed, slot=largest)
 
 
 def _extremes(split: Split, stage: int) -> tuple[int, int]:

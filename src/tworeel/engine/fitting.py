@@ -5,8 +5,8 @@ More kept blocks are less to compute again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import SLOTS
+from tworeel.engine.weight_streaming import SLOTS, pinned_bytes
 
 SPARE = 0.04
 """Share of a device's memory that is left alone: the allocator's rounding and gaps."""
@@ -40,31 +40,42 @@ class StageMemory:
     """Bytes of a micro-batch that all blocks are given: text, rotary tables, modulation."""
     last_streamed: int = -1
     """Place, among the stage's blocks, of the last one whose weights are streamed; -1 if none are."""
-    streamable: int = 0
-    """Bytes of weights that could go to host memory beside those that are there already."""
+    streamed: int = 0
+    """Blocks whose weights are streamed already."""
+    may_stream: bool = False
+    """Whether those of more blocks may be."""
+    smallest: int = 0
+    """Bytes of the frozen weights of its smallest block."""
+    largest: int = 0
+    """Of its largest block: what a slot takes."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What the blocks of a stage leave behind."""
+    """What the blocks of a stage leave behind, and how many have their weights streamed."""
 
     num_kept: int
     """Blocks that keep everything."""
     fallback: Residency
     """Of the others."""
+    streamed: int = 0
+    """Blocks whose weights are streamed."""
     missing: int = 0
-    """Bytes that are still too few."""
+    """Bytes on the device that are too few even so."""
+    host: int = field(default=0, compare=False)
+    """Bytes of host memory: what is parked, and weights that are there only then."""
 
 
 PARKED_ON_DEVICE = 2
 """Blocks whose parked activations are on the device all the same: in a forward those of the block that runs
 and of the one before, in a backward those of the block that runs and of the one that comes next."""
-FALLBACKS = (Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE)
-"""For blocks whose activations cannot all stay, best first."""
+FALLBACKS = (Residency.OFFLOAD_SELECTIVE, Residency.SELECTIVE, Residency.OFFLOAD, Residency.RECOMPUTE)
+"""For blocks that cannot keep everything where `SELECTIVE` alone does not make enough room; best first. A
+parked byte makes more room than a streamed one: it is one of each micro-batch."""
 
 
 def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
-    """Let as many blocks of a stage as possible keep everything.
+    """Let as many blocks of a stage as possible keep everything, whatever that takes of the host.
 
     Weights are streamed before attentions are computed again: that costs no time where clips are long.
 
@@ -72,15 +83,54 @@ def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
         memory: of the stage.
         footprints: of its blocks.
     """
+    return ways_to_fit(memory, footprints)[0]
+
+
+def ways_to_fit(memory: StageMemory, footprints: StageFootprints) -> list[Fit]:
+    """All that is worth a try, best first: each takes less of the host than those before.
+
+    Where a stage fits in no way, the one that is nearest to it.
+    """
+    found = {Residency.SELECTIVE: fit_as(Residency.SELECTIVE, memory, footprints)}
+    if not found[Residency.SELECTIVE].host and not found[Residency.SELECTIVE].missing:
+        return [found[Residency.SELECTIVE]]
+    inputs_only = footprints.inputs_only()
     for fallback in FALLBACKS:
-        for num_kept in range(memory.may_keep, -1, -1):
-            if needed(memory, footprints, num_kept, fallback) <= memory.available:
-                return Fit(num_kept, fallback)
-    missing = needed(memory, footprints, 0, FALLBACKS[-1]) - memory.available
-    if missing <= memory.streamable:
-        return Fit(0, FALLBACKS[-1], missing)
-    least = needed(memory, footprints.inputs_only(), 0, Residency.OFFLOAD)
-    return Fit(0, Residency.OFFLOAD, max(0, least - memory.available))
+        left = footprints if fallback.is_selective else inputs_only
+        found[fallback] = fit_as(fallback, memory, left)
+    leaner: list[Fit] = []
+    for fit in (found[fallback] for fallback in FALLBACKS):
+        if not fit.missing and (not leaner or fit.host < leaner[-1].host):
+            leaner.append(fit)
+    return leaner or [min((found[fallback] for fallback in FALLBACKS), key=lambda fit: fit.missing)]
+
+
+def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints) -> Fit:
+    """Let as many blocks keep everything as fit, the others leave behind what `fallback` says.
+
+    Where no block can, as many weights are streamed as are in the way.
+
+    Args:
+        fallback: of the others.
+        memory: of the stage.
+        footprints: of its blocks, when they do not keep everything as `fallback` says.
+    """
+
+    def fit(num_kept: int, streamed: int, missing: int = 0) -> Fit:
+        parked = memory.in_flight * footprints.left[memory.num_blocks - num_kept] if fallback.is_parked else 0
+        weights = pinned_bytes([memory.largest] * (streamed - memory.streamed))
+        return Fit(num_kept, fallback, streamed, missing, host=parked + weights)
+
+    for num_kept in range(memory.may_keep, -1, -1):
+        missing = needed(memory, footprints, num_kept, fallback) - memory.available
+        if missing <= 0:
+            return fit(num_kept, memory.streamed)
+    sizes = memory.smallest, memory.num_blocks, memory.streamed
+    could = streamable(*sizes, slot=memory.largest) if memory.may_stream else 0
+    if not could:
+        return fit(0, memory.streamed, missing)
+    streamed = blocks_to_stream(missing, *sizes, slot=memory.largest)
+    return fit(0, streamed, max(0, missing - could))
 
 
 def fit_stages(
@@ -88,30 +138,38 @@ def fit_stages(
     footprints: Sequence[StageFootprints],
     host_limit: int | None,
 ) -> list[Fit | None]:
-    """Fit each stage that has a memory; what is parked by all of them together has to fit the host, too.
+    """Fit each stage that has a memory; what they park and stream has to fit the host, too."""
+    ways = {
+        stage: ways_to_fit(memory, found)
+        for stage, (memory, found) in enumerate(zip(memories, footprints, strict=True))
+        if memory is not None
+    }
+    for fits in leaner_and_leaner(list(ways.values())):
+        if host_limit is None or sum(fit.host for fit in fits) <= host_limit:
+            break
+    of_stage = dict(zip(ways, fits, strict=True))
+    return [of_stage.get(stage) for stage in range(len(memories))]
 
-    Where it does not, only the blocks' inputs are parked, and the attentions are computed again.
+
+def leaner_and_leaner(ways: Sequence[Sequence[Fit]]) -> Iterator[list[Fit]]:
+    """What stages may do together: each its best, then step by step with less of the host.
+
+    Args:
+        ways: of each stage, as `ways_to_fit` gives them.
     """
-    fits = [
-        None if memory is None else fit_stage(memory, found)
-        for memory, found in zip(memories, footprints, strict=True)
-    ]
-    parked = sum(
-        memory.in_flight * _parked(found, fit)[memory.num_blocks - fit.num_kept]
-        for memory, found, fit in zip(memories, footprints, fits, strict=True)
-        if memory is not None and fit is not None and fit.fallback.is_parked
-    )
-    if host_limit is None or parked <= host_limit:
-        return fits
-    return [
-        replace(fit, fallback=Residency.OFFLOAD) if fit is not None and fit.fallback.is_parked else fit
-        for fit in fits
-    ]
+    at = [0] * len(ways)
 
+    def step(stage: int) -> tuple[int, int]:
+        before, after = ways[stage][at[stage] : at[stage] + 2]
+        return FALLBACKS.index(after.fallback), after.host - before.host
 
-def _parked(footprints: StageFootprints, fit: Fit) -> list[int]:
-    """Bytes that the first blocks of a stage park for a micro-batch, by their number."""
-    return (footprints.inputs_only() if fit.fallback is Residency.OFFLOAD else footprints).left
+    while True:
+        yield [known[number] for known, number in zip(ways, at, strict=True)]
+        open_ = [stage for stage, known in enumerate(ways) if at[stage] + 1 < len(known)]
+        if not open_:
+            return
+        # The mildest one; of several alike that which frees most.
+        at[min(open_, key=step)] += 1
 
 
 def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
@@ -119,7 +177,7 @@ def needs_fallback(memory: StageMemory, keep: Footprint) -> bool:
     if memory.may_keep < memory.num_blocks or memory.num_kinds > 1:
         return True
     everything = StageFootprints([{Residency.KEEP: keep}] * memory.num_blocks)
-    return needed(memory, everything, memory.num_blocks, FALLBACKS[0]) > memory.available
+    return needed(memory, everything, memory.num_blocks, Residency.SELECTIVE) > memory.available
 
 
 def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fallback: Residency) -> int:

@@ -6,16 +6,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 
-def neighbours(at: tuple[int, ...], num_blocks: int) -> Iterator[tuple[int, ...]]:
-    """The boundaries with one or two of them moved by a block."""
-    count = min(2, len(at))
-    for chosen in itertools.combinations(range(len(at)), count):
-        for moves in itertools.product((-1, 0, 1), repeat=count):
-            moved = list(at)
+def neighbours(at: tuple[int, ...], num_blocks: int, moved: int) -> Iterator[tuple[int, ...]]:
+    """The boundaries with so many of them moved by a block."""
+    for chosen in itertools.combinations(range(len(at)), moved):
+        for moves in itertools.product((-1, 1), repeat=moved):
+            near = list(at)
             for position, move in zip(chosen, moves, strict=True):
-                moved[position] += move
-            if any(moves) and is_rising((0, *moved, num_blocks)):
-                yield tuple(moved)
+                near[position] += move
+            if is_rising((0, *near, num_blocks)):
+                yield tuple(near)
 
 
 def shares(weights: Sequence[float], num_blocks: int) -> tuple[int, ...]:

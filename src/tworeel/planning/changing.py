@@ -2,68 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
+import torch
+
 from tworeel.data.buckets import tokens
+from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
+from tworeel.planning.cards import GIB
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner
-from tworeel.planning.plans import Alternative, alternative_of
+from tworeel.planning.plans import Alternative, Plan, alternative_of
+from tworeel.planning.precisions import in_precision, less_precise_kinds
 from tworeel.planning.requests import Request
-from tworeel.planning.traces import STORED_ONLY, ModelTrace
+from tworeel.planning.traces import ModelTrace
 
-_SMALLER: Mapping[str | None, tuple[str, ...]] = {None: ("fp8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",)}
-"""What takes less than weights of a kind."""
+LEAST_SIDE = 256
+"""Pixels of a clip's longer side: smaller ones are not proposed."""
 
 
 def changes(planner: Planner) -> Iterator[Alternative]:
-    """The smallest changes with which it would fit; first those that change nothing of the training."""
-    request = planner.request
-    for name, change in _released(request).items():
-        found = Planner(replace(request, **change), planner.trace, planner).best()
+    """The smallest changes with which it would fit; first those that change nothing of the training.
+
+    Devices stay in the order that is nearest to fitting.
+    """
+    planner = Planner(planner.request.in_order(planner.best().devices), planner.trace, planner)
+    for change in (_released, _more_host_memory, _smaller_clips, _less_precise, _one_more_device):
+        if found := change(planner):
+            yield found
+
+
+def _released(planner: Planner) -> Alternative | None:
+    """Settings that the planner would choose itself, or that only save time; each alone, then together."""
+    for name, change in _settings(planner.request).items():
+        found = _plan(planner, replace(planner.request, **change))
         if found.fits:
-            yield alternative_of(name, found)
-            break
-    if shorter := _most_frames(planner):
-        yield shorter
-    for kind in _SMALLER.get(request.trace.quantize, ()):
-        smaller = replace(request, trace=replace(request.trace, quantize=kind))
-        found = Planner(smaller, _same_trace(planner, kind), planner).best()
-        if found.fits:
-            yield alternative_of(f"model.quantize = '{kind}'", found)
-            break
-    last = request.budgets[-1]
-    budgets = (*request.budgets, last.another(len(request.budgets)))
-    larger = replace(request, budgets=budgets, split_at=None, streamed=None)
-    found = Planner(larger, planner.trace, planner).best()
-    if found.fits:
-        yield alternative_of(f"one more {last.card}", found)
-
-
-def _same_trace(planner: Planner, quantize: str) -> ModelTrace | None:
-    """The trace for weights that are only stored so, which compute as those of full precision."""
-    is_plain = planner.request.trace.quantize is None
-    return planner.trace if is_plain and quantize in STORED_ONLY else None
-
-
-def _most_frames(planner: Planner) -> Alternative | None:
-    """The longest clip of the same size that fits."""
-    request, largest, traits = planner.request, planner.largest, planner.request.source.traits
-    for frames in range(largest.frames - traits.temporal_stride, 0, -traits.temporal_stride):
-        bucket = replace(largest, frames=frames)
-        share = tokens(bucket, traits) / tokens(largest, traits)
-        shorter = replace(request, buckets={bucket: 1.0})
-        found = Planner(shorter, scaled(planner.trace, share), planner).best()
-        if found.fits:
-            return alternative_of(f"clips of at most {frames} frames", found)
+            return alternative_of(name, found)
     return None
 
 
-def _released(request: Request) -> dict[str, dict[str, Any]]:
-    """Settings that the planner would choose itself, or that only save time; each alone, then together."""
+def _settings(request: Request) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if request.residency != AUTO:
         found["engine.residency = 'auto'"] = {"residency": AUTO}
@@ -80,6 +65,91 @@ def _released(request: Request) -> dict[str, dict[str, Any]]:
         for names in tried
         if names
     }
+
+
+def _more_host_memory(planner: Planner) -> Alternative | None:
+    """Where that is all that is short."""
+    request = planner.request
+    most = _plan(planner, replace(request, host_free=2**62))
+    if not most.fits:
+        return None
+    sizes = range(request.host_free // GIB + 1, ceil(most.host_memory / GIB) + 1)
+    found = _first(sizes, lambda gib: _plan(planner, replace(request, host_free=gib * GIB)))
+    return found and alternative_of(f"{found[0]} GiB of host memory that may be pinned", found[1])
+
+
+def _smaller_clips(planner: Planner) -> Alternative | None:
+    """Shorter ones; where there are none that fit, smaller ones."""
+    largest, stride = planner.largest, planner.request.source.traits.temporal_stride
+    if found := _first(
+        range(largest.frames - stride, 0, -stride),
+        lambda frames: _with_clips(planner, lambda clip: replace(clip, frames=min(frames, clip.frames))),
+    ):
+        return alternative_of(f"clips of at most {found[0]} frames, longer ones cut", found[1])
+    return _lower_resolution(planner)
+
+
+def _lower_resolution(planner: Planner) -> Alternative | None:
+    multiple, largest = planner.request.source.traits.spatial_multiple, planner.largest
+    longest = max(largest.height, largest.width)
+
+    def scaled_by(side: int) -> Callable[[Bucket], Bucket]:
+        def to_multiple(length: int) -> int:
+            return max(1, length * side // (longest * multiple)) * multiple
+
+        return lambda clip: replace(clip, height=to_multiple(clip.height), width=to_multiple(clip.width))
+
+    sides = range(longest - multiple, LEAST_SIDE - 1, -multiple)
+    found = _first(sides, lambda side: _with_clips(planner, scaled_by(side)))
+    if found is None:
+        return None
+    size = scaled_by(found[0])(largest)
+    return alternative_of(f"{size.width} × {size.height} pixels (data.resolution)", found[1])
+
+
+def _with_clips(planner: Planner, smaller: Callable[[Bucket], Bucket]) -> Plan:
+    """The plan for the same mix of clips, each made smaller."""
+    request, traits = planner.request, planner.request.source.traits
+    buckets: dict[Bucket, float] = defaultdict(float)
+    for bucket, weight in request.buckets.items():
+        buckets[smaller(bucket)] += weight
+    share = max(tokens(bucket, traits) for bucket in buckets) / tokens(planner.largest, traits)
+    return Planner(replace(request, buckets=buckets), scaled(planner.trace, share), planner).best()
+
+
+def _less_precise(planner: Planner) -> Alternative | None:
+    for kind in less_precise_kinds(planner.request):
+        found = Planner(in_precision(planner.request, kind), like=planner).best()
+        if found.fits:
+            return alternative_of(f"model.quantize = '{kind}'", found)
+    return None
+
+
+def _one_more_device(planner: Planner) -> Alternative | None:
+    """The last card once more, by a name that no other has."""
+    budgets = planner.request.budgets
+    used = {torch.device(budget.device).index for budget in budgets}
+    free = next(number for number in itertools.count() if number not in used)
+    larger = (*budgets, budgets[-1].another(free))
+    found = _plan(planner, replace(planner.request, budgets=larger, split_at=None, streamed=None))
+    return alternative_of(f"one more {budgets[-1].card}", found) if found.fits else None
+
+
+def _plan(planner: Planner, request: Request) -> Plan:
+    """Of a request that differs in nothing that a trace depends on."""
+    return Planner(request, planner.trace, planner).best()
+
+
+def _first(sizes: Sequence[int], plan: Callable[[int], Plan]) -> tuple[int, Plan] | None:
+    """The first of these sizes with a plan that fits; all behind one that fits are taken to fit, too."""
+    plans: dict[int, Plan] = {}
+
+    def fits(size: int) -> bool:
+        plans[size] = plan(size)
+        return plans[size].fits
+
+    place = bisect_left(sizes, True, key=fits)
+    return (sizes[place], plans[sizes[place]]) if place < len(sizes) else None
 
 
 def scaled(trace: ModelTrace, share: float) -> ModelTrace:

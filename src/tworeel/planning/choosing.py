@@ -68,7 +68,7 @@ def _with_stages(planner: Planner) -> Choice:
     single = Choice(planner=planner, plan=one)
     if not request.may_interleave or len(request.budgets) == 1:
         return single
-    changed = replace(_in_order(request, one), stages_per_device=STAGES)
+    changed = replace(request.in_order(one.devices), stages_per_device=STAGES)
     halved = Planner(changed, planner.trace, planner)
     try:
         two = halved.best()
@@ -89,7 +89,7 @@ def _with_launcher(choice: Choice) -> Choice:
     planner, plan = choice.planner, choice.plan
     if not planner.request.may_launch_from_cpp or plan.steps * plan.seconds_per_step < LONG:
         return choice
-    changed = replace(_in_order(planner.request, plan), cpp_wrapper=True)
+    changed = replace(planner.request.in_order(plan.devices), cpp_wrapper=True)
     if changed.may_interleave:
         changed = replace(changed, stages_per_device=1)
     again = _with_stages(Planner(changed, planner.trace, planner))
@@ -100,13 +100,6 @@ def _with_launcher(choice: Choice) -> Choice:
     # Stages a device were weighed again.
     weights = [one for one in choice.lost if one.name not in _STAGES_LOST]
     return replace(again, lost=(*weights, lost, *again.lost))
-
-
-def _in_order(request: Request, plan: Plan) -> Request:
-    """The request with its devices in the order that is best already: to try all orders anew takes long."""
-    order = [stage.device for stage in plan.stages]
-    budgets = tuple(sorted(request.budgets, key=lambda budget: order.index(budget.device)))
-    return replace(request, budgets=budgets, may_reorder=False)
 
 
 def _is_better(plan: Plan, best: Plan) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from tworeel.engine.fitting import Fit, StageMemory, blocks_to_stream, needed, streamable
+from tworeel.engine.fitting import Fit, StageMemory, fit_as, needed, ways_to_fit
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import SLOTS, spread
+from tworeel.engine.split import AUTO
+from tworeel.engine.weight_streaming import SLOTS, pinned_bytes, spread
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB
 from tworeel.planning.graphs import Work
@@ -50,7 +52,7 @@ class StageDraft:
     """Of its smallest; both count where it is not known which are streamed."""
     weights: int
     lora: int
-    """Weights, gradients and both moments."""
+    """Weights, gradients and what the optimizer keeps."""
     inputs: int
     """What a micro-batch brings beside the hidden state."""
     dequantized: int
@@ -61,14 +63,32 @@ class StageDraft:
     in_flight: int
     holding: int
     """Micro-batches whose inputs it holds at a time."""
+    residency: str
+    """As it is asked for."""
+    streamed: int | None
+    """Blocks whose weights are to be streamed; None leaves that open."""
+    means: Means
+    """Of the data."""
 
-    def memory(self, streamed: int, *, may_stream: bool) -> StageMemory:
-        """What its activations may take when the weights of so many blocks are streamed.
+    @cached_property
+    def ways(self) -> list[Fit]:
+        """What its blocks may leave behind, best first, with less and less of the host."""
+        memory = self._memory(self.streamed or 0)
+        if self.residency == AUTO:
+            return ways_to_fit(memory, self._footprints)
+        if self.residency == Residency.KEEP:
+            return [Fit(memory.may_keep, Residency.SELECTIVE, memory.streamed)]
+        fallback = Residency(self.residency)
+        never = replace(memory, may_keep=0)
+        return [fit_as(fallback, never, StageFootprints(self._as_run(fallback)))]
 
-        Args:
-            streamed: blocks.
-            may_stream: more blocks may be streamed.
-        """
+    @cached_property
+    def plans(self) -> list[StagePlan]:
+        """The stage as each of its ways would have it run."""
+        return [self.decide(fit) for fit in self.ways]
+
+    def _memory(self, streamed: int) -> StageMemory:
+        """What its activations may take when the weights of so many blocks are streamed."""
         return StageMemory(
             available=self.free - self.spare - self._on_device(streamed) - self.lora - self._workspace,
             num_blocks=len(self.blocks),
@@ -77,9 +97,10 @@ class StageDraft:
             holding=self.holding,
             inputs=self.inputs,
             last_streamed=spread(range(len(self.blocks)), streamed)[-1] if streamed else -1,
-            streamable=(
-                streamable(self.smallest, len(self.blocks), streamed, slot=self.block) if may_stream else 0
-            ),
+            streamed=streamed,
+            may_stream=self.streamed is None,
+            smallest=self.smallest,
+            largest=self.block,
         )
 
     def _on_device(self, streamed: int) -> int:
@@ -90,33 +111,21 @@ class StageDraft:
     def _workspace(self) -> int:
         return WORKSPACES + self.dequantized
 
-    def to_stream(self, missing: int) -> int:
-        """How many blocks must be streamed to free so many bytes."""
-        if missing <= 0:
-            return 0
-        return blocks_to_stream(missing, self.smallest, len(self.blocks), slot=self.block)
-
     @property
-    def footprints(self) -> StageFootprints:
+    def _footprints(self) -> StageFootprints:
         """Of its blocks; the engine may let another one keep all where some are streamed."""
         return StageFootprints([trace.footprints for trace in self.traces])
 
-    def decide(self, fit: Fit, streamed: int, means: Means) -> StagePlan:
-        """The stage as it is run.
-
-        Args:
-            fit: what its blocks leave behind.
-            streamed: blocks whose weights are streamed.
-            means: of the data.
-        """
-        memory = self.memory(streamed, may_stream=False)
+    def decide(self, fit: Fit) -> StagePlan:
+        """The stage as it is run when its blocks leave that behind."""
+        streamed, memory = fit.streamed, self._memory(fit.streamed)
         kept = min(fit.num_kept, memory.may_keep)
         blocks = self._as_run(fit.fallback)
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
         rest = needed(memory, StageFootprints(resting), kept, fit.fallback)
         working = needed(memory, StageFootprints(blocks), kept, fit.fallback) - rest
         inputs = self.holding * self.inputs
-        forward, backward = self._seconds(kept, fit.fallback, streamed, means)
+        forward, backward = self._seconds(kept, fit.fallback, streamed)
         return StagePlan(
             device=self.budget.device,
             card=self.budget.card,
@@ -126,6 +135,7 @@ class StageDraft:
             residency=fit.fallback,
             streamed=streamed,
             in_flight=self.in_flight,
+            host=self._parked(kept, fit.fallback) + pinned_bytes([self.block] * streamed),
             parts={
                 "weights": self._on_device(streamed),
                 "LoRA, gradients, optimizer": self.lora,
@@ -140,12 +150,11 @@ class StageDraft:
             kernels=self._kernels(kept, fit.fallback),
         )
 
-    def parked(self, plan: StagePlan) -> int:
+    def _parked(self, kept: int, fallback: Residency) -> int:
         """Bytes that its activations take in host memory."""
-        if not plan.residency.is_parked:
+        if not fallback.is_parked:
             return 0
-        footprints = StageFootprints(self._as_run(plan.residency))
-        return self.in_flight * footprints.left[len(self.blocks) - plan.kept]
+        return self.in_flight * StageFootprints(self._as_run(fallback)).left[len(self.blocks) - kept]
 
     def _as_run(self, fallback: Residency) -> list[Footprints]:
         """Footprints by the names that `needed` looks for: what does not keep all stands for `SELECTIVE`."""
@@ -155,9 +164,9 @@ class StageDraft:
             for t in self.traces
         ]
 
-    def _seconds(self, kept: int, fallback: Residency, streamed: int, means: Means) -> tuple[float, float]:
+    def _seconds(self, kept: int, fallback: Residency, streamed: int) -> tuple[float, float]:
         """Forward and backward of the average clip; copies beside the work count where they take longer."""
-        rates, kind = self.budget.rates, _traced_as(fallback)
+        rates, kind, means = self.budget.rates, _traced_as(fallback), self.means
         forward = sum(rates.forward(means.of(trace.forward)) for trace in self.traces)
         backward = sum(rates.backward(means.of(trace.backward)) for trace in self.traces)
         again = self._again(kept)

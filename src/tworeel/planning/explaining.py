@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from tworeel.planning.boundaries import neighbours
 from tworeel.planning.changing import changes
-from tworeel.planning.choosing import Choice, choose
+from tworeel.planning.choosing import STAGES, Choice, choose
 from tworeel.planning.planner import Planner
-from tworeel.planning.plans import Alternative, Plan, alternative_of
+from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
+from tworeel.planning.precisions import eight_bit_kind, in_precision
 from tworeel.planning.requests import Request
 
 
@@ -45,28 +47,72 @@ def explained(choice: Choice, *, explain: bool = False) -> Plan:
 
 def _alternatives(planner: Planner, best: Plan) -> Iterator[Alternative]:
     """Other ways, and why they are not the plan."""
+    yield from _other_splits(planner, best)
+    yield from _other_settings(planner, best)
+    if planner.request.trace.quantize is None:
+        kind = eight_bit_kind(planner.request.budgets)
+        found = Planner(in_precision(planner.request, kind), like=planner).best()
+        why = "less precise: taken only where model.quantize says so"
+        yield _weighed(f"8-bit weights ({kind})", found, best, why)
+
+
+def _other_splits(planner: Planner, best: Plan) -> Iterator[Alternative]:
+    """The best boundaries beside those of the plan, even shares, and the best other order of the devices."""
+    request = planner.request.in_order(best.devices)
+    if len(best.stages) > 1:
+        at, count = best.split_at, best.stages[-1].last + 1
+        near = [_with(planner, request, split_at=moved) for moved in neighbours(at, count, 1)]
+        if near := [one for one in near if one is not None]:
+            found = min(near, key=rank)
+            where = ", ".join(map(str, found.split_at))
+            yield _weighed(f"boundaries at {where}", found, best, "engine.split_at is set")
+        even = _with(planner, request, split_at=planner.even(len(best.stages)))
+        if even is not None and even.split_at != at:
+            yield _weighed("even shares of the blocks", even, best, "engine.split_at is set")
+    free = Planner(replace(planner.request, may_reorder=True), planner.trace, planner)
+    cards = [stage.card for stage in best.stages]
+    for other in free.by_order:
+        if (order := [stage.card for stage in other.stages]) != cards:
+            name = f"the order {', '.join(order[: len(free.request.budgets)])}"
+            yield _weighed(name, other, best, "the order of the devices is set")
+            return
+
+
+def _other_settings(planner: Planner, best: Plan) -> Iterator[Alternative]:
     request = planner.request
-    even = planner.even(len(request.budgets) * request.stages_per_device)
-    others: dict[str, dict[str, Any]] = {
-        "even shares of the blocks": {"split_at": even, "may_reorder": False},
-        "recompute every block": {"residency": "recompute"},
-        "keep all activations": {"residency": "keep"},
-        "park activations in host memory": {"residency": "offload-selective"},
-        "two stages a device": {"stages_per_device": 2, "split_at": None},
-        "no slack": {"slack": 0},
-        "twice the micro-batches": {"micro_batches": 2 * request.micro_batches},
+    set_residency = f"engine.residency = '{request.residency}' is set"
+    batch = "train.micro_batches is the batch size, which is yours to choose"
+    others: dict[str, tuple[dict[str, Any], str]] = {
+        "recompute every block": ({"residency": "recompute"}, set_residency),
+        "keep all activations": ({"residency": "keep"}, set_residency),
+        "park activations in host memory": ({"residency": "offload-selective"}, set_residency),
+        "no slack": ({"slack": 0}, "engine.slack takes up jitter, of which no plan knows"),
+        "twice the micro-batches": ({"micro_batches": 2 * request.micro_batches}, batch),
     }
-    for name, change in others.items():
-        try:
-            found = Planner(replace(request, **change), planner.trace, planner).best()
-        except ValueError:
-            continue  # two stages a device may be more than there are blocks
-        if _decisions(found) != _decisions(best):
-            yield alternative_of(name, found, best)
-    if request.trace.quantize is None:
-        # Below what is asked for, so never chosen.
-        eight_bit = replace(request, trace=replace(request.trace, quantize="fp8"))
-        yield alternative_of("8-bit weights (fp8)", Planner(eight_bit, like=planner).best(), best)
+    if len(request.budgets) > 1:
+        stages = {"stages_per_device": STAGES, "split_at": None}
+        others["two stages a device"] = (stages, "only where engine.stages_per_device says so")
+    for name, (change, why) in others.items():
+        found = _with(planner, request.in_order(best.devices), **change)
+        if found is not None and _decisions(found) != _decisions(best):
+            yield _weighed(name, found, best, why)
+
+
+def _with(planner: Planner, request: Request, **change: Any) -> Plan | None:
+    """The best plan of a request that is changed so; None if it cannot be, as more stages than blocks."""
+    try:
+        return Planner(replace(request, **change), planner.trace, planner).best()
+    except ValueError:
+        return None
+
+
+def _weighed(name: str, found: Plan, best: Plan, why: str) -> Alternative:
+    """With the reason why it is not the plan although it is faster, or fits where that does not."""
+    weighed = alternative_of(name, found, best)
+    per_clip = [one.seconds_per_step / one.micro_batches for one in (found, best)]
+    if found.fits and (not best.fits or per_clip[0] < per_clip[1]):
+        return replace(weighed, reason=f"{weighed.reason}; {why}")
+    return weighed
 
 
 def _decisions(plan: Plan) -> tuple[Any, ...]:

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from tworeel.data.buckets import tokens
-from tworeel.engine.fitting import SPARE, Fit, fit_stages
+from tworeel.data.clips import Bucket
+from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Order, make_orders, most_holding, most_in_flight
-from tworeel.engine.split import AUTO
 from tworeel.engine.streamed_blocks import streamed_positions
-from tworeel.engine.weight_streaming import pinned_bytes
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
+from tworeel.planning.orders import distinct_orders
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS, LAUNCH_SECONDS, simulate
-from tworeel.planning.traces import STORED_ONLY, ModelTrace
+from tworeel.planning.traces import STORED_ONLY, ModelTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
-MOST_ORDERS = 24
-"""Of unlike cards: more are not tried."""
-_TRAINING_COPIES = 4
-"""Of the LoRA: weight, gradient and two moments."""
+MOST_SEARCHED = 4
+"""Orders of unlike devices for which boundaries are searched, by how the search would begin."""
 
 
 class Planner:
@@ -51,6 +50,8 @@ class Planner:
     ) -> None:
         self.request = request
         self._known_trace = trace
+        self._drafts: dict[tuple[object, ...], StageDraft] = {}
+        self._traces: dict[tuple[Bucket, TraceSettings], ModelTrace] = {} if like is None else like._traces
         if like is None:
             self._model = request.family.build_transformer(request.source.transformer)
         else:
@@ -66,12 +67,22 @@ class Planner:
         """What the blocks cost for the largest clip."""
         if self._known_trace is not None:
             return self._known_trace
-        request = self.request
-        modes = {budget.mode(request.trace.quantize) for budget in request.budgets}
+        settings = self._trace_settings
+        if (self.largest, settings) not in self._traces:
+            family, source = self.request.family, self.request.source
+            self._traces[self.largest, settings] = trace_model(family, source, self.largest, settings)
+        return self._traces[self.largest, settings]
+
+    @property
+    def _trace_settings(self) -> TraceSettings:
+        """What the trace depends on, beside the clip."""
+        settings = self.request.trace
+        if settings.quantize in STORED_ONLY:
+            return replace(settings, quantize=None)
+        modes = {budget.mode(settings.quantize) for budget in self.request.budgets}
         # Unlike cards: the mode that needs most memory.
         mode = modes.pop() if len(modes) == 1 else "tensorwise"
-        settings = request.trace if mode is None else replace(request.trace, mode=mode)
-        return trace_model(request.family, request.source, self.largest, settings)
+        return settings if mode is None else replace(settings, mode=mode)
 
     @cached_property
     def weights(self) -> int:
@@ -85,55 +96,46 @@ class Planner:
 
     def best(self) -> Plan:
         """The fastest plan that fits; the one that is nearest to it if none does."""
-        return min(self._candidates(), key=rank)
+        return self.by_order[0]
 
-    def _candidates(self) -> Iterator[Plan]:
+    @cached_property
+    def by_order(self) -> tuple[Plan, ...]:
+        """The best plan of each order of the devices that is worth a search, best first."""
         request = self.request
-        for budgets in self._orders():
-            stages = budgets * request.stages_per_device
-            if request.split_at is not None:
-                yield self._evaluate(stages, request.split_at)
-            else:
-                yield from self._splits(stages)
+        orders = distinct_orders(request.budgets) if request.may_reorder else [request.budgets]
+        begun = sorted((self._begun(order * request.stages_per_device) for order in orders), key=_ranked)
+        return tuple(sorted((self._descend(*one) for one in begun[:MOST_SEARCHED]), key=rank))
 
-    def _orders(self) -> Iterator[tuple[Budget, ...]]:
-        """The devices in each order that differs."""
-        budgets = self.request.budgets
-        if not self.request.may_reorder:
-            yield budgets
-            return
-        seen = set()
-        for order in itertools.islice(itertools.permutations(budgets), MOST_ORDERS):
-            key = tuple((budget.card, budget.free, budget.total) for budget in order)
-            if key not in seen:
-                seen.add(key)
-                yield order
+    def _begun(self, stages: Sequence[Budget]) -> tuple[Sequence[Budget], Plan]:
+        """Stages on devices in this order, with the best of the boundaries that a search begins with."""
+        return stages, min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
 
-    def _splits(self, stages: Sequence[Budget]) -> Iterator[Plan]:
-        """All boundaries of two stages; of more, from even shares on to whatever neighbour is better."""
-        count = self._num_blocks
-        if len(stages) == 1:
-            yield self._evaluate(stages, ())
-        elif len(stages) == 2:
-            yield from (self._evaluate(stages, (at,)) for at in range(1, count) if self._can_stream((at,)))
-        else:
-            yield self._descend(stages)
-
-    def _descend(self, stages: Sequence[Budget]) -> Plan:
-        best = min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
+    def _descend(self, stages: Sequence[Budget], best: Plan) -> Plan:
+        """From boundaries on to whatever neighbour is better: one boundary moved, or else two."""
+        if len(stages) <= 2 or self.request.split_at is not None:
+            return best
         while True:
-            moved = filter(self._can_stream, neighbours(best.split_at, self._num_blocks))
-            near = [self._evaluate(stages, at) for at in moved]
-            better = min(near, key=rank, default=best)
-            if rank(better) >= rank(best):
+            for moved in (1, 2):
+                near = filter(self._can_stream, neighbours(best.split_at, self._num_blocks, moved))
+                better = min((self._evaluate(stages, at) for at in near), key=rank, default=best)
+                if rank(better) < rank(best):
+                    break
+            else:
                 return best
             best = better
 
     def _starts(self, stages: Sequence[Budget]) -> list[tuple[int, ...]]:
-        """Even shares of the blocks, shares as the devices' memory, and as their speed."""
-        memory, speed = [float(b.free) for b in stages], [b.rates.bf16 for b in stages]
-        unlike = [shares(by, self._num_blocks) for by in (memory, speed)]
-        return list(dict.fromkeys([self.even(len(stages)), *filter(self._can_stream, unlike)]))
+        """All boundaries of two stages; of more, even shares, and shares as the devices' memory and speed."""
+        if self.request.split_at is not None:
+            return [self.request.split_at]
+        found: list[tuple[int, ...]]
+        if len(stages) == 2:
+            found = [(at,) for at in range(1, self._num_blocks)]
+        else:
+            memory, speed = [float(b.free) for b in stages], [b.rates.bf16 for b in stages]
+            found = [shares(by, self._num_blocks) for by in (memory, speed)]
+        even = self.even(len(stages))
+        return list(dict.fromkeys(filter(self._can_stream, [even, *found]))) or [even]
 
     def _can_stream(self, at: tuple[int, ...]) -> bool:
         """Whether each stage has as many blocks as are to be streamed."""
@@ -172,18 +174,22 @@ class Planner:
         holding = most_holding(depths)
         return [self._draft(i, stages, boundaries, depths[i], holding[i]) for i in range(len(stages))]
 
-    def assembled(
-        self, stages: Sequence[Budget], drafts: Sequence[StageDraft], made: Sequence[StagePlan]
-    ) -> Plan:
+    def assembled(self, stages: Sequence[Budget], made: Sequence[StagePlan]) -> Plan:
         """The plan of these stages, with the time of a step."""
         request = self.request
         hidden = max(trace.footprints[Residency.KEEP].hidden for trace in self.trace.blocks.values())
-        crossing = hidden / min(budget.rates.crossing for budget in stages) if len(stages) > 1 else 0.0
-        orders = self._orders_of(stages)
-        time = simulate(orders, [s.forward for s in made], [s.backward for s in made], crossing)
+        devices = [budget.device for budget in stages]
+        crosses = len(set(devices)) > 1
+        crossing = hidden / min(budget.rates.crossing for budget in stages) if crosses else 0.0
+        time = simulate(
+            self._orders_of(stages),
+            [stage.forward for stage in made],
+            [stage.backward for stage in made],
+            crossing,
+            devices=devices,
+        )
         host = request.micro_batches * self._launching(made)
         step = time.at_least(host)
-        pairs = zip(drafts, made, strict=True)
         return Plan(
             model=request.source.traits.variant,
             precision=request.trace.quantize or str(request.trace.dtype).removeprefix("torch."),
@@ -192,9 +198,7 @@ class Planner:
             micro_batches=request.micro_batches,
             tokens=tokens(self.largest, request.source.traits),
             stages=tuple(made),
-            host_memory=sum(
-                draft.parked(stage) + pinned_bytes([draft.block] * stage.streamed) for draft, stage in pairs
-            ),
+            host_memory=sum(stage.host for stage in made),
             host_free=request.host_free,
             seconds_per_step=step.seconds,
             busy=step.busy,
@@ -219,8 +223,9 @@ class Planner:
         return selective and any(block.repeats_attention for block in self.trace.blocks.values())
 
     def _evaluate(self, stages: Sequence[Budget], at: Sequence[int]) -> Plan:
-        drafts = self.drafts(stages, at)
-        return self.assembled(stages, drafts, self._decide(drafts))
+        made = self._ways(self.drafts(stages, at))
+        fitting = [one for one in made if sum(s.host for s in one) <= self.request.host_free]
+        return min((self.assembled(stages, one) for one in fitting or made[-1:]), key=rank)
 
     def _orders_of(self, stages: Sequence[Budget]) -> list[Order]:
         request = self.request
@@ -229,11 +234,23 @@ class Planner:
     def _draft(
         self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], in_flight: int, holding: int
     ) -> StageDraft:
-        """What a stage has before it is decided what its blocks leave behind."""
+        """What a stage has before it is decided what its blocks leave behind; made once for all alike."""
         budget, blocks = stages[stage], range(boundaries[stage], boundaries[stage + 1])
+        streamed = None if self.request.streamed is None else self.request.streamed[stage]
+        key = (budget.device, blocks, in_flight, holding, streamed)
+        if key not in self._drafts:
+            shared = sum(other.device == budget.device for other in stages)
+            self._drafts[key] = self._new_draft(budget, blocks, shared, in_flight, holding, streamed)
+        return self._drafts[key]
+
+    def _new_draft(
+        self, budget: Budget, blocks: range, shared: int, in_flight: int, holding: int, streamed: int | None
+    ) -> StageDraft:
+        """`shared` stages are on the same device."""
         own = [self._blocks[i] for i in blocks]
         around = [u for u in self._units if not u.is_block and max(0, u.blocks_before - 1) in blocks]
-        shared = sum(other.device == budget.device for other in stages)
+        # Weights, gradients and what the optimizer keeps
+        copies = 2 + self.request.moments
         return StageDraft(
             budget=budget,
             blocks=blocks,
@@ -241,13 +258,16 @@ class Planner:
             block=max(unit.frozen for unit in own),
             smallest=min(unit.frozen for unit in own),
             weights=sum(unit.frozen for unit in (*own, *around)),
-            lora=_TRAINING_COPIES * sum(unit.trained for unit in (*own, *around)),
+            lora=int(copies * sum(unit.trained for unit in (*own, *around))),
             inputs=self.trace.inputs,
             dequantized=max(unit.largest for unit in own) if self._dequantizes(budget) else 0,
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),
             in_flight=in_flight,
             holding=holding,
+            residency=self.request.residency,
+            streamed=streamed,
+            means=self.means,
         )
 
     def _dequantizes(self, budget: Budget) -> bool:
@@ -259,23 +279,14 @@ class Planner:
         kind = self.request.trace.quantize
         return kind in STORED_ONLY or (self.request.trace.compile and budget.mode(kind) == "weight-only")
 
-    def _decide(self, drafts: Sequence[StageDraft]) -> list[StagePlan]:
-        """What all stages' blocks leave behind; as the engine decides it when it has measured."""
-        residency, given = self.request.residency, self.request.streamed
-        counts = given or (0,) * len(drafts)
-        may_stream = given is None
-        memories = [d.memory(count, may_stream=may_stream) for d, count in zip(drafts, counts, strict=True)]
-        if residency == AUTO:
-            found = fit_stages(memories, [draft.footprints for draft in drafts], self.request.host_free)
-            fits = [fit for fit in found if fit is not None]
-            if may_stream:
-                counts = tuple(d.to_stream(fit.missing) for d, fit in zip(drafts, fits, strict=True))
-        elif residency == Residency.KEEP:
-            fits = [Fit(memory.may_keep, Residency.SELECTIVE) for memory in memories]
-        else:
-            fits = [Fit(0, Residency(residency)) for _ in memories]
-        decided = zip(drafts, fits, counts, strict=True)
-        return [draft.decide(fit, count, self.means) for draft, fit, count in decided]
+    @staticmethod
+    def _ways(drafts: Sequence[StageDraft]) -> list[list[StagePlan]]:
+        """What all stages' blocks may leave behind, with less and less of the host."""
+        plans = [dict(zip(draft.ways, draft.plans, strict=True)) for draft in drafts]
+        return [
+            [known[fit] for known, fit in zip(plans, fits, strict=True)]
+            for fits in leaner_and_leaner([draft.ways for draft in drafts])
+        ]
 
     @cached_property
     def means(self) -> Means:
@@ -284,3 +295,7 @@ class Planner:
         largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
+
+
+def _ranked(begun: tuple[Sequence[Budget], Plan]) -> tuple[Any, ...]:
+    return rank(begun[1])

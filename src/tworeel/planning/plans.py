@@ -32,6 +32,8 @@ class StagePlan:
     """Blocks whose weights wait in host memory."""
     in_flight: int
     """Micro-batches whose activations it holds at a time."""
+    host: int
+    """Bytes of pinned host memory, for what is parked and streamed."""
     parts: Mapping[str, int]
     """What the peak is made of."""
     spare: int
@@ -152,9 +154,14 @@ class Plan:
         return sum(stage.streamed for stage in self.stages)
 
     @property
+    def devices(self) -> list[str]:
+        """Of each stage."""
+        return [stage.device for stage in self.stages]
+
+    @property
     def stages_per_device(self) -> int:
         """Stages that each device has."""
-        return len(self.stages) // len({stage.device for stage in self.stages})
+        return len(self.stages) // len(set(self.devices))
 
     @property
     def split_at(self) -> tuple[int, ...]:
@@ -172,8 +179,7 @@ class Plan:
     @property
     def bubble(self) -> float:
         """Share of a step in which the cards wait, on average."""
-        devices = {stage.device for stage in self.stages}
-        return 1 - sum(self.busy) / len(devices)
+        return 1 - sum(self.busy) / len(set(self.devices))
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""

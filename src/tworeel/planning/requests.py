@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tworeel.data.clips import Bucket
 from tworeel.models.family import Family, ModelSource
@@ -34,6 +34,8 @@ class Request:
     """Bytes of host memory that may be pinned."""
     steps: int
     clips_per_epoch: float
+    moments: float = 2.0
+    """What the optimizer keeps, in sizes of the LoRA: AdamW's two moments."""
     may_interleave: bool = False
     """Whether each device may have two stages where it is asked for one."""
     cpp_wrapper: bool = False
@@ -42,3 +44,8 @@ class Request:
     """Whether they may be where that is better."""
     less_precise: tuple[Request, ...] = ()
     """The same with other weights, which may be taken where these do not fit; in order of preference."""
+
+    def in_order(self, devices: Sequence[str]) -> Request:
+        """The request with its devices in this order and no other: to try all orders anew takes long."""
+        budgets = tuple(sorted(self.budgets, key=lambda budget: devices.index(budget.device)))
+        return replace(self, budgets=budgets, may_reorder=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,7 +105,12 @@ class StepTime:
 
 
 def simulate(
-    orders: Sequence[Order], forward: Sequence[float], backward: Sequence[float], crossing: float = 0.0
+    orders: Sequence[Order],
+    forward: Sequence[float],
+    backward: Sequence[float],
+    crossing: float = 0.0,
+    *,
+    devices: Sequence[Hashable] | None = None,
 ) -> StepTime:
     """Let each stage do its work in its order, each action as soon as what it needs is there.
 
@@ -113,37 +118,44 @@ def simulate(
         orders: as `make_orders` gives them.
         forward, backward: seconds of each stage for one micro-batch.
         crossing: seconds from one stage to the next.
+        devices: of each stage; those with the same one take turns. By default no two orders share one.
     """
     last = len(forward) - 1
-    done: dict[Action, float] = {}
-    clock = [0.0] * len(orders)
-    waiting = [list(reversed(order)) for order in orders]
-    while any(waiting):
-        moved = False
-        for lane, order in enumerate(waiting):
-            while order and (ready := _ready(order[-1], done, last, crossing)) is not None:
-                action = order.pop()
-                length = (forward if action.kind == "F" else backward)[action.stage]
-                clock[lane] = done[action] = max(clock[lane], ready) + length
-                moved = True
-        assert moved, "the orders wait for each other"
+    done: _Ends = {}
+    own = [number if devices is None else devices[order[0].stage] for number, order in enumerate(orders)]
+    clock = dict.fromkeys(own, 0.0)
+    waiting = [(device, list(reversed(order))) for device, order in zip(own, orders, strict=True)]
+    while any(order for _, order in waiting):
+        # The one that can begin first: nothing that is done later can come before it.
+        starts = [
+            (max(clock[device], ready), device, order)
+            for device, order in waiting
+            if order and (ready := _ready(order[-1], done, last, crossing)) is not None
+        ]
+        assert starts, "the orders wait for each other"
+        start, device, order = min(starts, key=lambda found: found[0])
+        action = order.pop()
+        length = (forward if action.kind == "F" else backward)[action.stage]
+        clock[device] = done[action.kind, action.micro_batch, action.stage] = start + length
     count = len({action.micro_batch for order in orders for action in order})
-    seconds = max(clock)
+    seconds = max(clock.values())
     busy = tuple(count * (f + b) / seconds for f, b in zip(forward, backward, strict=True))
     return StepTime(seconds, busy)
 
 
-def _ready(action: Action, done: Mapping[Action, float], last: int, crossing: float) -> float | None:
+_Ends = dict[tuple[str, int, int], float]
+"""When each action ends, by its kind, micro-batch and stage: as plain values, which are quick to look up."""
+
+
+def _ready(action: Action, done: _Ends, last: int, crossing: float) -> float | None:
     """When what an action needs is there; None if that is not known yet."""
     stage, number = action.stage, action.micro_batch
     if action.kind == "F":
         if stage == 0:
             return 0.0
-        before = Action("F", number, stage - 1)
+        time = done.get(("F", number, stage - 1))
     elif stage == last:
-        found = done.get(Action("F", number, stage))
-        return found
+        return done.get(("F", number, stage))
     else:
-        before = Action("B", number, stage + 1)
-    time = done.get(before)
+        time = done.get(("B", number, stage + 1))
     return None if time is None else time + crossing

@@ -25,6 +25,7 @@ from tworeel.planning.measurements import calibrated, keep
 from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
+from tworeel.planning.precisions import eight_bit_kind
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
 from tworeel.report.format import gibibytes
@@ -97,13 +98,15 @@ def make_request(
         host_free=int(HOST_SHARE * host),
         steps=config.train.steps,
         clips_per_epoch=sum(config.data.sources[clip.source].repeats for clip in job.clips),
+        # 8-bit moments have a scale for each 256 numbers
+        moments=2 * (1 + 4 / 256) / 4 if config.train.optimizer == "adamw8bit" else 2.0,
         may_interleave=engine.stages_per_device == "auto",
         cpp_wrapper=engine.cpp_wrapper is True and settings.compile,
         may_launch_from_cpp=may_launch_from_cpp and engine.cpp_wrapper == "auto" and _launches(settings),
     )
     if config.model.quantize != "auto":
         return _calibrated(request)
-    settings = replace(settings, quantize=_eight_bit_kind(budgets))
+    settings = replace(settings, quantize=eight_bit_kind(budgets))
     launches = request.may_launch_from_cpp and _launches(settings)
     eight_bit = replace(request, trace=settings, may_launch_from_cpp=launches)
     return replace(_calibrated(request), less_precise=(_calibrated(eight_bit),))
@@ -112,12 +115,6 @@ def make_request(
 def _launches(settings: TraceSettings) -> bool:
     """Whether there is something to launch that is known to run so."""
     return settings.compile and settings.quantize in TRIED_FROM_CPP
-
-
-def _eight_bit_kind(budgets: Sequence[Budget]) -> str:
-    """The 8 bits that all cards multiply; fp8 where there are none, or both."""
-    kinds = ("fp8", "int8")
-    return next((k for k in kinds if all(b.mode(k) != "weight-only" for b in budgets)), "fp8")
 
 
 def _calibrated(request: Request) -> Request:
