@@ -17,7 +17,6 @@ from tworeel.engine.fitting import (
     available_memory,
     blocks_to_stream,
     fit_as,
-    fit_stage,
     fit_stages,
     needs_fallback,
     streamable,
@@ -38,6 +37,11 @@ def memory(available: int, **changes: int) -> StageMemory:
     """A stage of 10 blocks that holds 2 micro-batches."""
     usual = StageMemory(available=available, num_blocks=10, may_keep=10, in_flight=2, holding=2)
     return replace(usual, **changes)
+
+
+def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
+    """Whatever it takes of the host."""
+    return ways_to_fit(memory, footprints)[0]
 
 
 def test_with_room_for_everything_everything_is_kept():

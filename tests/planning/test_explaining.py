@@ -66,3 +66,9 @@ def test_an_order_that_is_set_says_so_where_another_is_faster() -> None:
 def test_alike_cards_have_no_other_order() -> None:
     _, named = explained(budgets=budgets_of("2x RTX 4090"))
     assert not any(name.startswith("the order") for name in named)
+
+
+def test_what_does_not_go_with_a_setting_is_left_out() -> None:
+    found, named = explained(streamed=(2, 0))
+    assert [stage.streamed for stage in found.stages] == [2, 0]
+    assert "two stages a device" not in named and "recompute every block" in named

@@ -74,35 +74,29 @@ FALLBACKS = (Residency.OFFLOAD_SELECTIVE, Residency.SELECTIVE, Residency.OFFLOAD
 parked byte makes more room than a streamed one: it is one of each micro-batch."""
 
 
-def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
-    """Let as many blocks of a stage as possible keep everything, whatever that takes of the host.
+def ways_to_fit(memory: StageMemory, footprints: StageFootprints) -> list[Fit]:
+    """The ways in which a stage fits its device, best first: each takes less of the host than those before.
 
     Weights are streamed before attentions are computed again: that costs no time where clips are long.
 
     Args:
         memory: of the stage.
         footprints: of its blocks.
+
+    Returns:
+        At least one; where a stage fits in no way, the one that is nearest to it.
     """
-    return ways_to_fit(memory, footprints)[0]
-
-
-def ways_to_fit(memory: StageMemory, footprints: StageFootprints) -> list[Fit]:
-    """All that is worth a try, best first: each takes less of the host than those before.
-
-    Where a stage fits in no way, the one that is nearest to it.
-    """
-    found = {Residency.SELECTIVE: fit_as(Residency.SELECTIVE, memory, footprints)}
-    if not found[Residency.SELECTIVE].host and not found[Residency.SELECTIVE].missing:
-        return [found[Residency.SELECTIVE]]
+    on_device = fit_as(Residency.SELECTIVE, memory, footprints)
+    if not on_device.host and not on_device.missing:
+        return [on_device]
     inputs_only = footprints.inputs_only()
-    for fallback in FALLBACKS:
-        left = footprints if fallback.is_selective else inputs_only
-        found[fallback] = fit_as(fallback, memory, left)
+    left = {fallback: footprints if fallback.is_selective else inputs_only for fallback in FALLBACKS}
+    found = [fit_as(fallback, memory, left[fallback]) for fallback in FALLBACKS]
     leaner: list[Fit] = []
-    for fit in (found[fallback] for fallback in FALLBACKS):
+    for fit in found:
         if not fit.missing and (not leaner or fit.host < leaner[-1].host):
             leaner.append(fit)
-    return leaner or [min((found[fallback] for fallback in FALLBACKS), key=lambda fit: fit.missing)]
+    return leaner or [min(found, key=lambda fit: fit.missing)]
 
 
 def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints) -> Fit:

@@ -139,9 +139,10 @@ class Planner:
 
     def _can_stream(self, at: tuple[int, ...]) -> bool:
         """Whether each stage has as many blocks as are to be streamed."""
-        boundaries = (0, *at, self._num_blocks)
-        lengths = [last - first for first, last in itertools.pairwise(boundaries)]
-        return all(n <= length for n, length in zip(self.request.streamed or (), lengths, strict=False))
+        if (counts := self.request.streamed) is None:
+            return True
+        lengths = [last - first for first, last in itertools.pairwise((0, *at, self._num_blocks))]
+        return len(counts) == len(lengths) and all(n <= has for n, has in zip(counts, lengths, strict=True))
 
     @cached_property
     def _blocks(self) -> list[UnitBytes]:

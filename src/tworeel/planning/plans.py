@@ -32,7 +32,7 @@ class StagePlan:
     """Blocks whose weights wait in host memory."""
     in_flight: int
     """Micro-batches whose activations it holds at a time."""
-    host: int
+    host: int = 0
     """Bytes of pinned host memory, for what is parked and streamed."""
     parts: Mapping[str, int]
     """What the peak is made of."""
