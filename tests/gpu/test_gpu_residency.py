@@ -145,4 +145,6 @@ def test_pinned_memory_stays_within_its_limit_when_sizes_change(cuda: torch.devi
         berth.let_go()
         for one, tensor in zip(parked, tensors, strict=True):
             assert torch.equal(berth.get(one), tensor)
-        assert pool.held == stats()["allocated_bytes.current"] - before == 2**24
+        assert pool.held == 2**24
+        # But for a few bytes, of whoever else pins some
+        assert abs(stats()["allocated_bytes.current"] - before - pool.held) < 2**12
