@@ -24,7 +24,7 @@ from tworeel.engine.fitting import (
 )
 from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import SLOTS
+from tworeel.engine.weight_streaming import SLOTS, pinned_bytes
 
 BLOCK = {
     Residency.KEEP: Footprint(kept=20, working=10, hidden=1),
@@ -160,7 +160,7 @@ WEIGHTS = {"may_stream": True, "smallest": 9, "largest": 9}
 def test_streamed_weights_take_of_the_host_too():
     fit = fit_stage(memory(36, **WEIGHTS), SIZES)
     assert (fit.fallback, fit.streamed) == (Residency.OFFLOAD_SELECTIVE, SLOTS + 1)
-    assert fit.host == 2 * 10 * 3 + (SLOTS + 1) * 9
+    assert fit.host == 2 * 10 * 3 + pinned_bytes([9] * (SLOTS + 1))
     for limit, fits in ((fit.host, True), (fit.host - 1, False)):
         assert (fit_stages([memory(36, **WEIGHTS)], [SIZES], limit) == [fit]) == fits
 
@@ -168,7 +168,7 @@ def test_streamed_weights_take_of_the_host_too():
 def test_weights_that_wait_on_the_host_already_take_nothing_more_of_it():
     before = memory(36, streamed=SLOTS + 1, may_keep=9 - SLOTS, **WEIGHTS)
     fit = fit_stage(before, SIZES)
-    assert fit.streamed == SLOTS + 2 and fit.host == 2 * 10 * 3 + 9
+    assert fit.streamed == SLOTS + 2 and fit.host == 2 * 10 * 3 + pinned_bytes([9])
 
 
 def test_each_way_to_fit_is_leaner_on_the_host_and_fits_by_itself():
