@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_diffsynth_variants import assert_overlapping_is_alike, assert_split_is_alike
+from test_template import assert_template_is_alike
 from variants import VARIANTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("diffsynth_package")]
@@ -32,3 +33,8 @@ def test_a_variant_over_two_gpus_has_the_loss_and_gradients_of_one(name: str, st
 @pytest.mark.parametrize("name", VARIANTS)
 def test_overlapping_micro_batches_over_two_gpus_have_those_of_one_after_the_other(name: str) -> None:
     assert_overlapping_is_alike(name, PLACES[2])
+
+
+@pytest.mark.parametrize("stages", PLACES)
+def test_a_template_model_over_two_gpus_has_the_gradients_of_one(stages: int) -> None:
+    assert_template_is_alike(PLACES[stages])

@@ -40,32 +40,38 @@ def template() -> nn.Module:
     return Template()
 
 
-def toy_pipe() -> tuple[Pipe, Callable[[int], Tensor]]:
-    """A pipeline, and what computes the loss of a micro-batch with it as DiffSynth's unit does."""
+def toy_pipe(device: str) -> tuple[Pipe, Callable[[int], Tensor]]:
+    """A pipeline on a device, and what computes the loss of a micro-batch with it as DiffSynth's unit does."""
     from diffsynth.diffusion.training_module import GeneralUnit_TemplateForward
 
     toy = frozen("flux2_klein")
+    for model in toy.models.values():
+        model.to(device)
     pipe = pipe_of("flux2_klein", toy)
-    pipe.template_model = template()
+    pipe.template_model = template().to(device)
     unit = GeneralUnit_TemplateForward()
 
     def loss(number: int) -> Tensor:
-        picture = torch.randn(1, 8, generator=torch.Generator().manual_seed(number))
+        picture = torch.randn(1, 8, generator=torch.Generator().manual_seed(number)).to(device)
         made = unit.process(pipe, {"picture": picture})
-        return loss_of(pipe.model_fn(**toy.models, **inputs_of(toy, number), **made))
+        return loss_of(pipe.model_fn(**toy.models, **inputs_of(toy, number, device), **made))
 
     return pipe, loss
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-def test_a_template_model_has_the_gradients_of_diffsynths_own(stages: int) -> None:
-    whole, their_loss = toy_pipe()
+def assert_template_is_alike(devices: tuple[str, ...]) -> None:
+    """Over `devices`, three micro-batches in flight, against DiffSynth's own on the first of them."""
+    whole, their_loss = toy_pipe(devices[0])
     losses = torch.stack([their_loss(number) for number in range(3)])
     losses.sum().backward()
-    pipe, our_loss = toy_pipe()
-    settings = Settings(devices=("cpu",) * stages)
-    division, _ = split_pipeline(pipe, settings, checkpointing=True, offload=False)
+    pipe, our_loss = toy_pipe(devices[0])
+    division, _ = split_pipeline(pipe, Settings(devices=devices), checkpointing=True, offload=False)
     pipeline = Pipeline(division, forward=lambda models, number: models(lambda: our_loss(number)))
     result = pipeline.step([0, 1, 2], lambda loss, _: loss)
-    torch.testing.assert_close(torch.stack(result.losses), losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.stack(result.losses).to(devices[0]), losses, rtol=1e-5, atol=0)
     assert_alike(*(gradients_of({"template_model": one.template_model}) for one in (pipe, whole)))
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_a_template_model_has_the_gradients_of_diffsynths_own(stages: int) -> None:
+    assert_template_is_alike(("cpu",) * stages)
