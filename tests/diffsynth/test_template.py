@@ -41,7 +41,7 @@ def template() -> nn.Module:
 
 
 def toy_pipe(device: str) -> tuple[Pipe, Callable[[int], Tensor]]:
-    """A pipeline on a device, and what computes the loss of a micro-batch with it as DiffSynth's unit does."""
+    """A pipeline on a device, and what computes a micro-batch's loss with it as DiffSynth's unit does."""
     from diffsynth.diffusion.training_module import GeneralUnit_TemplateForward
 
     toy = frozen("flux2_klein")
