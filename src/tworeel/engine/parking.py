@@ -8,6 +8,7 @@ queued next, however far the host runs ahead.
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -156,21 +157,21 @@ class Departures:
     """The blocks whose activations are on their way from each device."""
 
     def __init__(self) -> None:
-        self._last: dict[torch.device, weakref.ref[Berth]] = {}
+        self._under_way: dict[torch.device, list[weakref.ref[Berth]]] = defaultdict(list)
 
     def begin(self, device: torch.device, berth: Berth | None) -> None:
         """A block was queued, and what it has parked begins to leave, during the next block."""
         self.settle(device)
         if berth is not None:
             # Not held: if a step fails, what it has parked goes with its graph.
-            self._last[device] = weakref.ref(berth)
+            self._under_way[device].append(weakref.ref(berth))
 
     def settle(self, device: torch.device, but: Berth | None = None) -> None:
         """Work that is queued from now on may have the memory of what has left, but for one block's."""
-        last = self._last.pop(device, None)
-        berth = None if last is None else last()
-        if berth is not None and berth is not but:
-            berth.let_go()
+        for reference in self._under_way.pop(device, ()):
+            berth = reference()
+            if berth is not None and berth is not but:
+                berth.let_go()
 
 
 class _Keeping(TorchDispatchMode):
