@@ -90,6 +90,14 @@ def test_what_the_engine_refuses_is_a_users_mistake(case: Case, settings: Settin
         Bench(RATES, Listener()).run(case, replace(settings, streamed=(1, 1, 1)))
 
 
+def test_too_little_host_memory_for_streamed_weights_is_told(
+    case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "host_limit", lambda *_: 1)
+    with pytest.raises(UserError, match=r"--streamed: streamed=\[1, 1\]: these blocks' weights take"):
+        Bench(RATES, Listener()).run(case, replace(settings, streamed=(1, 1)))
+
+
 def test_interleaved_stages_are_compared_with_a_naive_run_of_a_part_a_device(
     case: Case, settings: Settings
 ) -> None:

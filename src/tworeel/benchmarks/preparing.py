@@ -102,6 +102,8 @@ class Prepared:
     family: Family
     model: nn.Module
     placement: Placement
+    streamed: list[int]
+    """Positions of the blocks whose weights wait in host memory."""
     batches: list[dict[str, Any]]
 
 
@@ -124,7 +126,7 @@ def settings_problems(
     with collected(problems):
         _place(model, settings, settings.blocks or model.blocks)
     for kind in filter(None, dict.fromkeys(quantizations)):
-        with collected(problems), _naming(f"--precision {kind}"):
+        with collected(problems), naming(f"--precision {kind}"):
             quantize_blocks(nn.Module(), kind, names=())
     return problems
 
@@ -132,16 +134,16 @@ def settings_problems(
 def _place(shape: ModelShape, settings: Settings, blocks: int) -> tuple[nn.Module, Placement, list[int]]:
     """The model on the meta device, what of it goes where, and which blocks are streamed."""
     model, family = models.build(shape, blocks), models.family_of(shape)
-    with _naming("--devices, --split-at"):
+    with naming("--devices, --split-at"):
         placement = models.place_model(model, family, settings.stages, settings.split_at)
-    with _naming("--streamed"):
+    with naming("--streamed"):
         streamed = streamed_positions(placement, settings.streamed)
         refuse_kept_streamed(one_a_block(settings.residency, blocks), streamed)
     return model, placement, streamed
 
 
 @contextmanager
-def _naming(options: str) -> Iterator[None]:
+def naming(options: str) -> Iterator[None]:
     """What the engine refuses inside is a mistake in these options."""
     try:
         yield
@@ -168,7 +170,7 @@ def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
         streamed=streamed,
     )
     batches = models.make_batches(case, dtype, settings.devices[0])
-    return Prepared(family=family, model=model, placement=placement, batches=batches)
+    return Prepared(family=family, model=model, placement=placement, streamed=streamed, batches=batches)
 
 
 def gradients_of(model: nn.Module) -> Gradients:

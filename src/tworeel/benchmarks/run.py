@@ -18,6 +18,7 @@ from tworeel.benchmarks.preparing import (
     Prepared,
     Settings,
     gradients_of,
+    naming,
     prepare,
     timed,
     unless_out_of_memory,
@@ -36,7 +37,6 @@ from tworeel.config.schema import TrainConfig
 from tworeel.engine import Pipeline, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
-from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.engine.timeline import Span, busy_shares, device_shares
 from tworeel.training.assembly import host_limit, keep_compiled
 
@@ -132,22 +132,25 @@ def run_pipelined(
 
 
 def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
-    """The pipeline that the settings describe."""
+    """The pipeline that the settings describe.
+
+    Raises:
+        UserError: there is too little host memory for the weights that are streamed.
+    """
     if settings.compile:
         keep_compiled(TrainConfig().output.parent / "cache")  # that of a run from here, by default
-    division = split(
-        prepared.model,
-        settings.stages,
-        at=prepared.placement.boundaries[1:-1],
-        blocks=prepared.family.block_lists,
-        residency=settings.residency,
-        compile=settings.compile,
-        cpp_wrapper=settings.cpp_wrapper,
-        streamed=settings.streamed,
-        host_limit=host_limit(
-            prepared.model, prepared.placement, streamed_positions(prepared.placement, settings.streamed)
-        ),
-    )
+    with naming("--streamed"):
+        division = split(
+            prepared.model,
+            settings.stages,
+            at=prepared.placement.boundaries[1:-1],
+            blocks=prepared.family.block_lists,
+            residency=settings.residency,
+            compile=settings.compile,
+            cpp_wrapper=settings.cpp_wrapper,
+            streamed=settings.streamed,
+            host_limit=host_limit(prepared.model, prepared.placement, prepared.streamed),
+        )
     return Pipeline(division, slack=settings.slack)
 
 
