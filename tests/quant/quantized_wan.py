@@ -35,11 +35,16 @@ def make_wan(kind: str | None, dtype: torch.dtype = torch.bfloat16, **options: A
     if kind is not None:
         quantize_blocks(model, kind, find_targets(model, TARGETS, BLOCK_LISTS))
     inject_lora(model, rank=4, alpha=4, targets=TARGETS, block_lists=BLOCK_LISTS, **options)
+    learn_something(model)
+    return model
+
+
+def learn_something(model: nn.Module) -> None:
+    """Let each B of the LoRA be what it might be after some steps; at the start it is zero."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in lora_parameters(model).items():
         if name.endswith("lora_B"):
             parameter.data.normal_(std=0.05, generator=generator)
-    return model
 
 
 def make_batch(dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[str, Tensor]:

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
-from quantized_wan import gradients, loss
+from quantized_wan import gradients, learn_something, loss
 from torch import Tensor, nn
 
 from tworeel.lora.inject import inject_lora
-from tworeel.lora.state import lora_parameters
 from tworeel.models.flux2.transformer import BLOCK_LISTS, LORA_PRESETS
 from tworeel.quant import block_linears, quantize_blocks
 
@@ -36,10 +35,7 @@ def make_flux2(kind: str | None) -> nn.Module:
     if kind is not None:
         quantize_blocks(model, kind, block_linears(model, BLOCK_LISTS))
     inject_lora(model, rank=4, alpha=4, targets=TARGETS, block_lists=BLOCK_LISTS)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in lora_parameters(model).items():
-        if name.endswith("lora_B"):
-            parameter.data.normal_(std=0.05, generator=generator)
+    learn_something(model)
     return model
 
 

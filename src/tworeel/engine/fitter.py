@@ -45,7 +45,7 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
         _stream_more(split, short)
     assert probe is not None
     footprints = [_of_stage(split, stage, probe) for stage in stages]
-    for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_pool.limit)):
+    for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_room)):
         if found is not None:
             split.stream(stage, min(found.streamed, split.streamed.most(stage, split.host_room)))
             _keep_most(split, stage, found)

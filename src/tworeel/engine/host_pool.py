@@ -14,7 +14,7 @@ ALIGNMENT = 64
 """Of each tensor in a slab, in bytes."""
 _AT_ONCE = 4
 """Tensors that a new slab has room for, if there is so much."""
-_GIB = 2**30
+GIB = 2**30
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class HostPool:
             log.warning(
                 "activations that should wait in host memory stay on their devices: "
                 "the limit of %.1f GiB is reached",
-                self.limit / _GIB,
+                self.limit / GIB,
             )
 
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from tworeel.engine.host_pool import GIB
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import WeightStreamer, host_bytes, spread, streamed_size
-
-GIB = 2**30
 
 
 class StreamedBlocks:

@@ -14,11 +14,10 @@ from tworeel.cache.build import CacheIndex, build_cache
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Placement, Split, split
-from tworeel.errors import UserError
 from tworeel.lora.inject import inject_lora
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
-from tworeel.training.loadable import Loadable, torch_dtype, transformer_names
+from tworeel.training.loadable import Loadable, of_options, torch_dtype, transformer_names
 from tworeel.training.micro_batches import MicroBatches
 from tworeel.training.order import Order
 from tworeel.training.preflight import Job, cache_folder, noise_levels, text_options
@@ -153,7 +152,7 @@ def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
             host_limit=host_limit(model, job.placement, job.streamed),
         )
     except ValueError as error:
-        raise UserError(str(error).replace("streamed=", "engine.streamed_blocks = ", 1)) from None
+        raise of_options(error) from None
 
 
 def make_micro_batches(config: RunConfig, job: Job, index: CacheIndex) -> MicroBatches:
