@@ -49,6 +49,34 @@ def test_compiled_equals_the_unsplit_eager_model(residency, backend, monkeypatch
 
 
 @pytest.mark.slow
+def test_compiled_in_bf16_each_gradient_is_that_of_the_unsplit_eager_model():
+    batches = [make_micro_batch("t2v", torch.bfloat16, seed=1)]
+    _, expected = run_unsplit(make_wan("t2v", torch.bfloat16, num_layers=2), batches)
+    model = make_wan("t2v", torch.bfloat16, num_layers=2)
+    Pipeline(model, ["cpu"], residency="selective", compile=True).step(batches, square_loss)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        cosine = torch.cosine_similarity(gradient.double().flatten(), expected[name].double().flatten(), 0)
+        assert cosine >= 0.9999, name
+
+
+@pytest.mark.parametrize(("kind", "follows"), [(torch.bfloat16, True), (torch.float8_e4m3fn, False)])
+def test_where_weights_are_whole_it_is_rounded_where_the_block_itself_does(monkeypatch, kind, follows):
+    found = []
+
+    def backend(graph, inputs, **options):
+        found.append(options.get("config_patches", {}))
+        return graph
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    weight, mask = torch.ones(4, 4).to(kind), torch.ones(4, dtype=torch.bool)
+    compiling._backend(False)(None, [weight, mask, 4])
+    assert [patches.get("emulate_precision_casts", False) for patches in found] == [follows]
+    assert isinstance(torch._inductor.config.emulate_precision_casts, bool)  # torch knows it
+
+
+@pytest.mark.slow
 def test_blocks_that_are_launched_from_cpp_equal_the_unsplit_eager_model(monkeypatch, tmp_path):
     written = []
     generate = CppWrapperCpu.generate
@@ -127,8 +155,8 @@ def test_a_compiler_that_is_given_up_leaves_nothing_behind(monkeypatch):
 
 
 def test_where_the_cpp_wrapper_fails_blocks_stay_compiled(monkeypatch, caplog):
-    def compile_graph(graph: torch.fx.GraphModule, inputs: object, **options: object) -> object:
-        if options:
+    def compile_graph(graph: torch.fx.GraphModule, inputs: object, config_patches: object) -> object:
+        if "cpp_wrapper" in config_patches:
             raise RuntimeError("no header files")
         return graph.forward
 
@@ -184,7 +212,7 @@ def test_the_backward_is_compiled_before_the_forward_runs(monkeypatch):
 def test_every_thread_compiles_as_often_as_it_takes(monkeypatch):
     """Threads do not see each other's settings of torch."""
     compiled: list[torch.fx.GraphModule] = []
-    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: compiled.append(graph) or graph)
+    monkeypatch.setattr(compiling, "BACKEND", lambda graph, *_, **__: compiled.append(graph) or graph)
     compiler, block, sizes = BlockCompiler(), Block(), range(2, 16)
 
     def run() -> None:
@@ -202,7 +230,7 @@ def test_blocks_run_side_by_side_but_one_thread_at_a_time_looks_for_its_compilat
     both = threading.Barrier(2, timeout=60)
     searches = []
 
-    def meeting(graph, inputs):
+    def meeting(graph, inputs, **options):
         def run(*args):
             searches.append(compiling._searching._lock.locked())
             if len(searches) > 1:  # the first call compiles, alone
@@ -232,7 +260,7 @@ def test_an_error_in_a_block_leaves_the_way_free_for_others(monkeypatch):
 
 
 def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch, caplog):
-    def broken(graph, inputs):
+    def broken(graph, inputs, **options):
         raise RuntimeError("no compiler on this machine")
 
     monkeypatch.setattr(compiling, "BACKEND", broken)
@@ -243,7 +271,7 @@ def test_a_failure_is_told_once_and_the_blocks_run_as_they_are(monkeypatch, capl
 
 
 def test_each_kind_of_block_that_fails_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(compiling, "BACKEND", lambda graph, inputs: 1 / 0)
+    monkeypatch.setattr(compiling, "BACKEND", lambda *_, **__: 1 / 0)
     compiler, x = BlockCompiler(), torch.ones(2, 4)
     for block in (Block(), Other(), Block()):
         call(compiler, block, x)
@@ -292,7 +320,7 @@ def test_past_torchs_limit_of_compilations_a_block_runs_as_it_is_after_a_warning
 def test_code_of_others_keeps_autograds_cache(monkeypatch):
     found = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, **options):
         found.append(functorch_config.enable_autograd_cache)
         return graph
 
@@ -317,15 +345,15 @@ def test_where_bits_have_to_repeat_no_timing_decides_about_a_kernel(monkeypatch,
         call(BlockCompiler(), Block(), torch.ones(2, 4))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert found == [{"config_patches": {"deterministic": True}} if asked else {}]
+    assert [options["config_patches"].get("deterministic", False) for options in found] == [asked]
     assert isinstance(torch._inductor.config.deterministic, bool)  # torch knows it
 
 
 def test_where_the_cpp_wrapper_fails_all_threads_go_on_from_python(monkeypatch, caplog):
     from_python, threads = [], []
 
-    def backend(graph, inputs, config_patches=None):
-        if config_patches is None:
+    def backend(graph, inputs, config_patches):
+        if "cpp_wrapper" not in config_patches:
             from_python.append(graph)
             return graph
         if not threads:  # the other device's thread comes while this one tries

@@ -6,13 +6,13 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
@@ -113,9 +113,7 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         Without AOTAutograd's cache, which would give a block another attention kernel than is asked for: the
         kernel is chosen below what it takes for its key. Inductor's own sees it, and saves most of the time.
         """
-        # Else timings would decide whether a product is padded, which shows in its last bits.
-        repeatable = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-        patches = {**launching, **repeatable}
+        patches = {**launching, **_numerics(inputs)}
         options = {"config_patches": patches} if patches else {}
         with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
             compiled = lookup_backend(BACKEND)(graph, inputs, **options)
@@ -127,6 +125,27 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         return run
 
     return compile_graph
+
+
+def _numerics(inputs: Sequence[Any]) -> dict[str, bool]:
+    """Settings of Inductor on which the numbers of what it compiles depend.
+
+    Args:
+        inputs: of the graph, weights among them.
+    """
+    settings = {}
+    # Round to bf16 where the block itself does, also in the midst of a kernel. With weights in 8 bits a
+    # forward would hold one more hidden state for it, and they move the numbers far more.
+    if not any(map(_is_quantized, inputs)):
+        settings["emulate_precision_casts"] = True
+    # Else timings would decide whether a product is padded, which shows in its last bits.
+    if torch.are_deterministic_algorithms_enabled():
+        settings["deterministic"] = True
+    return settings
+
+
+def _is_quantized(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.itemsize == 1 and value.dtype != torch.bool
 
 
 class BlockCompiler:
