@@ -21,6 +21,7 @@ from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
+from tworeel.planning.measured_bytes import with_measured
 from tworeel.planning.orders import distinct_orders
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
@@ -64,14 +65,17 @@ class Planner:
 
     @cached_property
     def trace(self) -> ModelTrace:
-        """What the blocks cost for the largest clip."""
+        """What the blocks cost for the largest clip; in bytes, what was measured where that is known."""
         if self._known_trace is not None:
             return self._known_trace
         settings = self._trace_settings
         if (self.largest, settings) not in self._traces:
             family, source = self.request.family, self.request.source
             self._traces[self.largest, settings] = trace_model(family, source, self.largest, settings)
-        return self._traces[self.largest, settings]
+        traced = self._traces[self.largest, settings]
+        if any(map(self._dequantizes, self.request.budgets)):
+            return traced  # what was measured has a dequantized weight in it, which is counted apart here
+        return with_measured(traced, self.request.measured)
 
     @property
     def _trace_settings(self) -> TraceSettings:
@@ -207,6 +211,7 @@ class Planner:
             steps=request.steps,
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
+            measured_bytes=self.trace.measured,
         )
 
     def _launching(self, stages: Sequence[StagePlan]) -> float:

@@ -116,6 +116,8 @@ class Plan:
     steps_per_epoch: float
     calibrated: bool
     """Whether times rest on what was measured on these cards."""
+    measured_bytes: bool = False
+    """Whether what blocks take does."""
     alternatives: tuple[Alternative, ...] = ()
     changes: tuple[Alternative, ...] = ()
     """The smallest changes with which it would fit, if it does not."""

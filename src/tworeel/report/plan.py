@@ -77,6 +77,7 @@ def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
         f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
+        *(["What blocks take is as measured on these cards"] if plan.measured_bytes else []),
         *([f"What limits: {plan.limit}"] if plan.fits else []),
         *(
             ["Blocks are launched from C++: the first step takes a minute or two more"]
