@@ -31,21 +31,25 @@ def known_bytes(request: Request) -> MeasuredBytes:
     return {key: reduce(_larger, (card[key] for card in cards)) for key in everywhere}
 
 
-def with_measured(trace: ModelTrace, measured: MeasuredBytes) -> ModelTrace:
-    """The trace with what was measured of its blocks, where that is likely; all else is as it was traced."""
-    found = {
-        name: {
-            key: likely
-            for key, traced in block.footprints.items()
-            if (likely := measured.get((name, traced.hidden, key))) and _is_likely(likely, traced)
-        }
-        for name, block in trace.blocks.items()
-    }
-    blocks = {
-        name: replace(block, footprints={**block.footprints, **found[name]})
-        for name, block in trace.blocks.items()
-    }
-    return replace(trace, blocks=blocks, measured=any(found.values()))
+def with_measured(trace: ModelTrace, measured: MeasuredBytes, apart: Mapping[str, int]) -> ModelTrace:
+    """The trace with what was measured of its blocks, where that is likely; all else is as it was traced.
+
+    Args:
+        trace: of the model.
+        measured: of its blocks.
+        apart: bytes by list that were measured with a block and that no trace has.
+    """
+    blocks, is_measured = {}, False
+    for name, block in trace.blocks.items():
+        footprints = dict(block.footprints)
+        for residency, traced in block.footprints.items():
+            if (found := measured.get((name, traced.hidden, residency))) is None:
+                continue
+            found = replace(found, working=max(0, found.working - apart.get(name, 0)))
+            if _is_likely(found, traced):
+                footprints[residency], is_measured = found, True
+        blocks[name] = replace(block, footprints=footprints)
+    return replace(trace, blocks=blocks, measured=is_measured)
 
 
 def keep_bytes(request: Request, stages: Sequence[tuple[Budget, Mapping[str, Footprints]]]) -> None:
