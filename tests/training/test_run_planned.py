@@ -85,7 +85,6 @@ def test_a_run_keeps_what_its_first_step_has_measured_of_the_blocks(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "home"))
-    config = make_config(train=TWO)
     plans: list[PlannedRun] = []
 
     def planned(*args: Any) -> tuple[RunConfig, Job, PlannedRun]:
@@ -102,8 +101,8 @@ def test_a_run_keeps_what_its_first_step_has_measured_of_the_blocks(
 
     monkeypatch.setattr(run, "plan_job", planned)
     monkeypatch.setattr(run, "split_model", measured)
-    train(config)
-    train(config)
+    for name in ("first", "second"):
+        train(make_config(name, train=TWO))
     assert [one.plan.measured_bytes for one in plans] == [False, True]
 
 

@@ -12,10 +12,10 @@ import torch
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
+from tworeel.engine import Split
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
 from tworeel.engine.footprints import Footprints
-from tworeel.engine.split import Split
 from tworeel.errors import raise_if_any
 from tworeel.planning.budgets import Budget, budget_of_card
 from tworeel.planning.cards import GIB, Card
