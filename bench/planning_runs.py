@@ -152,6 +152,7 @@ class Bench:
         trace = TraceSettings(
             targets=self._targets[model], quantize=case.quantize, compile=case.compile, rank=case.rank
         )
+        # Without what runs have measured of blocks: that is what a plan is held against here.
         return Request(
             family=family,
             source=source,

@@ -12,6 +12,8 @@ import torch
 from bench_scripts import BENCH, read, run
 
 from tworeel.planning import planner
+from tworeel.planning.measured_bytes import keep_bytes, known_bytes
+from tworeel.planning.measurements import FOLDER_VARIABLE
 
 sys.path.append(str(BENCH))
 
@@ -72,6 +74,18 @@ def test_a_model_is_traced_once_for_all_its_cases(monkeypatch: pytest.MonkeyPatc
     for changed in ({}, {"residency": "recompute"}, {"at": (1,)}, {"caps": (1.0,)}):
         assert bench.planner(Case(**{**vars(CASE), **changed})).best().stages
     assert len(traced) == 1
+
+
+def test_a_plan_that_is_held_against_a_measurement_does_not_rest_on_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    bench = planning_runs.Bench(CPUS)
+    found = bench.planner(CASE)
+    stages = [{name: block.footprints for name, block in found.trace.blocks.items()}] * 2
+    keep_bytes(found.request, list(zip(found.request.budgets, stages, strict=True)))
+    assert known_bytes(found.request)
+    assert not planning_runs.Bench(CPUS).planner(CASE).best().measured_bytes
 
 
 def test_a_case_without_memory_is_told_and_the_next_one_runs(

@@ -92,6 +92,12 @@ def test_with_room_all_blocks_keep(monkeypatch):
     assert fitted().split.residency_in_words() == "stage 0: 2 keep; stage 1: 3 keep"
 
 
+def test_what_was_measured_of_each_stage_is_there_to_be_read(monkeypatch):
+    assert not split(make_wan("t2v", torch.float64), ["cpu", "cpu"], residency="auto").footprints
+    Devices(monkeypatch, available=100_000)
+    assert fitted().split.footprints == [{"blocks": SIZES}] * 2
+
+
 def test_inputs_that_wait_on_a_later_stage_take_room(monkeypatch):
     """Two micro-batches are under way on the first stage, so the second one holds the inputs of two."""
     kept = {}

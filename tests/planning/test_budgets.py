@@ -8,6 +8,7 @@ from tworeel.planning.cards import GIB
 def test_a_card_has_less_than_its_name_says() -> None:
     (budget,) = budgets_of("RTX 4090")
     assert 22.5 * GIB < budget.free == budget.total < 24 * GIB
+    assert budget.context is not None and budget.free + budget.context == 24 * GIB
 
 
 def test_the_same_card_once_more_is_another_device() -> None:

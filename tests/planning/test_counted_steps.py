@@ -43,7 +43,8 @@ def bytes_of_step(stage: StagePlan) -> int:
     """What is planned beside the weights, the moments and what no operation shows."""
     parts = stage.parts
     gradients = parts["LoRA, gradients, optimizer"] // 4
-    return parts["activations"] + parts["workspace"] - WORKSPACES + parts["inputs"] + gradients
+    held = sum(parts[name] for name in ("activations", "workspace", "crossing buffers", "inputs"))
+    return held - WORKSPACES + gradients
 
 
 def assert_held(some: Request, monkeypatch: pytest.MonkeyPatch, *, over: float = 0.05) -> None:

@@ -213,12 +213,45 @@ def test_an_optimizer_that_keeps_less_takes_less() -> None:
     assert small_bytes == pytest.approx(usual_bytes * 2.5 / 4, rel=1e-6)
 
 
+def test_a_peak_is_the_sum_of_its_parts_and_a_card_what_is_free_on_it_and_what_cuda_takes() -> None:
+    first, second = plan(request_of(budgets=budgets_of("2x RTX 4090"))).stages
+    names = [
+        "weights",
+        "LoRA, gradients, optimizer",
+        "activations",
+        "workspace",
+        "crossing buffers",
+        "inputs",
+    ]
+    for stage in (first, second):
+        assert list(stage.parts) == names and sum(stage.parts.values()) == stage.peak
+        assert all(size > 0 for size in stage.parts.values())
+        assert stage.context is not None and stage.free + stage.context == 24 * GIB
+
+
+@pytest.mark.parametrize("slack", [0, 1, 3])
+def test_hidden_states_that_cross_wait_for_their_turn_on_either_side(slack: int) -> None:
+    """Each in flight but the one at work has a gradient that waits; inputs come one micro-batch ahead."""
+    request = request_of(slack=slack, residency="recompute")
+    hidden = Planner(request).trace.blocks["blocks"].footprints[Residency.KEEP].hidden
+    stages = plan(request).stages
+    ahead = [stages[0].in_flight, stages[0].in_flight]
+    for stage, holding in zip(stages, ahead, strict=True):
+        assert stage.parts["crossing buffers"] == (holding + stage.in_flight - 1) * hidden
+
+
+def test_stages_that_share_a_card_have_equal_parts_of_what_cuda_takes() -> None:
+    found = plan(request_of(budgets=budgets_of("RTX 4090"), stages_per_device=2))
+    held = [stage.free + (stage.context or 0) for stage in found.stages]
+    assert held == pytest.approx([12 * GIB] * 2, abs=2)
+
+
 def test_weights_that_are_only_stored_so_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     first = Planner(request_of())
     known = first.trace
     monkeypatch.setattr("tworeel.planning.planner.trace_model", None)
     stored = replace(first.request, trace=replace(first.request.trace, quantize="nf4"))
-    assert Planner(stored, like=first).trace is known
+    assert Planner(stored, like=first).trace == known
 
 
 def test_explained_alternatives_are_no_better() -> None:

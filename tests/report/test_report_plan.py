@@ -72,6 +72,16 @@ def test_the_table_has_a_column_a_stage() -> None:
     assert row(text, "peak") == ["21.0 GiB"] * 2
     assert row(text, "busy") == ["96 %", "86 %"]
     assert row(text, "left to the allocator") == ["1.0 GiB"] * 2
+    assert row(text, "free") == ["23.0 GiB"] * 2
+
+
+def test_of_cards_by_name_the_table_says_what_cuda_takes_beside_what_is_free() -> None:
+    context = "driver, CUDA context"
+    (here,) = plan_tables(PLAN, Console(width=80))
+    assert context not in printed(here)
+    stages = (replace(FIRST, context=GIB), replace(SECOND, context=2 * GIB))
+    (table,) = plan_tables(replace(PLAN, stages=stages), Console(width=80))
+    assert row(printed(table), context) == ["1.0 GiB", "2.0 GiB"]
 
 
 def test_more_stages_than_the_console_has_room_for_are_in_several_tables() -> None:
@@ -92,6 +102,13 @@ def test_the_verdict_says_whether_it_fits_how_long_it_takes_and_what_limits() ->
     assert "An epoch takes 24.6 minutes, 1,000 steps take 32.8 hours" in lines[2]
     assert "34.0 GiB of 60.0 GiB" in lines[3]
     assert "memory" in lines[4]
+
+
+def test_the_verdict_says_where_it_rests_on_what_was_measured() -> None:
+    words = "What blocks take is as measured on these cards"
+    assert words not in verdict_lines(PLAN)
+    assert words in verdict_lines(replace(PLAN, measured_bytes=True))
+    assert "(as measured on these cards)" in verdict_lines(replace(PLAN, calibrated=True))[1]
 
 
 def test_what_does_not_fit_is_told_with_what_is_missing() -> None:

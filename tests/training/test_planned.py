@@ -11,6 +11,9 @@ from tiny_runs import tiny_config, tiny_model
 
 from tworeel.config.schema import RunConfig
 from tworeel.demo.clips import write_clips
+from tworeel.engine import Split
+from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency
 from tworeel.errors import UserError
 from tworeel.planning.budgets import Budget
@@ -20,7 +23,7 @@ from tworeel.training import planned
 from tworeel.training.assembly import load_model, split_model
 from tworeel.training.choices import settled
 from tworeel.training.loadable import place_again, place_blocks
-from tworeel.training.planned import budgets_of_cards, make_request, plan_job, plan_on
+from tworeel.training.planned import PlannedRun, budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
 from tworeel.training.report import SilentRun, StepReport
 
@@ -252,6 +255,60 @@ def test_of_like_cards_both_count_by_their_work(job) -> None:
 def test_of_a_stage_that_copies_beside_its_work_nothing_is_learnt(job, changes: dict[str, object]) -> None:
     config, found = job
     assert slowdown_after(config, found, (1.5, 9.0), **changes) == pytest.approx(1.5, rel=1e-3)
+
+
+def measured_on(run: PlannedRun, share: float) -> list[dict[str, dict[Residency, Footprint]]]:
+    """What is measured on each of a plan's stages, of blocks that take more than their trace."""
+    block = run.planner.trace.blocks["blocks"].footprints[Residency.KEEP]
+    found = replace(block, kept=int(share * block.kept), working=int(share * block.working))
+    return [{"blocks": {Residency.KEEP: found}} for _ in run.plan.stages]
+
+
+def split_for(run: PlannedRun, config: RunConfig, job: Job) -> Split:
+    """The run's model as it is once its blocks are measured."""
+    placed = place_again(job, [torch.device("cpu")] * 2, run.plan.split_at, [0, 0])
+    division = split_model(config, placed, load_model(config, placed))
+    division.footprints = measured_on(run, 1.5)
+    return division
+
+
+def test_the_next_plan_rests_on_the_bytes_that_a_run_has_measured(job) -> None:
+    config, found = job
+    _, _, run = plan_on(config, found, pair())
+    run.keep_bytes(split_for(run, config, found))
+    _, _, again = plan_on(config, found, pair())
+    assert again.plan.measured_bytes and not run.plan.measured_bytes
+    assert sum(again.plan.peaks.values()) > sum(run.plan.peaks.values())
+    _, _, other = plan_on(config, found, pair("RTX 4090", "RTX 3090"))
+    assert not other.plan.measured_bytes
+
+
+def test_bytes_are_kept_once_and_again_when_a_larger_clip_was_measured(job, tmp_path: Path) -> None:
+    config, found = job
+    _, _, run = plan_on(config, found, pair())
+    kept = tmp_path / "home" / "bytes.json"
+    division = split_for(run, config, found)
+    run.keep_bytes(division)
+    kept.unlink()
+    run.keep_bytes(division)
+    assert not kept.exists()
+    division.footprints = measured_on(run, 1.6)
+    run.keep_bytes(division)
+    assert kept.is_file()
+
+
+def test_of_a_run_that_has_measured_nothing_or_could_not_compile_no_bytes_are_kept(
+    job, tmp_path: Path
+) -> None:
+    config, found = job
+    _, _, run = plan_on(config, found, pair())
+    division = split_for(run, config, found)
+    division.compiler = BlockCompiler()
+    division.compiler.failed.add(print)
+    run.keep_bytes(division)
+    division.footprints = ()
+    run.keep_bytes(division)
+    assert not (tmp_path / "home" / "bytes.json").exists()
 
 
 def test_a_card_of_ones_own_is_planned_with(job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,13 @@ import torch
 from tiny_runs import Watcher, digest_of
 
 from tworeel.config.schema import RunConfig
+from tworeel.engine import Split
 from tworeel.engine.fitting import SPARE
 from tworeel.errors import UserError
 from tworeel.planning.cards import known_cards, parse_cards
+from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import run, shortage
+from tworeel.training.assembly import split_model
 from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.planned import PlannedRun, budgets_of_cards, plan_on
 from tworeel.training.preflight import Job
@@ -76,6 +79,31 @@ def test_it_trains_all_the_same_where_that_is_asked_for(make_config: MakeConfig)
     assert train(config, anyway=True, observer=watcher).lora.is_file()
     (warned,) = [line for line in watcher.lines if "may run out of memory" in line]
     assert "What would fit it: engine.residency = 'auto'" in warned
+
+
+def test_a_run_keeps_what_its_first_step_has_measured_of_the_blocks(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "home"))
+    plans: list[PlannedRun] = []
+
+    def planned(*args: Any) -> tuple[RunConfig, Job, PlannedRun]:
+        found = on_small_cards(*args)
+        plans.append(found[2])
+        return found
+
+    def measured(*args: Any) -> Split:
+        division = split_model(*args)
+        assert not division.footprints, "blocks on a CPU are not measured"
+        blocks = plans[0].planner.trace.blocks
+        division.footprints = [{name: block.footprints for name, block in blocks.items()}] * 2
+        return division
+
+    monkeypatch.setattr(run, "plan_job", planned)
+    monkeypatch.setattr(run, "split_model", measured)
+    for name in ("first", "second"):
+        train(make_config(name, train=TWO))
+    assert [one.plan.measured_bytes for one in plans] == [False, True]
 
 
 def test_a_resumed_run_stops_too_and_keeps_what_it_has(

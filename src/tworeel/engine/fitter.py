@@ -44,6 +44,7 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
             break
         _stream_more(split, short)
     assert probe is not None
+    split.footprints = probe.footprints
     footprints = [_of_stage(split, stage, probe) for stage in stages]
     for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_room)):
         if found is not None:

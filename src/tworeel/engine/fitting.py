@@ -193,10 +193,19 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     behind = min(num_kept, memory.num_blocks - 1 - memory.last_streamed)
     through = footprints.kept[memory.num_blocks - behind]
     working = max(footprints.keeping[others], footprints.working[others] - through)
-    # Inputs are sent ahead of their turn; gradients wait for theirs, all but the one that a block works with.
-    waiting = (memory.in_flight - 1) * footprints.hidden
-    crossing = memory.holding * (footprints.hidden + memory.inputs) + waiting
+    crossing = crossing_buffers(memory, footprints.hidden) + memory.holding * memory.inputs
     return memory.in_flight * (kept + left) + crossing + once + working
+
+
+def crossing_buffers(memory: StageMemory, hidden: int) -> int:
+    """Bytes of what comes from a stage's neighbours and waits: hidden states, and their gradients.
+
+    Args:
+        memory: of the stage.
+        hidden: bytes of a hidden state.
+    """
+    # Inputs are sent ahead of their turn; gradients wait for theirs, all but the one that a block works with.
+    return (memory.holding + memory.in_flight - 1) * hidden
 
 
 def streamable(block: int, num_blocks: int, streamed: int = 0, *, slot: int | None = None) -> int:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from tworeel.engine.block_runs import BlockRuns
 from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.footprints import Footprints
 from tworeel.engine.forwards import Forwards
 from tworeel.engine.host_pool import HostPool
 from tworeel.engine.moving import lodgers, move
@@ -137,6 +138,8 @@ class Split:
         residencies: what each block leaves behind for its backward.
         kept_ops: operations whose results the selective residencies keep, too.
         is_auto: whether the pipeline chooses the residencies (`tworeel.engine.fitter`).
+        footprints: what a block of each kind takes on each stage, as was measured for that at the last time;
+            nothing of stages on a CPU, nor before.
         streamed: which blocks have their weights streamed.
         may_stream: whether the pipeline may then let weights be streamed, too.
         compiler: runs the blocks compiled; None runs them as they are.
@@ -168,6 +171,7 @@ class Split:
         self.placement = placement
         self.residencies = one_a_block(residency, placement.boundaries[-1])
         self.is_auto = self._chooses(residency)
+        self.footprints: Sequence[Mapping[str, Footprints]] = ()
         self.kept_ops = frozenset(kept_ops)
         self.compiler = compiler
         self.departures = Departures()

@@ -31,6 +31,8 @@ class Budget:
     fp8_mode: Mode
     """How it multiplies fp8 weights."""
     int8_mode: Mode
+    context: int | None = None
+    """Bytes of the card that driver and CUDA take before the first tensor; None where the device is here."""
     measured: bool = False
     """Whether the rates rest on what was measured on this card."""
     slowdown: float = 1.0
@@ -54,6 +56,7 @@ def budget_of_card(card: Card, number: int) -> Budget:
         card=card.name,
         total=free,
         free=free,
+        context=card.memory - free,
         rates=rates_of(card),
         fp8_mode=card.fp8_mode,
         int8_mode=card.int8_mode,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tworeel.engine.fitting import Fit, StageMemory, fit_as, needed, ways_to_fit
+from tworeel.engine.fitting import Fit, StageMemory, crossing_buffers, fit_as, needed, ways_to_fit
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import AUTO
@@ -60,6 +60,8 @@ class StageDraft:
     spare: int
     """Left alone: the allocator's rounding and gaps."""
     free: int
+    context: int | None
+    """What driver and CUDA take beside that; None where the device is here."""
     in_flight: int
     holding: int
     """Micro-batches whose inputs it holds at a time."""
@@ -123,8 +125,9 @@ class StageDraft:
         blocks = self._as_run(fit.fallback)
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
         rest = needed(memory, StageFootprints(resting), kept, fit.fallback)
-        working = needed(memory, StageFootprints(blocks), kept, fit.fallback) - rest
-        inputs = self.holding * self.inputs
+        footprints = StageFootprints(blocks)
+        working = needed(memory, footprints, kept, fit.fallback) - rest
+        crossing, inputs = crossing_buffers(memory, footprints.hidden), self.holding * self.inputs
         forward, backward = self._seconds(kept, fit.fallback, streamed)
         return StagePlan(
             device=self.budget.device,
@@ -139,12 +142,14 @@ class StageDraft:
             parts={
                 "weights": self._on_device(streamed),
                 "LoRA, gradients, optimizer": self.lora,
-                "activations": rest - inputs,
+                "activations": rest - crossing - inputs,
                 "workspace": working + self._workspace,
+                "crossing buffers": crossing,
                 "inputs": inputs,
             },
             spare=self.spare,
             free=self.free,
+            context=self.context,
             forward=forward,
             backward=backward,
             kernels=self._kernels(kept, fit.fallback),

@@ -1,9 +1,13 @@
-"""What runs have measured on a card, kept for later plans: how much longer work took than was planned."""
+"""What runs have measured on a card, kept for later plans: how much longer work took than was planned.
+
+Bytes of blocks are kept beside it: `measured_bytes`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,37 +34,42 @@ def measurements_folder() -> Path:
 
 def calibrated(budget: Budget, settings: TraceSettings) -> Budget:
     """The device with what runs like this one took on its card, if any has been."""
-    factor = _read().get(_key(budget.card, settings))
+    factor = read(_NAME).get(key_of(budget.card, settings))
     if not isinstance(factor, int | float) or not _LEAST <= factor <= _MOST:
         return budget
     return replace(budget, rates=budget.rates.slowed(float(factor)), measured=True, slowdown=float(factor))
 
 
 def keep(card: str, settings: TraceSettings, slowdown: float) -> None:
-    """Keep how much longer than by its figures a card worked.
+    """Keep how much longer than by its figures a card worked."""
+    update(_NAME, lambda known: {**known, key_of(card, settings): round(slowdown, 4)})
+
+
+def update(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace what a file of the folder holds by what `change` makes of it.
 
     Nothing is kept where the folder cannot be written: a plan is a help, and no reason to stop a run.
     """
     folder = measurements_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{_NAME}.lock"):
-            known = _read()
-            known[_key(card, settings)] = round(slowdown, 4)
-            write_text_atomic(folder / _NAME, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        with FileLock(folder / f"{name}.lock"):
+            known = change(read(name))
+            write_text_atomic(folder / name, json.dumps(known, indent=1, sort_keys=True) + "\n")
     except OSError:
         return
 
 
-def _read() -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """What a file of the folder holds; nothing where it is not there, or damaged."""
     try:
-        found = json.loads((measurements_folder() / _NAME).read_text(encoding="utf-8"))
+        found = json.loads((measurements_folder() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _key(card: str, settings: TraceSettings) -> str:
+def key_of(card: str, settings: TraceSettings) -> str:
     """Card, versions, precision, and whether blocks are compiled."""
     precision = settings.quantize or str(settings.dtype).removeprefix("torch.")
     kind = "compiled" if settings.compile else "eager"

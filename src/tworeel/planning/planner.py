@@ -21,6 +21,7 @@ from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
+from tworeel.planning.measured_bytes import with_measured
 from tworeel.planning.orders import distinct_orders
 from tworeel.planning.plans import Plan, StagePlan, rank
 from tworeel.planning.requests import Request
@@ -64,14 +65,18 @@ class Planner:
 
     @cached_property
     def trace(self) -> ModelTrace:
-        """What the blocks cost for the largest clip."""
+        """What the blocks cost for the largest clip; in bytes, what was measured where that is known."""
         if self._known_trace is not None:
             return self._known_trace
         settings = self._trace_settings
         if (self.largest, settings) not in self._traces:
             family, source = self.request.family, self.request.source
             self._traces[self.largest, settings] = trace_model(family, source, self.largest, settings)
-        return self._traces[self.largest, settings]
+        traced = self._traces[self.largest, settings]
+        # What is measured has a dequantized weight in it, which is counted by itself here.
+        apart = all(map(self._dequantizes, self.request.budgets))
+        weights = {_list_of(unit): unit.largest for unit in self._blocks} if apart else {}
+        return with_measured(traced, self.request.measured, weights)
 
     @property
     def _trace_settings(self) -> TraceSettings:
@@ -207,6 +212,7 @@ class Planner:
             steps=request.steps,
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
+            measured_bytes=self.trace.measured,
         )
 
     def _launching(self, stages: Sequence[StagePlan]) -> float:
@@ -255,7 +261,7 @@ class Planner:
         return StageDraft(
             budget=budget,
             blocks=blocks,
-            traces=[self.trace.blocks[unit.name.rpartition(".")[0]] for unit in own],
+            traces=[self.trace.blocks[_list_of(unit)] for unit in own],
             block=max(unit.frozen for unit in own),
             smallest=min(unit.frozen for unit in own),
             weights=sum(unit.frozen for unit in (*own, *around)),
@@ -264,6 +270,7 @@ class Planner:
             dequantized=max(unit.largest for unit in own) if self._dequantizes(budget) else 0,
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),
+            context=None if budget.context is None else int(budget.context / shared),
             in_flight=in_flight,
             holding=holding,
             residency=self.request.residency,
@@ -296,6 +303,10 @@ class Planner:
         largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
+
+
+def _list_of(block: UnitBytes) -> str:
+    return block.name.rpartition(".")[0]
 
 
 def _ranked(begun: tuple[Sequence[Budget], Plan]) -> tuple[Any, ...]:

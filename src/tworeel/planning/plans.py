@@ -40,6 +40,9 @@ class StagePlan:
     """Left alone beside them: the allocator's rounding and gaps."""
     free: int
     """What its device has for all of it."""
+    context: int | None = None
+    """What driver and CUDA take of the card beside that; None of a device that is here, where it is gone from
+    what is free. Stages that share a device have equal parts."""
     forward: float
     """Of a micro-batch, on average over the data."""
     backward: float
@@ -116,6 +119,8 @@ class Plan:
     steps_per_epoch: float
     calibrated: bool
     """Whether times rest on what was measured on these cards."""
+    measured_bytes: bool = False
+    """Whether what blocks take does."""
     alternatives: tuple[Alternative, ...] = ()
     changes: tuple[Alternative, ...] = ()
     """The smallest changes with which it would fit, if it does not."""

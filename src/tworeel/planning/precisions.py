@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tworeel.planning.budgets import Budget
+from tworeel.planning.measured_bytes import known_bytes
 from tworeel.planning.measurements import calibrated
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
@@ -29,7 +30,8 @@ def in_precision(request: Request, kind: str) -> Request:
     """The request with weights of this kind, on cards as fast as runs with such weights have found them."""
     settings = replace(request.trace, quantize=kind)
     budgets = tuple(_calibrated_anew(budget, settings) for budget in request.budgets)
-    return replace(request, trace=settings, budgets=budgets, less_precise=())
+    changed = replace(request, trace=settings, budgets=budgets, less_precise=())
+    return replace(changed, measured=known_bytes(changed))
 
 
 def _calibrated_anew(budget: Budget, settings: TraceSettings) -> Budget:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tworeel.data.clips import Bucket
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.budgets import Budget
-from tworeel.planning.traces import TraceSettings
+from tworeel.planning.traces import MeasuredBytes, TraceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,10 @@ class Request:
     """Whether they may be where that is better."""
     less_precise: tuple[Request, ...] = ()
     """The same with other weights, which may be taken where these do not fit; in order of preference."""
+    attention: str = "auto"
+    """Which attention kernel is asked for; only what was measured depends on it."""
+    measured: MeasuredBytes = field(default_factory=dict)
+    """What runs like it have measured of blocks; by default all is planned as it is traced."""
 
     def in_order(self, devices: Sequence[str]) -> Request:
         """The request with its devices in this order and no other: to try all orders anew takes long."""

@@ -15,6 +15,10 @@ from tworeel.quant.matmul import Mode
 STORED_ONLY = ("nf4",)
 """Weights that are dequantized for each use: the block computes as it does with bf16 weights."""
 
+MeasuredBytes = Mapping[tuple[str, int, Residency], Footprint]
+"""What blocks were found to take: by the name of their list, the bytes that one gives to the next, which tell
+how many tokens the clip had, and what they leave behind."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSettings:
@@ -53,6 +57,8 @@ class ModelTrace:
     """By the name of the list."""
     inputs: int
     """Bytes of a micro-batch that all blocks of a stage share: text, rotary tables, modulation."""
+    measured: bool = False
+    """Whether some footprints are what a run has measured."""
 
     def mapped(
         self, work: Callable[[Work], Work], footprint: Callable[[Footprint], Footprint] = lambda same: same

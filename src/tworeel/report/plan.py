@@ -49,6 +49,7 @@ def _table(title: str, plan: Plan, some: slice) -> Table:
         "peak": [gibibytes(stage.peak) for stage in stages],
         "left to the allocator": [gibibytes(stage.spare) for stage in stages],
         "free": [gibibytes(stage.free) for stage in stages],
+        **_context(stages),
         "a clip, forward": [short_seconds(stage.forward) for stage in stages],
         "a clip, backward": [short_seconds(stage.backward) for stage in stages],
         "busy": [f"{100 * share:.0f} %" for share in plan.busy[some]],
@@ -56,6 +57,12 @@ def _table(title: str, plan: Plan, some: slice) -> Table:
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
+
+
+def _context(stages: Sequence[StagePlan]) -> dict[str, list[str]]:
+    """What is left of cards that need not be here; devices that are here only say what is free."""
+    known = [gibibytes(stage.context) for stage in stages if stage.context is not None]
+    return {"driver, CUDA context": known} if len(known) == len(stages) else {}
 
 
 def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
@@ -77,6 +84,7 @@ def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
         f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
+        *(["What blocks take is as measured on these cards"] if plan.measured_bytes else []),
         *([f"What limits: {plan.limit}"] if plan.fits else []),
         *(
             ["Blocks are launched from C++: the first step takes a minute or two more"]

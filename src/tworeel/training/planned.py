@@ -12,8 +12,10 @@ import torch
 
 from tworeel.config.schema import RunConfig
 from tworeel.data.clips import Bucket
+from tworeel.engine import Split
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
+from tworeel.engine.footprints import Footprints
 from tworeel.errors import raise_if_any
 from tworeel.planning.budgets import Budget, budget_of_card
 from tworeel.planning.cards import GIB, Card
@@ -21,6 +23,7 @@ from tworeel.planning.changing import changes
 from tworeel.planning.choosing import choose
 from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.explaining import explained
+from tworeel.planning.measured_bytes import keep_bytes, known_bytes
 from tworeel.planning.measurements import calibrated, keep
 from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner
@@ -103,13 +106,14 @@ def make_request(
         may_interleave=engine.stages_per_device == "auto",
         cpp_wrapper=engine.cpp_wrapper is True and settings.compile,
         may_launch_from_cpp=may_launch_from_cpp and engine.cpp_wrapper == "auto" and _launches(settings),
+        attention=engine.attention,
     )
     if config.model.quantize != "auto":
-        return _calibrated(request)
+        return _as_measured(request)
     settings = replace(settings, quantize=eight_bit_kind(budgets))
     launches = request.may_launch_from_cpp and _launches(settings)
     eight_bit = replace(request, trace=settings, may_launch_from_cpp=launches)
-    return replace(_calibrated(request), less_precise=(_calibrated(eight_bit),))
+    return replace(_as_measured(request), less_precise=(_as_measured(eight_bit),))
 
 
 def _launches(settings: TraceSettings) -> bool:
@@ -117,8 +121,10 @@ def _launches(settings: TraceSettings) -> bool:
     return settings.compile and settings.quantize in TRIED_FROM_CPP
 
 
-def _calibrated(request: Request) -> Request:
-    return replace(request, budgets=tuple(calibrated(b, request.trace) for b in request.budgets))
+def _as_measured(request: Request) -> Request:
+    """With what runs like it have measured on its cards."""
+    budgets = tuple(calibrated(b, request.trace) for b in request.budgets)
+    return replace(request, budgets=budgets, measured=known_bytes(request))
 
 
 def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
@@ -144,6 +150,8 @@ class PlannedRun:
     planner: Planner
     """That has made it."""
     _reports: list[StepReport] = field(default_factory=list)
+    _footprints: Sequence[Mapping[str, Footprints]] = ()
+    """That were kept last."""
 
     def heard(self, report: StepReport) -> str | None:
         """Take a step's report; once enough were heard, what was measured beside what was planned."""
@@ -167,6 +175,17 @@ class PlannedRun:
         )
         planned = found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
+
+    def keep_bytes(self, split: Split) -> None:
+        """Keep what the split's blocks were found to take; again when a larger clip was measured."""
+        if split.footprints == self._footprints:
+            return
+        self._footprints = split.footprints
+        if split.compiler is not None and split.compiler.failed:
+            return  # some ran as they are
+        budgets = {budget.device: budget for budget in self.planner.request.budgets}
+        stages = [budgets[stage.device] for stage in self.plan.stages]
+        keep_bytes(self.planner.request, list(zip(stages, split.footprints, strict=True)))
 
     def _slowdowns(self, reports: Sequence[StepReport]) -> dict[str, float]:
         """How much longer than by its figures each card worked, over all of its stages that only compute.

@@ -14,7 +14,7 @@ from tworeel import __version__
 from tworeel.cache.build import CacheIndex
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
-from tworeel.engine import Pipeline, attention_backend
+from tworeel.engine import Pipeline, Split, attention_backend
 from tworeel.engine.attention import before_first_product
 from tworeel.errors import UserError, collected
 from tworeel.files import sweep_temporaries, write_text_atomic
@@ -134,6 +134,7 @@ def _train(
         planned=planned,
         folder=folder,
         store=store,
+        split=division,
         trainer=trainer,
         observer=observer,
         batches=batches,
@@ -161,6 +162,7 @@ class _Run:
     planned: PlannedRun | None
     folder: RunFolder
     store: CheckpointStore
+    split: Split
     trainer: Trainer
     observer: RunObserver
     batches: MicroBatches
@@ -198,8 +200,7 @@ class _Run:
                     done = step + 1
                     metrics.write(done, _as_metrics(report))
                     self.observer.step(report)
-                    if self.planned and (line := self.planned.heard(report)):
-                        self.observer.say(line)
+                    self._compare(report)
                     self._export_if_due(done)
                     if done % self.config.train.save_every == 0 or done == steps:
                         self._save(done, metrics)
@@ -210,6 +211,14 @@ class _Run:
                     self._save(done, metrics)
                 raise
         self._export(steps, self.config.train.name)
+
+    def _compare(self, report: StepReport) -> None:
+        """Keep what the step has measured for later plans, and say how it compares with this one."""
+        if self.planned is None:
+            return
+        self.planned.keep_bytes(self.split)
+        if line := self.planned.heard(report):
+            self.observer.say(line)
 
     def _save(self, step: int, metrics: MetricsLog) -> None:
         metrics.sync()
