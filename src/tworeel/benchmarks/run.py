@@ -12,6 +12,7 @@ from torch import Tensor
 from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.baseline import Baselines
 from tworeel.benchmarks.flops import work_of
+from tworeel.benchmarks.planned import Plans
 from tworeel.benchmarks.preparing import (
     Gradients,
     Observer,
@@ -58,26 +59,29 @@ class Bench:
     def __init__(self, rates: Mapping[str, float], observer: Observer) -> None:
         self._rates = rates
         self._observer = observer
+        self._plans = Plans(observer)
         self._baselines = Baselines(observer)
         self._compiled_for: Hashable = None
 
     def run(self, case: Case, settings: Settings) -> CaseResult:
-        """Measure one case.
+        """Measure one case, with what a plan decides of what the settings leave open.
 
         Raises:
             UserError: the model cannot be split, streamed or quantized so.
         """
-        devices, precision = settings.devices, settings.precision_of(case.model)
+        precision = settings.precision_of(case.model)
         blocks = settings.blocks or case.model.blocks
         self._forget_compiled(case, settings)
-        machine.reset_peaks(devices)
         tokens, count = f"{case.tokens:,} tokens", f"{case.micro_batches} micro-batches"
         self._observer.say(f"{case.name}: {blocks} blocks, {precision}, {tokens}, {count}")
-        baseline = self._baselines.run(case, settings, blocks) if settings.compare_naive else None
+        undivided = settings.split_at is None
+        settings, planned = self._plans.follow(case, settings, blocks)
+        devices, compared = settings.devices, settings.compare_naive
+        baseline = self._baselines.run(case, settings, blocks, may_be_even=undivided) if compared else None
         machine.limit_memory(devices, settings.cap_gib)
         prepared = baseline.prepared if baseline else None
         if prepared is None:
-            machine.reset_peaks(devices)  # the baseline's weights are no part of this case's peaks
+            machine.reset_peaks(devices)  # what is over, the baseline too, is no part of this case's peaks
             prepared = unless_out_of_memory(lambda: prepare(case, settings, blocks))
         measured = None
         if prepared:
@@ -94,6 +98,8 @@ class Bench:
             pinned_peak=machine.pinned_memory(),
             measured=measured,
             naive=baseline.naive if baseline else None,
+            settings=settings,
+            planned=planned,
         )
         del prepared, baseline
         release_memory()
@@ -149,6 +155,7 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
             compile=settings.compile,
             cpp_wrapper=settings.cpp_wrapper,
             streamed=settings.streamed,
+            may_stream=settings.may_stream,
             host_limit=host_limit(prepared.model, prepared.placement, prepared.streamed),
         )
     return Pipeline(division, slack=settings.slack)

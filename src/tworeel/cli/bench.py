@@ -109,6 +109,8 @@ def bench(
             torch.set_num_threads(1)
         settings = Settings(
             devices=found,
+            # Boundaries and counts that are given are meant for the devices in their order.
+            may_reorder=devices is None and boundaries is None and waiting is None,
             stages_per_device=stages_per_device,
             split_at=boundaries,
             blocks=blocks,
