@@ -78,7 +78,8 @@ class Plans:
         machine.limit_memory(settings.devices, settings.cap_gib)
         try:
             budgets = budgets_of_devices(settings.devices)
-            return self._follow(self._as_fast(request_of_case(case, settings, blocks, budgets)), settings)
+            request = request_of_case(case, settings, blocks, budgets)
+            return self.follow_on(self._as_fast(request), settings)
         except Exception as error:  # noqa: BLE001  # torch's tracing may raise anything; no plan is needed
             shares = "even shares of the blocks" if settings.split_at is None else "the boundaries are kept"
             self._observer.say(f"  no plan could be made ({type(error).__name__}: {error}); {shares}")
@@ -89,7 +90,8 @@ class Plans:
         budgets = [calibrated(budget, request.trace) for budget in request.budgets]
         return replace(request, budgets=tuple(b if b.measured else self._planners.timed(b) for b in budgets))
 
-    def _follow(self, request: Request, settings: Settings) -> tuple[Settings, Planned]:
+    def follow_on(self, request: Request, settings: Settings) -> tuple[Settings, Planned]:
+        """Decide what the settings leave open, on the devices of the request."""
         planner = self._planners.planner(request)
         plan = planner.best()
         if not plan.fits:

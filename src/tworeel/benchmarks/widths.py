@@ -131,8 +131,6 @@ class Flux2Shape(ModelShape):
     doubles: int
     """Blocks with a stream for the image and one for the text; the others have one for both."""
     channels: int = 128
-    guidance: bool = False
-    """Whether the guidance scale is embedded, as dev's is."""
 
     family: ClassVar[str] = "flux2"
     sample: ClassVar[str] = "an image"
@@ -165,7 +163,7 @@ class Flux2Shape(ModelShape):
             "mlp_ratio": float(self.mlp_ratio),
             "num_layers": doubles,
             "num_single_layers": count - doubles,
-            "guidance_embeds": self.guidance,
+            "guidance_embeds": self.variant == "flux2-dev",
         }
 
 
@@ -181,9 +179,7 @@ WAN_5B = WanShape(
     channels=48,
     spatial_stride=16,
 )
-FLUX2_DEV = Flux2Shape(
-    name="flux2-dev", variant="flux2-dev", dim=6144, blocks=56, doubles=8, text_dim=15360, guidance=True
-)
+FLUX2_DEV = Flux2Shape(name="flux2-dev", variant="flux2-dev", dim=6144, blocks=56, doubles=8, text_dim=15360)
 KLEIN_4B = Flux2Shape(
     name="flux2-klein-4b", variant="flux2-klein-4b", dim=3072, blocks=25, doubles=5, text_dim=7680
 )
