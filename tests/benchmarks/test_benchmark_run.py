@@ -168,8 +168,9 @@ def test_a_plan_that_streams_nothing_gives_the_naive_run_the_same_weights_in_the
 def test_a_plan_that_streams_leaves_the_naive_run_even_shares(
     planned: type[PlansOfCards], case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "gib", 0.66)
-    made, compared = prepared_at(monkeypatch), replace(settings, residency="auto", compare_naive=True)
+    monkeypatch.setattr(planned, "gib", 0.67)
+    made = prepared_at(monkeypatch)
+    compared = replace(settings, blocks=12, residency="auto", compare_naive=True)
     result = Bench(RATES, Listener()).run(case, compared)
     assert result.settings.streamed and any(result.settings.streamed) and result.speedup
     assert made == [None, result.settings.split_at]
