@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tworeel.benchmarks.shapes import model_shape
-from tworeel.benchmarks.widths import FLUX2_DEV, TINY, TINY_FLUX2, ModelShape
+from tworeel.benchmarks import models
+from tworeel.benchmarks.widths import FLUX2_DEV, TINY, TINY_FLUX2, WAN_5B, WAN_14B, ModelShape
 from tworeel.data.clips import Bucket
-from tworeel.models.family import Component, ModelSource, Traits
-from tworeel.models.flux2 import variants
+from tworeel.models.family import ModelSource
 
 _WITH_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 MODELS: dict[str, tuple[ModelShape, dict[str, Any]]] = {
-    "t2v-a14b": (model_shape("wan-14b"), {}),
-    "i2v-14b": (model_shape("wan-14b"), _WITH_IMAGE),
-    "ti2v-5b": (model_shape("wan-5b"), {}),
+    "t2v-a14b": (replace(WAN_14B, variant="wan2.2-t2v-a14b"), {}),
+    "i2v-14b": (replace(WAN_14B, variant="wan2.1-i2v-14b"), _WITH_IMAGE),
+    "ti2v-5b": (WAN_5B, {}),
     "flux2-dev": (FLUX2_DEV, {}),
     "tiny": (TINY, {}),
     "tiny-flux2": (TINY_FLUX2, {}),
@@ -81,22 +80,9 @@ class Case:
     def source(self) -> ModelSource:
         """The model as if it had been found on disk."""
         shape, more = MODELS[self.model]
-        config = {**shape.config(self.blocks), **more}
-        transformer = Component(files=(), layout="native", config=config)
-        if "flux2" in self.model:
-            return ModelSource(traits=variants.traits("flux2-dev"), transformer=transformer)
-        five = self.model == "ti2v-5b"
-        traits = Traits(
-            family="wan",
-            variant=self.model,
-            frame_rate=16,
-            spatial_multiple=32 if five else 16,
-            temporal_stride=4,
-            tokens_per_pixel_area=1024 if five else 256,
-            image_inputs=("first_image",) if five or self.model == "i2v-14b" else (),
-            image_optional=five,
-        )
-        return ModelSource(traits=traits, transformer=transformer)
+        found = models.source_of(shape, self.blocks)
+        transformer = replace(found.transformer, config={**found.transformer.config, **more})
+        return replace(found, transformer=transformer)
 
 
 _T2V = Case(model="t2v-a14b", size="480p", frames=49)

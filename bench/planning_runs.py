@@ -8,31 +8,26 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import psutil
 import torch
 from at_peak import watched
 from planning_cases import Case
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.preparing import launches_from_cpp, unless_out_of_memory
+from tworeel.benchmarks.planned import Planners, make_request
+from tworeel.benchmarks.preparing import Settings, launches_from_cpp, unless_out_of_memory
 from tworeel.engine import Pipeline, place, split
 from tworeel.engine.attention import attention_backend
 from tworeel.engine.releasing import release_memory
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.lora.state import lora_parameters
-from tworeel.lora.targets import find_targets
 from tworeel.models.family import Family
-from tworeel.models.registry import FAMILIES
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import GIB, known_cards, parse_cards
 from tworeel.planning.changing import scaled
 from tworeel.planning.devices import budgets_of_devices
-from tworeel.planning.measuring import measured
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
-from tworeel.planning.traces import ModelTrace, TraceSettings
-from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.planned import budgets_of_cards
 
 MOST_FRAMES = 1001
@@ -58,7 +53,7 @@ class Measured:
 
 
 class Bench:
-    """Devices, and what was found out on them: each model is traced and each card timed once.
+    """Devices, and what was found out on them: each clip is traced and each card timed once.
 
     Args:
         devices: of the stages; a case takes the first ones.
@@ -68,24 +63,16 @@ class Bench:
     def __init__(self, devices: Sequence[torch.device], *, looks: bool = False) -> None:
         self.devices = tuple(devices)
         self._looks = looks
-        self._timed: dict[str, Budget] = {}
-        self._targets: dict[Any, tuple[str, ...]] = {}
-        self._planners: dict[Any, Planner] = {}
-        self._traces: dict[Any, ModelTrace] = {}
+        self._planners = Planners()
         self._compiled_for: tuple[Any, ...] = ()
 
     def planner(self, case: Case) -> Planner:
         """Plans a case for its devices as they are now, limited as the case says."""
         devices = self.devices[: case.stages]
         _limit(case, devices)
-        request = self._request(case, devices)
-        model = (case.model, case.blocks)
-        modes = frozenset(budget.mode(case.quantize) for budget in request.budgets)
-        key = (model, case.bucket, request.trace, modes)
-        planner = Planner(request, self._traces.get(key), self._planners.get(model))
-        self._traces[key] = planner.trace
-        self._planners[model] = planner
-        return planner
+        settings, budgets = _settings(case, devices), self._budgets(case, devices)
+        request = make_request(case.source, case.bucket, settings, budgets, micro_batches=case.micro_batches)
+        return self._planners.planner(request)
 
     def longest(self, case: Case) -> tuple[Case, Case | None] | None:
         """The longest clip that is accepted, and the next longer one; None if not even an image is.
@@ -142,36 +129,6 @@ class Bench:
             torch.compiler.reset()
             self._compiled_for = kind
 
-    def _request(self, case: Case, devices: Sequence[torch.device]) -> Request:
-        source = case.source
-        family = FAMILIES[source.traits.family]
-        if (model := (case.model, case.blocks)) not in self._targets:
-            built = family.build_transformer(source.transformer)
-            found = find_targets(built, family.lora_presets["all-linear"], family.block_lists)
-            self._targets[model] = tuple(found)
-        trace = TraceSettings(
-            targets=self._targets[model], quantize=case.quantize, compile=case.compile, rank=case.rank
-        )
-        # Without what runs have measured of blocks: that is what a plan is held against here.
-        return Request(
-            family=family,
-            source=source,
-            buckets={case.bucket: 1.0},
-            trace=trace,
-            budgets=self._budgets(case, devices),
-            may_reorder=False,
-            micro_batches=case.micro_batches,
-            slack=1,
-            stages_per_device=1,
-            split_at=case.at,
-            residency=case.residency,
-            streamed=None,
-            host_free=int(HOST_SHARE * psutil.virtual_memory().available),
-            steps=1,
-            clips_per_epoch=case.micro_batches,
-            cpp_wrapper=case.compile and launches_from_cpp(devices, case.quantize, images=case.frames == 1),
-        )
-
     def _budgets(self, case: Case, devices: Sequence[torch.device]) -> tuple[Budget, ...]:
         if any(device.type == "cpu" for device in devices):
             cards = budgets_of_cards(parse_cards(f"{len(devices)}x RTX 4090", known_cards()))
@@ -180,12 +137,21 @@ class Bench:
                 replace(card, device=str(d), total=rooms.get(d, card.total), free=rooms.get(d, card.free))
                 for card, d in zip(cards, devices, strict=True)
             )
-        found = budgets_of_devices(devices)
-        for budget in found:
-            if budget.device not in self._timed:
-                self._timed[budget.device] = measured(budget)
-                release_memory()
-        return tuple(replace(self._timed[b.device], total=b.total, free=b.free) for b in found)
+        return tuple(map(self._planners.timed, budgets_of_devices(devices)))
+
+
+def _settings(case: Case, devices: Sequence[torch.device]) -> Settings:
+    quantize: Any = case.quantize
+    images = case.frames == 1
+    return Settings(
+        devices=tuple(devices),
+        split_at=case.at,
+        quantize=quantize,
+        residency=case.residency,
+        compile=case.compile,
+        cpp_wrapper=case.compile and launches_from_cpp(devices, case.quantize, images=images),
+        rank=case.rank,
+    )
 
 
 @dataclass(frozen=True)

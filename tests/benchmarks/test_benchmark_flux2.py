@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from listening import Listener
 
 from tworeel.benchmarks import baseline
 from tworeel.benchmarks.models import build, make_batches, mean_square
@@ -18,19 +19,6 @@ from tworeel.benchmarks.widths import FLUX2_DEV, MODELS, TINY_FLUX2, TINY_TOKENS
 from tworeel.errors import UserError
 
 RATES = {"cpu": 1e9}
-
-
-class Listener:
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def poll(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -78,7 +66,7 @@ def test_an_image_comes_with_what_the_transformer_takes(image: Case) -> None:
     (dev, _) = make_batches(image, torch.bfloat16, torch.device("cpu"))
     assert dev["hidden_states"].shape == (1, 16, 16) and dev["encoder_hidden_states"].shape == (1, 512, 96)
     assert dev["img_ids"].shape == (1, 16, 4) and dev["guidance"].item() == 1
-    klein = replace(image, model=replace(TINY_FLUX2, guidance=False))
+    klein = replace(image, model=replace(TINY_FLUX2, variant="flux2-klein-4b"))
     assert make_batches(klein, torch.float32, torch.device("cpu"))[0]["guidance"] is None
 
 

@@ -29,6 +29,7 @@ def test_a_tiny_bench_prints_a_ratio_and_a_cosine_and_writes_all_figures(run: Ru
     assert case["fits"] and case["tokens"] == 16 and case["speedup"] > 0
     assert case["measured"]["agreement"]["worst_cosine"] >= 0.9999
     assert case["settings"]["devices"] == ["cpu", "cpu"]
+    assert case["planned"] is None and case["settings"]["split_at"] is None  # on CPUs all is even
     assert "faster than naive" in done.out and "cosine 1.000" in done.out
     trace = json.loads(
         (tmp_path / "steps" / "tiny-16-tokens-3-a-step-fp32.trace.json").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import torch
 
 from tworeel.engine.attention import before_first_product
 
-for room in ("engine", "planning", "training"):
-    sys.path.append(str(Path(__file__).parents[1] / room))  # for toy_wan, real_models and tiny_runs
+for room in ("benchmarks", "engine", "planning", "training"):
+    sys.path.append(str(Path(__file__).parents[1] / room))  # for listening, toy_wan, real_models, tiny_runs
 
 before_first_product("deterministic")
 PLACES = ("one twice", "one and the CPU", "two")

@@ -5,7 +5,8 @@ from dataclasses import replace
 from rich.console import Console
 
 from tworeel.benchmarks.machine import Peak
-from tworeel.benchmarks.results import Agreement, CaseResult, Limit, Measured, Naive
+from tworeel.benchmarks.preparing import Settings
+from tworeel.benchmarks.results import Agreement, CaseResult, Limit, Measured, Naive, Planned
 from tworeel.benchmarks.shapes import make_cases
 from tworeel.benchmarks.widths import FLUX2_DEV, WAN_14B
 from tworeel.report.benchmark import benchmark_tables, closing_lines, fact_lines
@@ -35,6 +36,18 @@ RESULT = CaseResult(
     pinned_peak=0,
     measured=MEASURED,
     naive=Naive(seconds_per_clip=6.4, peaks=PEAKS),
+    settings=Settings(devices=()),
+)
+PLANNED = Planned(
+    fits=True,
+    limit="compute",
+    devices=("cuda:0", "cuda:1"),
+    split_at=(18,),
+    streamed=(0, 0),
+    seconds_per_clip=3.92,
+    peaks={"cuda:0": int(20.5 * GIB), "cuda:1": 19 * GIB},
+    host_memory=0,
+    calibrated=True,
 )
 
 
@@ -80,6 +93,23 @@ def test_a_naive_run_that_does_not_fit_is_told() -> None:
     alone = replace(RESULT, naive=Naive(seconds_per_clip=None, peaks=PEAKS))
     assert any("does not fit" in line for line in closing_lines(alone))
     assert row(printed(alone), "naive: seconds a clip") == ["does not fit"]
+
+
+def test_what_was_planned_stands_beside_what_was_measured() -> None:
+    planned = replace(RESULT, planned=PLANNED)
+    line = closing_lines(planned)[1]
+    assert line == (
+        "  planned: 3.92 s a clip; peaks cuda:0 20.5 GiB (measured 20.0), cuda:1 19.0 GiB; first blocks 18"
+    )
+    text = printed(RESULT, planned)
+    assert row(text, "planned: seconds a clip") == ["-", "3.92"]
+    assert row(text, "seconds a clip") == ["4", "4"]
+
+
+def test_a_plan_for_one_device_has_no_boundaries_and_may_not_fit() -> None:
+    alone = replace(PLANNED, fits=False, devices=("cuda:0",), split_at=(), peaks={"cuda:0": 21 * GIB})
+    line = closing_lines(replace(RESULT, planned=alone))[1]
+    assert line == "  planned: 3.92 s a clip; peaks cuda:0 21.0 GiB (measured 20.0); it did not fit"
 
 
 def test_facts_are_lines() -> None:

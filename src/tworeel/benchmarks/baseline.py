@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from tworeel.benchmarks.preparing import (
     Prepared,
     Settings,
     gradients_of,
+    homes,
     prepare,
     timed,
     unless_out_of_memory,
@@ -43,25 +44,54 @@ class Baselines:
         self._observer = observer
         self._known: dict[Hashable, Naive] = {}
 
-    def run(self, case: Case, settings: Settings, blocks: int) -> Baseline:
-        """Run it unquantized, or in the case's precision where that does not fit."""
-        unquantized, *others = _attempts(settings)
-        found = self._attempt(case, unquantized, settings, blocks)
+    def run(self, case: Case, settings: Settings, blocks: int, *, may_be_even: bool) -> Baseline:
+        """Run it unquantized, or in the case's precision where that does not fit.
+
+        Args:
+            case: what is run.
+            settings: of the pipeline.
+            blocks: of the model.
+            may_be_even: the boundaries are a plan's, if there are any: even shares do where they do not fit.
+        """
+        unquantized, *others = [
+            _placements(replace(settings, quantize=kind), may_be_even)
+            for kind in dict.fromkeys((None, settings.quantize))
+        ]
+        found = self._in_precision(case, unquantized, settings, blocks)
         for other in others:
             if found.naive.seconds_per_clip is not None:
                 break
             del found  # and its model
-            asked = other.precision_of(case.model)
+            asked = settings.precision_of(case.model)
             self._observer.say(f"  the {case.model.precision} baseline does not fit: it runs in {asked} too")
+            found = self._in_precision(case, other, settings, blocks)
+        return found
+
+    def _in_precision(
+        self, case: Case, attempts: Sequence[Settings], settings: Settings, blocks: int
+    ) -> Baseline:
+        """Run it with the weights in the first places where it fits."""
+        first, *others = attempts
+        kind = (case.model, case.grid, blocks, first.rank, first.precision_of(case.model))
+        known = self._known.get(kind)
+        if known and (known.seconds_per_clip is None or not first.check):
+            return Baseline(naive=known)
+        found = self._attempt(case, first, settings, blocks)
+        for other in others:
+            if found.naive.seconds_per_clip is not None:
+                break
+            del found  # and its model
+            self._observer.say("  the baseline does not fit the plan's shares: it has even ones")
             found = self._attempt(case, other, settings, blocks)
+        self._known[kind] = found.naive
         return found
 
     def _attempt(self, case: Case, attempt: Settings, settings: Settings, blocks: int) -> Baseline:
+        # Random weights are those of the device that they are drawn on.
+        if attempt.check and homes(case, attempt, blocks) != homes(case, settings, blocks):
+            self._observer.say("  gradients are not compared: the baseline has its blocks in other places")
+            attempt = replace(attempt, check=False)
         devices, precision = attempt.devices, attempt.precision_of(case.model)
-        kind = (case.model, case.grid, blocks, attempt.rank, precision)
-        known = self._known.get(kind)
-        if known and (known.seconds_per_clip is None or not attempt.check):
-            return Baseline(naive=known)
         machine.limit_memory(devices, None)  # it takes what it needs
         machine.reset_peaks(devices)
         prepared = unless_out_of_memory(lambda: prepare(case, attempt, blocks))
@@ -72,22 +102,23 @@ class Baselines:
             self._observer.say("  one micro-batch at a time with per-block device hooks ...")
             naive, gradients = run_naive(case, prepared, attempt, self._observer)
         machine.reset_peaks(devices)
-        self._known[kind] = naive
         is_same = attempt == settings
         return Baseline(naive=naive, prepared=prepared if is_same else None, gradients=gradients)
 
 
-def _attempts(settings: Settings) -> Iterator[Settings]:
-    """What the naive run works with: all weights on the devices, a part of the model on each.
+def _placements(settings: Settings, may_be_even: bool) -> list[Settings]:
+    """All weights on the devices, a part of the model on each: as the pipeline has them, and in even shares.
 
-    Not quantized also where the pipeline's weights are; in their precision if that does not fit.
+    Boundaries of a plan that streams are not for devices that hold all weights, but gradients are compared
+    only where blocks are in the same places.
     """
-    interleaved = settings.stages_per_device > 1
-    split_at = None if interleaved else settings.split_at
-    plain = replace(settings, streamed=None, stages_per_device=1, split_at=split_at)
-    yield replace(plain, quantize=None)
-    if settings.quantize is not None:
-        yield plain
+    plain = replace(settings, streamed=None, may_stream=None, stages_per_device=1)
+    even = replace(plain, split_at=None)
+    if settings.stages_per_device > 1:
+        return [even]
+    if not may_be_even:
+        return [plain]
+    return [even] if settings.streamed and not settings.check else list(dict.fromkeys((plain, even)))
 
 
 def run_naive(

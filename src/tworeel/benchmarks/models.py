@@ -15,9 +15,11 @@ from tworeel.engine import Placement, place
 from tworeel.errors import UserError
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
-from tworeel.models.family import Component, Family
-from tworeel.models.flux2 import conditioning, variants
+from tworeel.models.family import Component, Family, ModelSource, Traits
+from tworeel.models.flux2 import conditioning
+from tworeel.models.flux2 import variants as flux2_variants
 from tworeel.models.registry import FAMILIES
+from tworeel.models.wan import variants as wan_variants
 from tworeel.quant import quantize_blocks
 
 Quantization = Literal["fp8", "int8", "nf4"]
@@ -38,8 +40,30 @@ def family_of(shape: ModelShape) -> Family:
 
 def build(shape: ModelShape, blocks: int) -> nn.Module:
     """The transformer on the meta device."""
-    component = Component(files=(), layout="native", config=shape.config(blocks))
-    return family_of(shape).build_transformer(component)
+    return family_of(shape).build_transformer(_transformer(shape, blocks))
+
+
+def source_of(shape: ModelShape, blocks: int | None = None) -> ModelSource:
+    """The model as if it had been found on disk, with so many blocks; all by default."""
+    return ModelSource(traits=_traits_of(shape), transformer=_transformer(shape, blocks))
+
+
+def _transformer(shape: ModelShape, blocks: int | None) -> Component:
+    return Component(files=(), layout="native", config=shape.config(blocks))
+
+
+def _traits_of(shape: ModelShape) -> Traits:
+    match shape:
+        case WanShape():
+            return wan_variants.traits(shape.variant, None)
+        case Flux2Shape():
+            return flux2_variants.traits(shape.variant)
+    raise NotImplementedError(f"no traits of a {type(shape).__name__}")
+
+
+def dtype_of(shape: ModelShape) -> torch.dtype:
+    """Of weights that are not quantized, and of activations."""
+    return torch.float32 if shape.tiny else torch.bfloat16
 
 
 def place_model(
@@ -155,7 +179,7 @@ def _flux2_inputs(
     model: Flux2Shape, grid: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, Any]:
     """What training gives the transformer for an image of this size."""
-    traits = variants.traits("flux2-dev" if model.guidance else "flux2-klein-4b")
+    traits = _traits_of(model)
     latents, noise = torch.randn(2, model.channels, *grid, generator=generator)
     cached = {"latents": latents, "text": torch.randn(TEXT_TOKENS, model.text_dim, generator=generator)}
     return conditioning.make_sample(traits, cached, noise, TIMESTEP / 1000, dtype=dtype).inputs

@@ -46,9 +46,12 @@ class Settings:
 
     devices: tuple[torch.device, ...]
     """One a stage, once over."""
+    may_reorder: bool = False
+    """Whether a plan may give them the stages in another order."""
     stages_per_device: int = 1
     """How often `devices` is repeated: more than once interleaves."""
     split_at: tuple[int, ...] | None = None
+    """First block of each stage after the first; a plan's choice by default, without one even shares."""
     blocks: int | None = None
     """Of the model; as many as the real one has by default."""
     quantize: models.Quantization | None = None
@@ -59,6 +62,9 @@ class Settings:
     attention: AttentionBackend = "auto"
     slack: int = 1
     streamed: tuple[int, ...] | None = None
+    """Blocks of each stage whose weights wait in host memory from the start; a plan's choice by default."""
+    may_stream: bool | None = None
+    """Whether those of more blocks may, as for `tworeel.engine.split`."""
     rank: int = 32
     rounds: int = 3
     cap_gib: float | None = None
@@ -89,7 +95,8 @@ def launched(settings: Settings, case: Case, cpp_wrapper: bool | None) -> Settin
 def launches_from_cpp(devices: Sequence[torch.device], quantize: str | None, *, images: bool) -> bool:
     """Whether what is measured on these devices, if it is compiled, is launched from C++ unasked.
 
-    A run goes by its plan instead, which a benchmark has not: clips keep the devices busy from Python too.
+    A run goes by its plan and its length, of which a benchmark has none: clips keep the devices busy from
+    Python too.
     """
     several = len({device for device in devices if device.type != "cpu"}) > 1
     return images and several and quantize in TRIED_FROM_CPP and may_launch_from_cpp()
@@ -142,6 +149,12 @@ def _place(shape: ModelShape, settings: Settings, blocks: int) -> tuple[nn.Modul
     return model, placement, streamed
 
 
+def homes(case: Case, settings: Settings, blocks: int) -> list[torch.device]:
+    """The device of each part of the model, in the order of the forward."""
+    _, placement, _ = _place(case.model, settings, blocks)
+    return [placement.devices[unit.stage] for unit in placement.units]
+
+
 @contextmanager
 def naming(options: str) -> Iterator[None]:
     """What the engine refuses inside is a mistake in these options."""
@@ -157,7 +170,7 @@ def prepare(case: Case, settings: Settings, blocks: int) -> Prepared:
     Raises:
         UserError: the model cannot be split, streamed or quantized so.
     """
-    dtype = torch.float32 if case.model.tiny else torch.bfloat16
+    dtype = models.dtype_of(case.model)
     family = models.family_of(case.model)
     model, placement, streamed = _place(case.model, settings, blocks)
     models.fill(

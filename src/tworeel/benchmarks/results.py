@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tworeel.benchmarks.machine import Peak
+from tworeel.benchmarks.preparing import Settings
 from tworeel.benchmarks.shapes import Case
 from tworeel.engine.schedule import make_orders
 from tworeel.engine.timeline import Span
@@ -54,6 +55,29 @@ class Agreement:
         close = f"{100 * self.close:.0f} % of the tensors at least {CLOSE:g}"
         worst = f"{self.worst_cosine:.6f} at worst ({self.worst_tensor})"
         return f"cosine {self.cosine:.6f} in all, {close}, {worst}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What the plan that was followed says beforehand, without an optimizer, which no step has here."""
+
+    fits: bool
+    """With the room that a run's optimizer takes."""
+    limit: str
+    """What keeps it from fitting, or from being faster."""
+    devices: tuple[str, ...]
+    """Of each stage."""
+    split_at: tuple[int, ...]
+    """First block of each stage after the first."""
+    streamed: tuple[int, ...]
+    """Blocks of each stage whose weights wait in host memory."""
+    seconds_per_clip: float
+    peaks: Mapping[str, int]
+    """Bytes in tensors by device."""
+    host_memory: int
+    """Bytes of pinned host memory."""
+    calibrated: bool
+    """Whether times rest on what was measured on these cards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +149,10 @@ class CaseResult:
     """None if it does not fit."""
     naive: Naive | None
     """None if it was not compared."""
+    settings: Settings
+    """That it was run with: what a plan has decided is in them."""
+    planned: Planned | None = None
+    """None without a plan."""
 
     @property
     def label(self) -> str:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tworeel.benchmarks import machine, models
-from tworeel.benchmarks.baseline import Baselines
+from tworeel.benchmarks.baseline import Baseline, Baselines
 from tworeel.benchmarks.flops import work_of
+from tworeel.benchmarks.planned import Plans
 from tworeel.benchmarks.preparing import (
     Gradients,
     Observer,
@@ -58,46 +59,57 @@ class Bench:
     def __init__(self, rates: Mapping[str, float], observer: Observer) -> None:
         self._rates = rates
         self._observer = observer
+        self._plans = Plans(observer)
         self._baselines = Baselines(observer)
         self._compiled_for: Hashable = None
 
     def run(self, case: Case, settings: Settings) -> CaseResult:
-        """Measure one case.
+        """Measure one case, with what a plan decides of what the settings leave open.
 
         Raises:
             UserError: the model cannot be split, streamed or quantized so.
         """
-        devices, precision = settings.devices, settings.precision_of(case.model)
+        precision, undivided = settings.precision_of(case.model), settings.split_at is None
         blocks = settings.blocks or case.model.blocks
         self._forget_compiled(case, settings)
-        machine.reset_peaks(devices)
         tokens, count = f"{case.tokens:,} tokens", f"{case.micro_batches} micro-batches"
         self._observer.say(f"{case.name}: {blocks} blocks, {precision}, {tokens}, {count}")
-        baseline = self._baselines.run(case, settings, blocks) if settings.compare_naive else None
-        machine.limit_memory(devices, settings.cap_gib)
-        prepared = baseline.prepared if baseline else None
-        if prepared is None:
-            machine.reset_peaks(devices)  # the baseline's weights are no part of this case's peaks
-            prepared = unless_out_of_memory(lambda: prepare(case, settings, blocks))
-        measured = None
-        if prepared:
-            self._observer.say("  pipelined ...")
-            ready, gradients = prepared, baseline.gradients if baseline else None
-            measured = unless_out_of_memory(lambda: run_pipelined(ready, settings, gradients, self._observer))
+        settings, planned = self._plans.follow(case, settings, blocks)
+        baseline = None
+        if settings.compare_naive:
+            baseline = self._baselines.run(case, settings, blocks, may_be_even=undivided)
+        measured = self._pipelined(case, settings, blocks, baseline)
         result = CaseResult(
             case=case,
             blocks=blocks,
             precision=precision,
             cap_gib=settings.cap_gib,
             floor_seconds=work_of(case.model, case.tokens, blocks).total / sum(self._rates.values()),
-            peaks=machine.peaks(devices),
+            peaks=machine.peaks(settings.devices),
             pinned_peak=machine.pinned_memory(),
             measured=measured,
             naive=baseline.naive if baseline else None,
+            settings=settings,
+            planned=planned,
         )
-        del prepared, baseline
+        del baseline
         release_memory()
         return result
+
+    def _pipelined(
+        self, case: Case, settings: Settings, blocks: int, baseline: Baseline | None
+    ) -> Measured | None:
+        """Measure the pipeline, on the baseline's model if there is that; None if it does not fit."""
+        machine.limit_memory(settings.devices, settings.cap_gib)
+        prepared = baseline.prepared if baseline else None
+        if prepared is None:
+            machine.reset_peaks(settings.devices)  # what is over is no part of this case's peaks
+            prepared = unless_out_of_memory(lambda: prepare(case, settings, blocks))
+        if prepared is None:
+            return None
+        self._observer.say("  pipelined ...")
+        ready, gradients = prepared, baseline.gradients if baseline else None
+        return unless_out_of_memory(lambda: run_pipelined(ready, settings, gradients, self._observer))
 
     def _forget_compiled(self, case: Case, settings: Settings) -> None:
         """Else new shapes count against a limit that the ones before have used up."""
@@ -149,6 +161,7 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
             compile=settings.compile,
             cpp_wrapper=settings.cpp_wrapper,
             streamed=settings.streamed,
+            may_stream=settings.may_stream,
             host_limit=host_limit(prepared.model, prepared.placement, prepared.streamed),
         )
     return Pipeline(division, slack=settings.slack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 TEXT_TOKENS = 512
@@ -23,6 +23,8 @@ class ModelShape(ABC):
     """Widths and depth of a transformer, and what is usually measured with it."""
 
     name: str
+    variant: str
+    """What the family calls the model that has these widths."""
     dim: int
     blocks: int
     """Of all lists together."""
@@ -129,8 +131,6 @@ class Flux2Shape(ModelShape):
     doubles: int
     """Blocks with a stream for the image and one for the text; the others have one for both."""
     channels: int = 128
-    guidance: bool = False
-    """Whether the guidance scale is embedded, as dev's is."""
 
     family: ClassVar[str] = "flux2"
     sample: ClassVar[str] = "an image"
@@ -163,35 +163,42 @@ class Flux2Shape(ModelShape):
             "mlp_ratio": float(self.mlp_ratio),
             "num_layers": doubles,
             "num_single_layers": count - doubles,
-            "guidance_embeds": self.guidance,
+            "guidance_embeds": self.variant == "flux2-dev",
         }
 
 
-WAN_14B = WanShape(name="wan-14b", dim=5120, ffn_dim=13824, blocks=40)
-TINY = WanShape(name="tiny", dim=256, ffn_dim=512, blocks=4, text_dim=64, tiny=True)
-FLUX2_DEV = Flux2Shape(name="flux2-dev", dim=6144, blocks=56, doubles=8, text_dim=15360, guidance=True)
-TINY_FLUX2 = Flux2Shape(
+WAN_14B = WanShape(name="wan-14b", variant="wan2.1-t2v-14b", dim=5120, ffn_dim=13824, blocks=40)
+WAN_1_3B = WanShape(name="wan-1.3b", variant="wan2.1-t2v-1.3b", dim=1536, ffn_dim=8960, blocks=30)
+TINY = replace(WAN_1_3B, name="tiny", dim=256, ffn_dim=512, blocks=4, text_dim=64, tiny=True)
+WAN_5B = WanShape(
+    name="wan-5b",
+    variant="wan2.2-ti2v-5b",
+    dim=3072,
+    ffn_dim=14336,
+    blocks=30,
+    channels=48,
+    spatial_stride=16,
+)
+FLUX2_DEV = Flux2Shape(name="flux2-dev", variant="flux2-dev", dim=6144, blocks=56, doubles=8, text_dim=15360)
+KLEIN_4B = Flux2Shape(
+    name="flux2-klein-4b", variant="flux2-klein-4b", dim=3072, blocks=25, doubles=5, text_dim=7680
+)
+KLEIN_9B = Flux2Shape(
+    name="flux2-klein-9b", variant="flux2-klein-9b", dim=4096, blocks=32, doubles=8, text_dim=12288
+)
+TINY_FLUX2 = replace(
+    FLUX2_DEV,
     name="tiny-flux2",
     dim=256,
     blocks=5,
     doubles=2,
     channels=16,
     text_dim=96,
-    guidance=True,
     tiny=True,
 )
 MODELS: dict[str, ModelShape] = {
     shape.name: shape
-    for shape in (
-        WAN_14B,
-        WanShape(name="wan-1.3b", dim=1536, ffn_dim=8960, blocks=30),
-        WanShape(name="wan-5b", dim=3072, ffn_dim=14336, blocks=30, channels=48, spatial_stride=16),
-        FLUX2_DEV,
-        Flux2Shape(name="flux2-klein-4b", dim=3072, blocks=25, doubles=5, text_dim=7680),
-        Flux2Shape(name="flux2-klein-9b", dim=4096, blocks=32, doubles=8, text_dim=12288),
-        TINY,
-        TINY_FLUX2,
-    )
+    for shape in (WAN_14B, WAN_1_3B, WAN_5B, FLUX2_DEV, KLEIN_4B, KLEIN_9B, TINY, TINY_FLUX2)
 }
 DEFAULT_MODEL = WAN_14B.name
 

@@ -56,10 +56,10 @@ def bench(
 ) -> None:
     """Measure how fast your devices train; nothing is downloaded.
 
-    Runs optimizer steps of a model of real size with random weights, and says
-    what a clip takes, how busy each device is, how much memory is used and what
-    limits. A few minutes on two GPUs. Without a GPU a tiny model is run, to show
-    that it works.
+    Runs optimizer steps of a model of real size with random weights, spread as
+    the plan of a run would have it, and says what a clip takes, how busy each
+    device is, how much memory is used and what limits. A few minutes on two
+    GPUs. Without a GPU a tiny model is run, to show that it works.
 
     tworeel bench
 
@@ -109,6 +109,8 @@ def bench(
             torch.set_num_threads(1)
         settings = Settings(
             devices=found,
+            # Boundaries and counts that are given are meant for the devices in their order.
+            may_reorder=devices is None and boundaries is None and waiting is None,
             stages_per_device=stages_per_device,
             split_at=boundaries,
             blocks=blocks,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +50,11 @@ def measure(
         for case, settings in runs:
             result = bench.run(case, settings)
             results.append(result)
-            figures.append({**result.as_json(), "settings": asdict(settings)})
+            figures.append(result.as_json())
             for line in closing_lines(result):
                 say(line)
             if timeline is not None:
-                _write_timeline(timeline, result, settings)
+                _write_timeline(timeline, result)
             if json_file is not None:
                 _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
     finally:  # who stops a long comparison keeps what was measured
@@ -67,12 +66,12 @@ def measure(
             say(f"Figures: {json_file}")
 
 
-def _write_timeline(folder: Path, result: CaseResult, settings: Settings) -> None:
+def _write_timeline(folder: Path, result: CaseResult) -> None:
     from tworeel.report.timeline import draw_timeline, write_trace
 
     if result.measured is None:
         return
-    devices = [str(device) for device in settings.stages]
+    devices = [str(device) for device in result.settings.stages]
     title = f"{result.case.model.name}, {result.label}"
     name = title.replace(",", "").replace(" ", "-")
     picture, trace = folder / f"{name}.png", folder / f"{name}.trace.json"

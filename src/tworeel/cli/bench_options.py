@@ -80,7 +80,8 @@ Devices = Annotated[
 SplitAt = Annotated[
     str | None,
     typer.Option(
-        help="First block of each device after the first, for example 20. Even shares by default.",
+        help="First block of each device after the first, for example 20. By default what a plan chooses, as "
+        "in a run; even shares on CPUs.",
         metavar="BLOCK,...",
         rich_help_panel=HOW,
     ),
@@ -127,7 +128,8 @@ StagesPerDevice = Annotated[
 Streamed = Annotated[
     str | None,
     typer.Option(
-        help="Blocks of each device whose weights wait in host memory, for example 8,8.",
+        help="Blocks of each device whose weights wait in host memory, for example 8,8. By default what a "
+        "plan chooses; none on CPUs.",
         metavar="COUNT,...",
         rich_help_panel=HOW,
     ),

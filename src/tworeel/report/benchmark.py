@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from tworeel.report.format import gibibytes
+
 if TYPE_CHECKING:
     from tworeel.benchmarks.machine import Peak
-    from tworeel.benchmarks.results import CaseResult, Measured
+    from tworeel.benchmarks.results import CaseResult, Measured, Planned
 
 GIB = 2**30
 NOTHING = "-"
@@ -56,6 +59,8 @@ def closing_lines(result: CaseResult) -> list[str]:
         f"{measured.seconds_per_clip:.4g} s {sample}; {measured.limit.words}" if measured else "does not fit"
     )
     lines = [f"{name}: {clip}"]
+    if planned := result.planned:
+        lines.append(_planned_line(planned, result.peaks, sample))
     if naive and naive.seconds_per_clip is None:
         lines.append(f"  {NAIVE} does not fit")
     if naive and result.speedup is not None:
@@ -65,6 +70,20 @@ def closing_lines(result: CaseResult) -> list[str]:
     if measured and measured.agreement:
         lines.append(f"  gradients against it: {measured.agreement.in_words}")
     return lines
+
+
+def _planned_line(planned: Planned, peaks: Mapping[str, Peak], sample: str) -> str:
+    """What was planned, the measured peaks beside the planned ones."""
+
+    def peak(device: str, size: int) -> str:
+        seen = f" (measured {peaks[device].allocated / GIB:.1f})" if device in peaks else ""
+        return f"{device} {gibibytes(size)}{seen}"
+
+    words = [f"planned: {planned.seconds_per_clip:.4g} s {sample}"]
+    words.append("peaks " + ", ".join(starmap(peak, planned.peaks.items())))
+    if planned.split_at:
+        words.append(f"first blocks {', '.join(map(str, planned.split_at))}")
+    return "  " + "; ".join([*words, *([] if planned.fits else ["it did not fit"])])
 
 
 def percent(shares: Iterable[float]) -> str:
@@ -79,6 +98,8 @@ def _cells(result: CaseResult) -> dict[str, str]:
     cells = {f"{sample.split()[-1]}s a step": str(result.case.micro_batches), "precision": result.precision}
     if result.cap_gib is not None:
         cells["GiB a stage may use"] = f"{result.cap_gib:g}"
+    if result.planned:
+        cells[f"planned: {seconds}"] = f"{result.planned.seconds_per_clip:.4g}"
     cells |= _measured_cells(result.measured, seconds) if result.measured else {seconds: "does not fit"}
     cells["floor, seconds" if result.case.model.tiny else "floor in bf16, seconds"] = (
         f"{result.floor_seconds:.3g}"
