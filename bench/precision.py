@@ -58,7 +58,7 @@ def make_model(case: Case, blocks: int, kind: Any, device: torch.device, rank: i
     family = models.family_of(case.model)
     placement = models.place_model(model, family, [device], None)
     models.fill(model, family, placement, dtype=torch.bfloat16, rank=rank, quantize=kind)
-    return model
+    return model.to(device)  # what is no parameter, too: rotary tables
 
 
 def answer(model: nn.Module, batch: dict[str, Tensor]) -> Answer:

@@ -134,7 +134,9 @@ def test_gradients_are_those_of_kept_activations(devices: list[torch.device], re
 def test_pinned_memory_stays_within_its_limit_when_sizes_change(cuda: torch.device) -> None:
     """PyTorch keeps pinned memory that is given up, for tensors of the same size."""
     stats = torch.cuda.host_memory_stats
+    gc.collect()
     torch.accelerator.synchronize(cuda)
+    torch.empty(1, pin_memory=True)  # with the next allocation PyTorch sees what others have given up
     before = stats()["allocated_bytes.current"]
     pool = HostPool(limit=2**24)
     for size in (2**18, 2**20, 2**22):  # each filling the pool

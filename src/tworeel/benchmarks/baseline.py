@@ -21,7 +21,6 @@ from tworeel.benchmarks.preparing import (
 )
 from tworeel.benchmarks.results import Naive
 from tworeel.benchmarks.shapes import Case
-from tworeel.engine.attention_layout import keep_gradient_layouts
 
 NAIVE_CLIPS = 2
 """Micro-batches that are enough to time the naive run, where each takes as long as any other."""
@@ -129,7 +128,6 @@ def run_naive(
     Returns:
         The time; and, where they are checked, the gradients of all micro-batches of a step.
     """
-    keep_gradient_layouts()
     model = prepared.model
     batches = prepared.batches if settings.check else prepared.batches[:NAIVE_CLIPS]
 

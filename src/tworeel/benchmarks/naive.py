@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from tworeel.engine import Placement
+from tworeel.engine.attention_layout import keep_gradient_layouts
 
 Forward = Callable[..., Any]
 
@@ -27,6 +28,8 @@ def device_hooks(model: nn.Module, placement: Placement) -> Iterator[None]:
 
     The weights have to be on their devices. Afterwards the model is as it was.
     """
+    # What is planned for attentions here must do for the pipeline's, too.
+    keep_gradient_layouts()
     hooked = [(model.get_submodule(unit.name), unit) for unit in placement.units]
     for module, unit in hooked:
         moving = _moving(module.forward, placement.devices[unit.stage])

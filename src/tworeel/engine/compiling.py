@@ -19,7 +19,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import get_cpp_wrapper_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 
-from tworeel.engine.attention_layout import LaidOutGradients, keep_gradient_layouts
+from tworeel.engine.attention_layout import LaidOutGradients
 
 MOST_COMPILATIONS = 64
 """Of one function, before it counts as failed; torch's own limit is 8."""
@@ -165,7 +165,6 @@ class BlockCompiler:
     def __init__(self, *, cpp_wrapper: bool = False) -> None:
         if cpp_wrapper:
             require_cpp_compiler()
-        keep_gradient_layouts()
         self._cpp_wrapper = cpp_wrapper
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from tworeel.engine.attention_layout import keep_gradient_layouts
 from tworeel.engine.block_runs import BlockRuns
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.footprints import Footprints
@@ -99,6 +100,8 @@ def split(
         raise ValueError(f"{type(model).__name__} is split already: call .remove() on its split first")
     if cpp_wrapper and not compile:
         raise ValueError("cpp_wrapper: what is not compiled cannot be launched from C++")
+    # Before anything is planned: even blocks that are not compiled now may be later in this process.
+    keep_gradient_layouts()
     compiler = BlockCompiler(cpp_wrapper=cpp_wrapper) if compile else None
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
