@@ -46,10 +46,8 @@ class StageDraft:
     blocks: range
     traces: Sequence[BlockTrace]
     """Of each block."""
-    block: int
-    """Frozen weights of its largest block."""
-    smallest: int
-    """Of its smallest; both count where it is not known which are streamed."""
+    sizes: Sequence[int]
+    """Frozen weights of each block."""
     weights: int
     lora: int
     """Weights, gradients and what the optimizer keeps."""
@@ -71,6 +69,16 @@ class StageDraft:
     """Blocks whose weights are to be streamed; None leaves that open."""
     means: Means
     """Of the data."""
+
+    @cached_property
+    def block(self) -> int:
+        """Frozen weights of its largest block."""
+        return max(self.sizes)
+
+    @cached_property
+    def smallest(self) -> int:
+        """Of its smallest; memory is planned with both, so that it does for whichever are streamed."""
+        return min(self.sizes)
 
     @cached_property
     def ways(self) -> list[Fit]:
@@ -177,7 +185,8 @@ class StageDraft:
         again = self._again(kept)
         backward += sum(rates.forward(means.of(trace.recomputed[kind])) for trace in again)
         parked = sum(t.footprints[kind].kept for t in again) * means.linear if fallback.is_parked else 0.0
-        copies = (parked + streamed * self.block) / rates.host
+        brought = sum(self.sizes[i] for i in spread(range(len(self.blocks)), streamed))
+        copies = (parked + brought) / rates.host
         return max(forward, copies), max(backward, copies)
 
     def _kernels(self, kept: int, fallback: Residency) -> int:
