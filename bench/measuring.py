@@ -15,9 +15,9 @@ import psutil
 import torch
 from rich.console import Console
 
-from tworeel.benchmarks.machine import GIB
 from tworeel.files import write_text_atomic
 from tworeel.report.benchmark import fact_lines, plain_table
+from tworeel.units import GIB
 
 SAMPLE_SECONDS = 0.02
 

@@ -36,6 +36,7 @@ from planning_runs import Bench, Measured
 from tworeel.benchmarks import machine
 from tworeel.engine.releasing import release_memory
 from tworeel.planning.plans import Plan
+from tworeel.units import GIB
 
 EDGE_STEPS = (3, 2)
 """Of a clip that is accepted, and of one that is refused."""
@@ -74,9 +75,7 @@ def compared(case: Case, plan: Plan, found: Measured) -> Results:
 
 def _verdict(plan: Plan, peaks: dict[str, int]) -> str:
     too_far = [
-        name
-        for name, peak in peaks.items()
-        if abs(plan.peaks[name] - peak) > max(WITHIN * peak, machine.GIB / 2)
+        name for name, peak in peaks.items() if abs(plan.peaks[name] - peak) > max(WITHIN * peak, GIB / 2)
     ]
     too_low = [name for name, peak in peaks.items() if plan.peaks[name] < (1 - UNDER) * peak]
     words = {"TOO FAR OFF": too_far, "TOO LOW": too_low}

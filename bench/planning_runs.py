@@ -22,13 +22,14 @@ from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.lora.state import lora_parameters
 from tworeel.models.family import Family
 from tworeel.planning.budgets import Budget
-from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.changing import scaled
 from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
 from tworeel.training.planned import budgets_of_cards
+from tworeel.units import GIB
 
 MOST_FRAMES = 1001
 """Longer clips are not looked for."""

@@ -29,7 +29,14 @@ ROOMS = (
     "config",
 )
 """From the top down; `docs/how-a-step-flows.md` has them in this order."""
-SHARED = {"tworeel.errors", "tworeel.files", "tworeel.signals", "tworeel.workers", "tworeel.__version__"}
+SHARED = {
+    "tworeel.errors",
+    "tworeel.files",
+    "tworeel.signals",
+    "tworeel.units",
+    "tworeel.workers",
+    "tworeel.__version__",
+}
 """Belong to no room; all but engine and quant may use them, and they use nothing of ours but each other."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))

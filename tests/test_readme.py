@@ -55,6 +55,9 @@ NOT_RUN = {
     "python bench/wan_a14b.py --phase write run resume": "needs GPUs; tests/bench runs it with --tiny",
     "python bench/wan_a14b.py --phase run resume --cap-gib 22.5": "needs GPUs",
     f"{CLIP_BENCH} --rounds 1 --cap-gib 22.5 --compare naive": "needs GPUs",
+    "python bench/gradients.py --devices cuda:0,cuda:0": "needs GPUs; tests/bench runs it with --tiny",
+    "python bench/gradients.py --devices cuda:0,cuda:0 --model flux2-dev --tokens 1024": "needs GPUs",
+    f"{IMAGE_BENCH} 512x512 --precision fp8 --cap-gib 22.5 --rounds 3 --compare naive": "needs GPUs",
     f"{IMAGE_BENCH} 512x512 --split-at 25 --precision fp8 --precision int8 {CAPPED}": "needs GPUs",
     f"{IMAGE_BENCH} 512x512 --split-at 27 --precision bf16 --rounds 2 --compare naive": "needs GPUs",
     f"{IMAGE_BENCH} 1024x1024 --split-at 24 --precision fp8 {CAPPED}": "needs GPUs",
@@ -74,6 +77,8 @@ NOT_RUN = {
     **{
         f"python bench/precision.py {options}": "takes a while; tests/bench runs it with --tiny"
         for options in (
+            "--kinds fp8,int8",
+            "--kinds fp8,int8 --model flux2-dev --tokens 4096",
             "--model wan-1.3b --tokens 256 --device cpu",
             "--model flux2-klein-4b --tokens 256 --device cpu",
             "--tiny",

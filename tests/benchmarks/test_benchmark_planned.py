@@ -22,9 +22,10 @@ from tworeel.data.buckets import tokens
 from tworeel.engine.residency import Residency
 from tworeel.planning import planner
 from tworeel.planning.budgets import Budget
-from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE, keep
 from tworeel.training.planned import budgets_of_cards
+from tworeel.units import GIB
 
 PAIR = (torch.device("cuda:0"), torch.device("cuda:1"))
 SETTINGS = Settings(devices=PAIR)

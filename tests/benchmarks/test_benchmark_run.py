@@ -17,8 +17,9 @@ from tworeel.benchmarks.results import Planned
 from tworeel.benchmarks.run import Bench
 from tworeel.benchmarks.shapes import Case
 from tworeel.errors import UserError
-from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.training.planned import budgets_of_cards
+from tworeel.units import GIB
 
 RATES = {"cpu": 1e9}
 

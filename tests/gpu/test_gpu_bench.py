@@ -14,11 +14,11 @@ from tworeel.benchmarks.planned import request_of_case
 from tworeel.benchmarks.preparing import Settings, prepare
 from tworeel.benchmarks.run import Bench, make_pipeline
 from tworeel.benchmarks.shapes import make_cases, model_shape
-from tworeel.planning.cards import GIB
 from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.measured_bytes import keep_bytes, known_bytes
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.planning.planner import Planner
+from tworeel.units import GIB
 
 pytestmark = pytest.mark.gpu
 

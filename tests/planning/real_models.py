@@ -13,9 +13,10 @@ from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, ModelSource, Traits
 from tworeel.models.wan.family import WAN
 from tworeel.planning.budgets import Budget, budget_of_card
-from tworeel.planning.cards import GIB, known_cards, parse_cards, with_memory
+from tworeel.planning.cards import known_cards, parse_cards, with_memory
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
+from tworeel.units import GIB
 
 CLIP = Bucket(frames=49, height=480, width=832)
 IMAGE = Bucket(frames=1, height=512, width=512)

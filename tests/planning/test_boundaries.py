@@ -12,6 +12,7 @@ from tworeel.planning.boundaries import is_rising, neighbours, shares
         ((2, 1, 1), 40, (20, 30)),
         ((1, 0.01, 1), 10, (5, 6)),
         ((0.01, 0.01, 9), 3, (1, 2)),
+        ((0.0, 0.0, 0.0), 6, (2, 4)),
     ],
 )
 def test_shares_follow_the_weights_and_leave_every_stage_a_block(

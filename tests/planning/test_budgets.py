@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from real_models import budgets_of
 
-from tworeel.planning.cards import GIB
+from tworeel.units import GIB
 
 
 def test_a_card_has_less_than_its_name_says() -> None:

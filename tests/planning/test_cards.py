@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tworeel.errors import UserError
-from tworeel.planning.cards import GIB, card_of_device, known_cards, parse_cards, with_memory
+from tworeel.planning.cards import card_of_device, known_cards, parse_cards, with_memory
+from tworeel.units import GIB
 
 CARDS = known_cards()
 OWN = """

@@ -11,11 +11,11 @@ from tworeel.data.buckets import tokens
 from tworeel.data.clips import Bucket
 from tworeel.engine.residency import Residency
 from tworeel.planning import Alternative, Plan, plan
-from tworeel.planning.cards import GIB
 from tworeel.planning.changing import changes, scaled
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.planning.planner import Planner
 from tworeel.planning.timing import StepTime, simulate
+from tworeel.units import GIB
 
 CARDS = budgets_of("2x RTX 4090")
 LONG = replace(CLIP, frames=121)
@@ -143,3 +143,12 @@ def test_a_scaled_trace_is_near_that_of_the_clip(frames: int) -> None:
         found.footprints[Residency.KEEP].kept, rel=0.05
     )
     assert guess.backward.attention == pytest.approx(found.backward.attention, rel=0.05)
+
+
+def test_no_card_is_proposed_that_would_have_no_block() -> None:
+    source = request_of().source
+    transformer = replace(source.transformer, config={**source.transformer.config, "num_layers": 2})
+    small = replace(source, transformer=transformer)
+    settings = replace(request_of().trace, targets=("blocks.0.attn1.to_q", "blocks.1.attn1.to_q"))
+    found = changed(source=small, trace=settings, budgets=limited(CARDS, 1), host_free=GIB)
+    assert not any(name.startswith("one more") for name in found)

@@ -11,11 +11,11 @@ from real_models import IMAGE, budgets_of, limited, request_of
 
 from tworeel.data.clips import Bucket
 from tworeel.planning import plan
-from tworeel.planning.cards import GIB
 from tworeel.planning.choosing import LONG, WORTH, choose
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
 from tworeel.planning.tracing import trace_model
+from tworeel.units import GIB
 
 FOUR = budgets_of("4x H100 80GB")
 

@@ -12,12 +12,12 @@ from real_models import budgets_of, request_of, settings_of, source_of
 from tworeel.data.clips import Bucket
 from tworeel.lora.targets import find_targets
 from tworeel.models.flux2.family import FLUX2
-from tworeel.planning.cards import GIB
 from tworeel.planning.drafts import WORKSPACES
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import StagePlan
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
+from tworeel.units import GIB
 
 BLOCKS = 5
 CLIP = Bucket(frames=33, height=480, width=832)

@@ -17,11 +17,11 @@ from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, ModelSource
 from tworeel.models.flux2.family import FLUX2
 from tworeel.models.flux2.variants import traits
-from tworeel.planning.cards import GIB
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.traces import ModelTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
+from tworeel.units import GIB
 
 DOUBLE, SINGLE = FLUX2.block_lists
 SQUARE = Bucket(1, 1024, 1024)

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 from real_models import budgets_of, limited
 
-from tworeel.planning.cards import GIB
 from tworeel.planning.orders import MOST_ORDERS, distinct_orders
+from tworeel.units import GIB
 
 
 def cards(gpus: str) -> list[tuple[str, ...]]:

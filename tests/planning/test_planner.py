@@ -12,9 +12,9 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import Fit
 from tworeel.engine.residency import Residency
 from tworeel.planning import Planner, Request, plan
-from tworeel.planning.cards import GIB
 from tworeel.planning.plans import Plan
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS
+from tworeel.units import GIB
 
 H100S = limited(budgets_of("2x H100 80GB"), 79.2)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from real_models import budgets_of
 
-from tworeel.planning.cards import GIB
 from tworeel.planning.shares import WEIGHTS_SHARE, BlockWeights, share_out
+from tworeel.units import GIB
 
 A14B = [BlockWeights(350 * 2**21, {torch.bfloat16: 350 * 2**20})] * 40
 """About the bytes of a Wan 14B expert's blocks."""

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tworeel.report.format import RunningMean, clock_time, gibibytes
+from tworeel.report.format import RunningMean, clock_time
 from tworeel.report.progress import PLAIN_SECONDS
 from tworeel.report.training import TrainingDisplay
 
@@ -57,6 +57,5 @@ def test_the_running_mean_starts_at_the_first_value_and_follows() -> None:
     assert last == pytest.approx(1.0)
 
 
-def test_times_and_sizes_are_readable() -> None:
+def test_times_are_readable() -> None:
     assert (clock_time(3723.4), clock_time(0.2), clock_time(-1)) == ("1:02:03", "0:00:00", "0:00:00")
-    assert gibibytes(21.34 * 2**30) == "21.3 GiB"

@@ -18,10 +18,11 @@ import torch
 
 from tworeel.cli.app import main
 from tworeel.config.schema import RunConfig
-from tworeel.planning.cards import GIB, Card, known_cards, parse_cards
+from tworeel.planning.cards import Card, known_cards, parse_cards
 from tworeel.training import run, shortage
 from tworeel.training.planned import PlannedRun, budgets_of_cards, plan_on
 from tworeel.training.preflight import Job
+from tworeel.units import GIB
 
 ERROR = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which "

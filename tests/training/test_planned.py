@@ -17,7 +17,7 @@ from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency
 from tworeel.errors import UserError
 from tworeel.planning.budgets import Budget
-from tworeel.planning.cards import GIB, known_cards, parse_cards
+from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
 from tworeel.training import planned
 from tworeel.training.assembly import load_model, split_model
@@ -26,6 +26,7 @@ from tworeel.training.loadable import place_again, place_blocks
 from tworeel.training.planned import PlannedRun, budgets_of_cards, make_request, plan_job, plan_on
 from tworeel.training.preflight import Job, preflight
 from tworeel.training.report import SilentRun, StepReport
+from tworeel.units import GIB
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from tiny_runs import digest_of
 
 from tworeel.config.schema import RunConfig
 from tworeel.config.writing import dump_config
-from tworeel.planning.cards import GIB
 from tworeel.planning.choosing import choose
 from tworeel.training import shortage
 from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.planned import PlannedRun
 from tworeel.training.run import train
 from tworeel.training.shortage import out_of_memory
+from tworeel.units import GIB
 
 sys.path.append(str(Path(__file__).parents[1] / "planning"))
 

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity
 from tworeel.engine.releasing import release_memory
 from tworeel.errors import UserError, raise_if_any
 from tworeel.training.devices import available_devices, resolve_devices
+from tworeel.units import GIB
 
-GIB = 2**30
 _MATMUL_ROUNDS = 20
 
 

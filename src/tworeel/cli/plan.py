@@ -13,13 +13,12 @@ from tworeel.cli import options
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError, raise_if_any
 from tworeel.report.console import console, say
+from tworeel.units import GIB
 
 if TYPE_CHECKING:
     from tworeel.config import RunConfig
     from tworeel.planning.budgets import Budget
     from tworeel.planning.plans import Plan
-
-GIB = 2**30
 
 
 def plan(

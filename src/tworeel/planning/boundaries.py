@@ -18,7 +18,8 @@ def neighbours(at: tuple[int, ...], num_blocks: int, moved: int) -> Iterator[tup
 
 
 def shares(weights: Sequence[float], num_blocks: int) -> tuple[int, ...]:
-    """The boundaries of shares in these proportions, each of at least one block."""
+    """The boundaries of shares in these proportions, equal ones if all are 0, each of at least one block."""
+    weights = weights if any(weights) else [1.0] * len(weights)
     ends = [num_blocks * part / sum(weights) for part in itertools.accumulate(weights)]
     last = num_blocks - len(weights)
     found: list[int] = []

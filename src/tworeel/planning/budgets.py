@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from tworeel.engine.fitting import total_and_free
-from tworeel.planning.cards import GIB, Card
+from tworeel.planning.cards import Card
 from tworeel.planning.timing import Rates, rates_of
 from tworeel.quant.matmul import Mode, matmul_mode
+from tworeel.units import GIB
 
 USABLE = 0.985
 """Of a card's nominal memory; its driver keeps the rest."""

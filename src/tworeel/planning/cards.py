@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 
 from tworeel.errors import UserError, did_you_mean, raise_if_any
 from tworeel.quant.matmul import Mode
+from tworeel.units import GIB
 
-GIB = 2**30
 _TABLE = "cards.toml"
 _MOST_CARDS = 16
 _MOST_GIB = 10_000

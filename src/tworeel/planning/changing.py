@@ -16,13 +16,13 @@ from tworeel.data.buckets import tokens
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
-from tworeel.planning.cards import GIB
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of
 from tworeel.planning.precisions import in_precision, less_precise_kinds
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import ModelTrace
+from tworeel.units import GIB
 
 LEAST_SIDE = 256
 """Pixels of a clip's longer side: smaller ones are not proposed."""
@@ -126,8 +126,11 @@ def _less_precise(planner: Planner) -> Alternative | None:
 
 
 def _one_more_device(planner: Planner) -> Alternative | None:
-    """The last card once more, by a name that no other has."""
+    """The last card once more, by a name that no other has, if there are blocks for it."""
     budgets = planner.request.budgets
+    blocks = sum(stage.num_blocks for stage in planner.best().stages)
+    if (len(budgets) + 1) * planner.request.stages_per_device > blocks:
+        return None
     used = {torch.device(budget.device).index for budget in budgets}
     free = next(number for number in itertools.count() if number not in used)
     larger = (*budgets, budgets[-1].another(free))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tworeel.planning.cards import GIB
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
 from tworeel.planning.requests import Request
+from tworeel.units import GIB
 
 WORTH = 0.03
 """A step must get shorter by more than this share for what costs something else; plans err by as much."""

@@ -12,10 +12,10 @@ from tworeel.engine.residency import Residency
 from tworeel.engine.split import AUTO
 from tworeel.engine.weight_streaming import SLOTS, pinned_bytes, spread
 from tworeel.planning.budgets import Budget
-from tworeel.planning.cards import GIB
 from tworeel.planning.graphs import Work
 from tworeel.planning.plans import StagePlan
 from tworeel.planning.traces import BlockTrace
+from tworeel.units import GIB
 
 WORKSPACES = int(0.3 * GIB)
 """Of matrix products and attentions, beside what a trace sees; measured on H100s."""

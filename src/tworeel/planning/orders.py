@@ -9,7 +9,7 @@ from math import factorial, prod
 from typing import Any
 
 from tworeel.planning.budgets import Budget
-from tworeel.planning.cards import GIB
+from tworeel.units import GIB
 
 MOST_ORDERS = 120
 """All of five unlike devices; of more, those sorted by memory, and each with two places exchanged."""

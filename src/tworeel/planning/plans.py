@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tworeel.engine.residency import Residency
-from tworeel.planning.cards import GIB
-from tworeel.report.format import gibibytes
+from tworeel.units import GIB, gibibytes
 
 MOST_BUBBLE = 0.2
 """Where the cards wait for a larger share of a step, that is what limits."""

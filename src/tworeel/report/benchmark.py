@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tworeel.report.format import gibibytes
+from tworeel.units import GIB, gibibytes
 
 if TYPE_CHECKING:
     from tworeel.benchmarks.machine import Peak
     from tworeel.benchmarks.results import CaseResult, Measured, Planned
 
-GIB = 2**30
 NOTHING = "-"
 MOST_COLUMNS = 2
 NAIVE = "one micro-batch at a time with per-block device hooks"

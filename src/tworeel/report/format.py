@@ -11,11 +11,6 @@ def clock_time(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def gibibytes(size: float) -> str:
-    """Bytes -> `21.3 GiB`."""
-    return f"{size / 2**30:.1f} GiB"
-
-
 def short_seconds(seconds: float) -> str:
     """1243.2 -> `1,243 s`, 0.2548 -> `0.255 s`: three digits, or all of a whole number."""
     digits = 2 - math.floor(math.log10(max(seconds, 0.001)))

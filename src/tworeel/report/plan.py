@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from tworeel.report.format import gibibytes, short_seconds
+from tworeel.report.format import short_seconds
+from tworeel.units import gibibytes
 
 if TYPE_CHECKING:
     from tworeel.planning.plans import Alternative, Plan, StagePlan

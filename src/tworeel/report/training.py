@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tworeel.report.console import console as shared_console
-from tworeel.report.format import RunningMean, clock_time, gibibytes
+from tworeel.report.format import RunningMean, clock_time
 from tworeel.report.progress import PLAIN_SECONDS
+from tworeel.units import gibibytes
 
 LOSS_DECAY = 0.98
 TIME_DECAY = 0.9

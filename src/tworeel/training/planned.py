@@ -18,7 +18,7 @@ from tworeel.engine.fitting import SPARE
 from tworeel.engine.footprints import Footprints
 from tworeel.errors import raise_if_any
 from tworeel.planning.budgets import Budget, budget_of_card
-from tworeel.planning.cards import GIB, Card
+from tworeel.planning.cards import Card
 from tworeel.planning.changing import changes
 from tworeel.planning.choosing import choose
 from tworeel.planning.devices import budgets_of_devices
@@ -31,13 +31,13 @@ from tworeel.planning.plans import Plan
 from tworeel.planning.precisions import eight_bit_kind
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
-from tworeel.report.format import gibibytes
 from tworeel.report.plan import in_words
 from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
 from tworeel.training.loadable import place_again, place_blocks, torch_dtype
 from tworeel.training.preflight import Job
 from tworeel.training.report import StepReport
+from tworeel.units import GIB, gibibytes
 
 UNMEASURED = 2
 """Steps that tell nothing of a run's speed: they compile and measure."""

@@ -10,9 +10,9 @@ import torch
 
 from tworeel.errors import UserError
 from tworeel.planning.plans import Plan
-from tworeel.report.format import gibibytes
 from tworeel.report.plan import misfit
 from tworeel.training.devices import peak_memory, room
+from tworeel.units import gibibytes
 
 _NEEDS_LESS = (
     "What needs less: engine.residency = 'auto' or 'offload', engine.streamed_blocks, "

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tworeel.errors import UserError
+from tworeel.units import GIB
 
-GIB = 1024**3
 # A quota that is used up looks like a full disk to the user. Windows' errno module may lack the name.
 _FULL_ERRNOS = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 

@@ -21,9 +21,10 @@ from tworeel.errors import UserError
 from tworeel.models.family import ModelSource, TextOptions, TextWorker
 from tworeel.models.flux2.text import known_network, open_spread, open_streamed, open_text_encoder, text_parts
 from tworeel.models.flux2.text_networks import LAYERS, parameter_name
+from tworeel.units import GIB, gibibytes
 from tworeel.weights.tensor_files import TensorFiles
 
-WORKING = 2 * 2**30
+WORKING = 2 * GIB
 """Bytes beside the weights: hidden states, one layer's activations, one weight while it is rounded."""
 STREAMING = 2 * WORKING
 """Bytes that streaming takes: the largest weight is the table of tokens."""
@@ -190,18 +191,14 @@ def _without_room(
 
 def _no_room(options: TextOptions, sizes: Sizes, free: Free, devices: Sequence[torch.device]) -> str:
     quantize = None if options.quantize == "auto" else options.quantize
-    there = ", ".join(f"{device} {_gib(free(device))}" for device in dict.fromkeys(devices))
+    there = ", ".join(f"{device} {gibibytes(free(device))}" for device in dict.fromkeys(devices))
     asked = f"cache.text_placement = '{options.placement}'"
     if quantize is not None:
         asked += f", cache.text_quantize = '{quantize}'"
     return (
-        f"{asked}: the text encoder takes {_gib(sizes.total(quantize) + WORKING)}; free are {there}. "
+        f"{asked}: the text encoder takes {gibibytes(sizes.total(quantize) + WORKING)}; free are {there}. "
         "With cache.text_placement = 'auto' and cache.text_quantize = 'auto' it runs on any machine"
     )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def _require_library(options: TextOptions) -> None:
