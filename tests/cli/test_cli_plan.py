@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,18 @@ def test_what_is_left_open_is_decided_and_what_lost_is_shown(run: Run, given: tu
 def test_what_does_not_fit_is_told_and_is_no_error(run: Run, given: tuple[str, ...]) -> None:
     done = run("plan", *given, "--gpus", "RTX 4090", "--memory-gib", "0.9")
     assert done.code == 0, done.err
+    assert "It does not fit: cuda:0 would need" in done.out
+
+
+def test_the_verdict_does_not_wait_for_what_would_fit_instead(
+    run: Run, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: object) -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tworeel.planning.explaining.changes", stopped)
+    done = run("plan", *given, "--gpus", "RTX 4090", "--memory-gib", "0.9")
+    assert done.code == 130
     assert "It does not fit: cuda:0 would need" in done.out
 
 

@@ -13,7 +13,7 @@ from tworeel.engine.fitting import Fit
 from tworeel.engine.residency import Residency
 from tworeel.planning import Planner, Request, plan
 from tworeel.planning.plans import Plan
-from tworeel.planning.timing import CPP_LAUNCH_SECONDS
+from tworeel.planning.timing import CPP_LAUNCH_SECONDS, PARKING_KERNELS
 from tworeel.units import GIB
 
 H100S = limited(budgets_of("2x H100 80GB"), 79.2)
@@ -203,6 +203,17 @@ def test_weights_are_streamed_beside_a_residency_that_is_set() -> None:
     found = plan(request_of(budgets=budgets_of("2x RTX 4090"), residency="offload-selective"))
     assert found.fits and found.num_streamed > 0
     assert {stage.residency for stage in found.stages} == {Residency.OFFLOAD_SELECTIVE}
+
+
+def test_parking_takes_time_of_the_host() -> None:
+    parked, kept = (
+        plan(request_of(buckets={IMAGE: 1.0}, budgets=budgets_of("2x H200"), residency=residency))
+        for residency in ("offload-selective", "selective")
+    )
+    blocks = [stage.num_blocks for stage in kept.stages]
+    for one, other, count in zip(parked.stages, kept.stages, blocks, strict=True):
+        assert one.num_blocks == count and one.kernels == other.kernels + PARKING_KERNELS * count
+    assert parked.host_bound and kept.host_bound and parked.seconds_per_step > kept.seconds_per_step
 
 
 def test_an_optimizer_that_keeps_less_takes_less() -> None:

@@ -76,7 +76,8 @@ def plan(
         import torch
 
         from tworeel.engine.compiling import may_launch_from_cpp
-        from tworeel.planning.explaining import plan as make_plan
+        from tworeel.planning.choosing import choose
+        from tworeel.planning.explaining import explained
         from tworeel.training.loadable import of_options
         from tworeel.training.planned import make_request
         from tworeel.training.preflight import survey
@@ -95,10 +96,13 @@ def plan(
             may_launch_from_cpp=gpus is not None or may_launch_from_cpp(),
         )
         try:
-            made = make_plan(request, explain=explain)
+            choice = choose(request)
+            # At once: to find what else would do may take as long as the plan.
+            _show(choice.plan, host_is_here=host_memory_gib is None)
+            made = explained(choice, explain=explain)
         except ValueError as error:
             raise of_options(error) from None
-    _show(made, host_is_here=host_memory_gib is None)
+    _show_others(made)
     if json_file is not None:
         _write(json_file, made)
 
@@ -137,12 +141,17 @@ def _budgets(
 
 
 def _show(plan: Plan, *, host_is_here: bool) -> None:
-    from tworeel.report.plan import alternatives_table, plan_tables, verdict_lines
+    from tworeel.report.plan import plan_tables, verdict_lines
 
     for table in plan_tables(plan, console):
         console.print(table)
     for line in verdict_lines(plan, host_is_here=host_is_here):
         say(line)
+
+
+def _show_others(plan: Plan) -> None:
+    from tworeel.report.plan import alternatives_table
+
     if plan.changes:
         console.print(alternatives_table(plan.changes, "With one of these it would"))
     if plan.alternatives:

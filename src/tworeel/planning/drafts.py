@@ -14,6 +14,7 @@ from tworeel.engine.weight_streaming import SLOTS, pinned_bytes, spread
 from tworeel.planning.budgets import Budget
 from tworeel.planning.graphs import Work
 from tworeel.planning.plans import StagePlan
+from tworeel.planning.timing import PARKING_KERNELS
 from tworeel.planning.traces import BlockTrace
 from tworeel.units import GIB
 
@@ -190,10 +191,12 @@ class StageDraft:
         return max(forward, copies), max(backward, copies)
 
     def _kernels(self, kept: int, fallback: Residency) -> int:
-        """Launched for a micro-batch."""
+        """Launched for a micro-batch, and what else the host does for it, in as many of them."""
+        again = self._again(kept)
         works = [work for trace in self.traces for work in (trace.forward, trace.backward)]
-        works += [trace.recomputed[_traced_as(fallback)] for trace in self._again(kept)]
-        return sum(work.kernels for work in works)
+        works += [trace.recomputed[_traced_as(fallback)] for trace in again]
+        parking = PARKING_KERNELS * len(again) if fallback.is_parked else 0
+        return sum(work.kernels for work in works) + parking
 
     def _again(self, kept: int) -> Sequence[BlockTrace]:
         """The blocks that compute again."""

@@ -46,7 +46,7 @@ class StagePlan:
     """Of a micro-batch, on average over the data."""
     backward: float
     kernels: int
-    """That the host launches for a micro-batch."""
+    """That the host launches for a micro-batch, with what parking takes it, in as many."""
 
     @property
     def num_blocks(self) -> int:

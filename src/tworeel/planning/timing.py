@@ -29,6 +29,10 @@ CPP_LAUNCH_SECONDS = 28e-6
 """From C++, where each device's threads go on their own. Two H200s needed 28 µs (Wan 14B, 1,536 tokens) and
 31 (FLUX.2-dev in fp8, 512 x 512)."""
 
+PARKING_KERNELS = 34
+"""As long as launching so many kernels the host takes to park what a block leaves behind, and to fetch it:
+0.95 ms, on two H200s that waited for the host (FLUX.2-dev in fp8, 512 x 512, 23 blocks that park)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
