@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import get_cpp_wrapper_config
-from torch._inductor.cpp_builder import get_cpp_compiler
 
 from tworeel.engine.attention_layout import LaidOutGradients
 
@@ -72,6 +70,8 @@ def require_cpp_compiler() -> None:
     Raises:
         ValueError: there is none.
     """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # with most of Inductor, which takes a second
+
     try:
         get_cpp_compiler()
     except RuntimeError as error:
@@ -100,6 +100,8 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
     """What `torch.compile` is given: torch keeps it for good, so it holds no compiler of ours."""
     launching: dict[str, Any] = {}
     if cpp_wrapper:
+        from torch._inductor.compile_fx import get_cpp_wrapper_config
+
         # With all that belongs to it: when a backward is compiled, torch (2.11) has left that behind.
         launching = {"cpp_wrapper": True, **get_cpp_wrapper_config()}
         launching["post_grad_custom_pre_pass"] = LaidOutGradients()
