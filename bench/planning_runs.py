@@ -25,6 +25,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.changing import scaled
 from tworeel.planning.devices import budgets_of_devices
+from tworeel.planning.measuring import Stopwatch
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
@@ -65,6 +66,7 @@ class Bench:
         self.devices = tuple(devices)
         self._looks = looks
         self._planners = Planners()
+        self._stopwatch = Stopwatch()
         self._compiled_for: tuple[Any, ...] = ()
 
     def planner(self, case: Case) -> Planner:
@@ -138,7 +140,7 @@ class Bench:
                 replace(card, device=str(d), total=rooms.get(d, card.total), free=rooms.get(d, card.free))
                 for card, d in zip(cards, devices, strict=True)
             )
-        return tuple(map(self._planners.timed, budgets_of_devices(devices)))
+        return tuple(map(self._stopwatch.timed, budgets_of_devices(devices)))
 
 
 def _settings(case: Case, devices: Sequence[torch.device]) -> Settings:

@@ -175,33 +175,6 @@ def test_a_clip_is_traced_once_for_all_its_cases(monkeypatch: pytest.MonkeyPatch
     assert len(traced) == 1
 
 
-def test_a_card_is_timed_once_and_has_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    timed: list[str] = []
-
-    def time(budget: Budget) -> Budget:
-        timed.append(budget.device)
-        return replace(budget, measured=True, slowdown=1.5)
-
-    monkeypatch.setattr(planned, "measured", time)
-    planners = Planners()
-    for gib in (24, 12):
-        for budget in cards("2x RTX 4090", gib):
-            found = planners.timed(budget)
-            assert (found.free, found.slowdown) == (gib * GIB, 1.5)
-    assert timed == ["cuda:0", "cuda:1"]
-
-
-def test_a_card_without_room_for_a_measurement_is_planned_by_its_figures(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(_: Budget) -> Budget:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(planned, "measured", refuse)
-    (card,) = cards("RTX 4090")
-    assert Planners().timed(card) == card
-
-
 def test_what_runs_have_measured_on_a_card_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     request = request_of_case(case_of(), SETTINGS, BLOCKS, cards("RTX 4090, RTX 3060 12GB"))

@@ -3,9 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from real_models import budgets_of
+import torch
+from real_models import budgets_of, limited
 
-from tworeel.planning.measuring import BACKWARD, FORWARD, Sizes, measured
+from tworeel.planning import measuring
+from tworeel.planning.budgets import Budget
+from tworeel.planning.measuring import BACKWARD, FORWARD, Sizes, Stopwatch, measured
+from tworeel.units import GIB
 
 SMALL = Sizes(matrix=128, tokens=64, heads=2, head_dim=32, numbers=2**16, seconds=0.01)
 
@@ -25,3 +29,30 @@ def test_what_was_slowed_already_is_slowed_from_there() -> None:
     found = measured(slowed, SMALL)
     assert found.slowdown > 10
     assert found.rates.forward(FORWARD) == pytest.approx(found.slowdown * budget.rates.forward(FORWARD))
+
+
+def test_a_card_is_timed_once_and_has_what_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def time(budget: Budget) -> Budget:
+        timed.append(budget.device)
+        return replace(budget, measured=True, slowdown=1.5)
+
+    monkeypatch.setattr(measuring, "measured", time)
+    stopwatch = Stopwatch()
+    for gib in (24, 12):
+        for budget in limited(budgets_of("2x RTX 4090"), gib):
+            found = stopwatch.timed(budget)
+            assert (found.free, found.slowdown) == (gib * GIB, 1.5)
+    assert timed == ["cuda:0", "cuda:1"]
+
+
+def test_a_card_without_room_for_a_measurement_is_planned_by_its_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Budget) -> Budget:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "measured", refuse)
+    (card,) = budgets_of("RTX 4090")
+    assert Stopwatch().timed(card) == card

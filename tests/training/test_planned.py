@@ -16,6 +16,7 @@ from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency
 from tworeel.errors import UserError
+from tworeel.planning import measuring
 from tworeel.planning.budgets import Budget
 from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.measurements import FOLDER_VARIABLE
@@ -168,7 +169,7 @@ def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.M
         return replace(budget, measured=True)
 
     monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
-    monkeypatch.setattr(planned, "measured", measured)
+    monkeypatch.setattr(measuring, "measured", measured)
     _, _, run = plan_job(left_open(config), on_gpus(found), print)
     assert timed == ["cuda:0", "cuda:1"] and run is not None and run.plan.calibrated
 
@@ -333,7 +334,7 @@ def test_a_card_too_full_to_be_timed_is_planned_by_its_figures(job, monkeypatch:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
-    monkeypatch.setattr(planned, "measured", measured)
+    monkeypatch.setattr(measuring, "measured", measured)
     _, _, run = plan_job(config, on_gpus(found), print)
     assert run is not None and not run.plan.calibrated
 
@@ -351,7 +352,7 @@ def test_streamed_blocks_that_even_shares_do_not_have_go_where_the_plan_has_them
     placement, streamed = place_blocks(found.transformer, config, found.family, CUDA)
     assert placement.boundaries[1:-1] == (2,) and streamed == ()
     monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
-    monkeypatch.setattr(planned, "measured", lambda budget: budget)
+    monkeypatch.setattr(measuring, "measured", lambda budget: budget)
     _, placed, run = plan_job(config, replace(on_gpus(found), streamed=streamed), print)
     assert run is not None and placed.placement.boundaries[1:-1] == (3,)
     assert placed.streamed_counts == (3, 1)

@@ -13,14 +13,13 @@ from tworeel.benchmarks.preparing import Observer, Settings
 from tworeel.benchmarks.results import Planned
 from tworeel.benchmarks.shapes import Case
 from tworeel.data.clips import Bucket
-from tworeel.engine.releasing import release_memory
 from tworeel.lora.targets import find_targets
 from tworeel.models.family import ModelSource
 from tworeel.models.registry import FAMILIES
 from tworeel.planning.budgets import Budget
 from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.measurements import calibrated
-from tworeel.planning.measuring import measured
+from tworeel.planning.measuring import Stopwatch
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
@@ -29,11 +28,10 @@ from tworeel.training.assembly import HOST_SHARE
 
 
 class Planners:
-    """Makes planners; what is found out of a model, and how fast a device is, serves all that follow."""
+    """Makes planners; what is found out of a model serves all that follow."""
 
     def __init__(self) -> None:
         self._known: list[Planner] = []
-        self._timed: dict[str, Budget] = {}
 
     def planner(self, request: Request) -> Planner:
         """A planner of the request, which knows what the last one for the same model has traced."""
@@ -41,17 +39,6 @@ class Planners:
         found = Planner(request, like=like)
         self._known = [*(one for one in self._known if one is not like), found]
         return found
-
-    def timed(self, budget: Budget) -> Budget:
-        """A device of this machine with the speed that a measurement tells, made once."""
-        if budget.device not in self._timed:
-            try:
-                self._timed[budget.device] = measured(budget)
-            except torch.OutOfMemoryError:
-                return budget  # so little is left that the plan will not fit either
-            finally:
-                release_memory()
-        return replace(self._timed[budget.device], total=budget.total, free=budget.free)
 
 
 class Plans:
@@ -64,6 +51,7 @@ class Plans:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._planners = Planners()
+        self._stopwatch = Stopwatch()
 
     def follow(self, case: Case, settings: Settings, blocks: int) -> tuple[Settings, Planned | None]:
         """Decide what the settings leave open; on CPUs there is nothing to choose.
@@ -88,7 +76,7 @@ class Plans:
     def _as_fast(self, request: Request) -> Request:
         """With what runs have measured on these cards; where none was, with a short measurement."""
         budgets = [calibrated(budget, request.trace) for budget in request.budgets]
-        return replace(request, budgets=tuple(b if b.measured else self._planners.timed(b) for b in budgets))
+        return replace(request, budgets=tuple(map(self._stopwatch.timed, budgets)))
 
     def follow_on(self, request: Request, settings: Settings) -> tuple[Settings, Planned]:
         """Decide what the settings leave open, on the devices of the request."""

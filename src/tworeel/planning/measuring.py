@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from tworeel.engine.releasing import release_memory
 from tworeel.planning.budgets import Budget
 from tworeel.planning.graphs import Work
 from tworeel.planning.timing import TRAFFIC_SHARE, Rates
@@ -33,6 +34,26 @@ class Sizes:
     seconds: float = 0.4
     """For which each kind of work goes on before it is timed, and while it is: a card that is cool and idle
     is faster than one in the midst of a training."""
+
+
+class Stopwatch:
+    """Times devices of this machine, each once, on whose cards no run was measured yet."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Budget] = {}
+
+    def timed(self, budget: Budget) -> Budget:
+        """The device with the speed that it has, as far as there is room to find that out."""
+        if budget.measured:
+            return budget
+        if budget.device not in self._known:
+            try:
+                self._known[budget.device] = measured(budget)
+            except torch.OutOfMemoryError:
+                return budget  # so little is left that the plan will not fit either
+            finally:
+                release_memory()
+        return replace(self._known[budget.device], total=budget.total, free=budget.free)
 
 
 def measured(budget: Budget, sizes: Sizes = Sizes()) -> Budget:

@@ -25,7 +25,7 @@ from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.explaining import explained
 from tworeel.planning.measured_bytes import keep_bytes, known_bytes
 from tworeel.planning.measurements import calibrated, keep
-from tworeel.planning.measuring import measured
+from tworeel.planning.measuring import Stopwatch
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.precisions import eight_bit_kind
@@ -271,18 +271,10 @@ def plan_on(config: RunConfig, job: Job, budgets: Sequence[Budget]) -> tuple[Run
 
 def _timed(request: Request) -> Request:
     """With the speed that a second's measurement tells, where no run on a card was measured yet."""
-    timed: dict[str, Budget] = {}
-
-    def time(budget: Budget) -> Budget:
-        if budget.device not in timed:
-            try:
-                timed[budget.device] = measured(budget)
-            except torch.OutOfMemoryError:
-                timed[budget.device] = budget  # so little is left that the plan will not fit either
-        return timed[budget.device]
+    stopwatch = Stopwatch()
 
     def known(one: Request) -> Request:
-        return replace(one, budgets=tuple(b if b.measured else time(b) for b in one.budgets))
+        return replace(one, budgets=tuple(map(stopwatch.timed, one.budgets)))
 
     return replace(known(request), less_precise=tuple(map(known, request.less_precise)))
 
