@@ -114,16 +114,19 @@ def test_a_split_run_has_the_losses_and_the_lora_of_one_that_is_not(
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "text_encoder"), [(1, "device"), (2, "host")])
 def test_clips_and_captions_that_are_encoded_on_the_fly_train_as_without_us(
-    tmp_path: Path, script: Path, accumulation: int
+    tmp_path: Path, script: Path, accumulation: int, text_encoder: str
 ) -> None:
+    split = SPLIT | {"DIFFSYNTH_DUAL_GPU_TEXT_ENCODER": text_encoder}
     write_with_encoders(tmp_path)
     write_tokenizer(tmp_path, "diffusers")
     results = []
-    for way, variables in (("plain", {}), ("tworeel", SPLIT)):
+    for way, variables in (("plain", {}), ("tworeel", split)):
         words = arguments_with_encoders(tmp_path, tmp_path / way, *steps_of(accumulation))
-        results.append(trained(run(way, tmp_path, script, words, variables), tmp_path / way))
+        done = run(way, tmp_path, script, words, variables)
+        results.append(trained(done, tmp_path / way))
+    assert ("wait in host memory" in done.stdout) == (text_encoder == "host")
     (losses, lora), (our_losses, our_lora) = results
     assert len(losses) == 8 and our_losses == pytest.approx(losses, rel=1e-5)
     assert lora.keys() == our_lora.keys() and len(lora) == BLOCKS * 10 * 2

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tworeel.diffsynth.settings import Settings, read_settings
@@ -21,9 +23,10 @@ def problems(**variables: str) -> str:
 
 def test_the_variables_say_where_to_split_and_what_blocks_leave_behind() -> None:
     named = {"SPLIT_AT": " 3, 7", "DEVICES": "cpu, cpu,cpu", "RESIDENCY": "offload", "FP8": "True"}
+    named["TEXT_ENCODER"] = "host"
     given = TWO | {f"DIFFSYNTH_DUAL_GPU_{name}": value for name, value in named.items()}
     expected = Settings(devices=("cpu",) * 3, split_at=(3, 7), residency="offload", fp8=True)
-    assert read_settings(given) == expected
+    assert read_settings(given) == replace(expected, text_encoder="host")
 
 
 def test_without_them_the_blocks_are_shared_out_evenly() -> None:
@@ -98,15 +101,18 @@ def test_a_boundary_that_is_none_is_named_with_its_value(given: str, said: str) 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     given = TWO | {"WORLD_SIZE": "2", "DIFFSYNTH_DUAL_GPU_FP8": "maybe", "DIFFSYNTH_DUAL_GPU_SPLIT_AT": "x"}
+    more = {"RESIDENCY": "all", "DEVICES": "gpu9", "TEXT_ENCODER": "disk"}
+    given |= {f"DIFFSYNTH_DUAL_GPU_{name}": value for name, value in more.items()}
     with pytest.raises(UserError) as raised:
-        read_settings(given | {"DIFFSYNTH_DUAL_GPU_RESIDENCY": "all", "DIFFSYNTH_DUAL_GPU_DEVICES": "gpu9"})
+        read_settings(given)
     message = str(raised.value)
-    assert len(raised.value.problems) == 6, message
+    assert len(raised.value.problems) == 7, message
     for word in (
         "--num_processes 2",
         "FP8=maybe",
         "'x'",
         "RESIDENCY=all",
+        "TEXT_ENCODER=disk: allowed are device, host",
         "'gpu9' is no device",
         "found: gpu9",
     ):

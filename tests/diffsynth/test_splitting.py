@@ -11,6 +11,7 @@ from test_diffsynth_variants import made, pipe_of, trained_whole
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from tworeel.diffsynth.encoders import waiting_bytes
 from tworeel.diffsynth.launching import in_words
 from tworeel.diffsynth.layouts import layout_of
 from tworeel.diffsynth.settings import Settings
@@ -171,12 +172,39 @@ def test_unless_the_user_says_the_devices_memory_decides_the_boundary(
     (card,) = parse_cards("RTX 4090", known_cards())
     budgets = [replace(budget_of_card(card, i), free=int(share * whole)) for i, share in enumerate(memory)]
     monkeypatch.setattr("tworeel.diffsynth.splitting.budgets", lambda devices: tuple(budgets))
-    pipe.text_encoder = nn.Linear(1 + int(encoder * whole * WEIGHTS_SHARE / 4), 1, bias=False)
+    pipe.vae = nn.Linear(1 + int(encoder * whole * WEIGHTS_SHARE / 4), 1, bias=False)
     division, _ = split_pipeline(pipe, TWO, checkpointing=True, offload=False)
     assert division.placement.boundaries == boundaries
     given = Settings(devices=("cpu", "cpu"), split_at=(5,))
     division, _ = split_pipeline(Pipe("t2v"), given, checkpointing=True, offload=False)
     assert division.placement.boundaries == (0, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "free", "waits"),
+    [(None, 30, False), (None, 29, True), ("device", 29, False), ("host", 99, True)],
+)
+@pytest.mark.usefixtures("diffsynth_package")
+def test_a_text_encoder_that_would_crowd_out_the_training_waits_in_host_memory(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, free: int, waits: bool
+) -> None:
+    """It and a device's share of the blocks are a little less than ten, as is the room for training."""
+    pipe = Pipe("t2v")
+    whole = sum(tensor.nbytes for tensor in pipe.dit.parameters())
+    (card,) = parse_cards("RTX 4090", known_cards())
+    budgets = tuple(replace(budget_of_card(card, i), free=free * whole) for i in range(2))
+    monkeypatch.setattr("tworeel.diffsynth.splitting.budgets", lambda devices: budgets)
+    monkeypatch.setattr("tworeel.diffsynth.sharing.TRAINING_ROOM", 20 * whole)
+    pipe.text_encoder = nn.Linear(1, 9 * whole // 4, bias=False)
+    expected = pipe.text_encoder.weight.detach().clone()
+    settings = replace(TWO, text_encoder=asked)
+    division, layout = split_pipeline(pipe, settings, checkpointing=True, offload=False)
+    assert waiting_bytes(pipe) == (expected.nbytes if waits else 0)
+    words = ". The text encoder's weights, 0.0 GiB, wait in host memory"
+    assert in_words(division, layout, waiting_bytes(pipe)).endswith(words) == waits
+    # Moved and cast with its pipeline, and used all the same.
+    pipe.to("cpu")
+    assert torch.equal(pipe.text_encoder(torch.ones(1, 1)), expected.T)
 
 
 def test_where_a_device_is_a_cpu_there_is_nothing_to_weigh() -> None:

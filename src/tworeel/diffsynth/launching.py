@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tworeel.diffsynth.encoders import waiting_bytes
 from tworeel.diffsynth.layouts import Layout
 from tworeel.diffsynth.loop import train_in_micro_batches
 from tworeel.diffsynth.package import check_package, mend_mistral, replace_launcher
@@ -16,6 +17,7 @@ from tworeel.diffsynth.settings import Settings, device_name, read_settings
 from tworeel.diffsynth.splitting import split_pipeline
 from tworeel.engine.split import Split
 from tworeel.errors import UserError, collected, raise_if_any
+from tworeel.units import gibibytes
 
 _ON_CPU = "--initialize_model_on_cpu"
 _FP16 = "--mixed_precision fp16: its scaled losses cannot overlap; allowed are no, bf16"
@@ -90,8 +92,9 @@ def shortage_in_words() -> Iterator[None]:
         first_line = str(error).partition("\n")[0]
         raise UserError(
             f"out of memory: {first_line} What needs less: "
-            "DIFFSYNTH_DUAL_GPU_RESIDENCY=offload, DIFFSYNTH_DUAL_GPU_FP8=true, another "
-            "DIFFSYNTH_DUAL_GPU_SPLIT_AT, smaller or shorter samples, one more device"
+            "DIFFSYNTH_DUAL_GPU_RESIDENCY=offload, DIFFSYNTH_DUAL_GPU_TEXT_ENCODER=host, "
+            "DIFFSYNTH_DUAL_GPU_FP8=true, another DIFFSYNTH_DUAL_GPU_SPLIT_AT, "
+            "smaller or shorter samples, one more device"
         ) from None
 
 
@@ -129,7 +132,7 @@ class SplitLauncher:
             offload=getattr(model, "use_gradient_checkpointing_offload", False),
         )
         _bring_managed_layers(model.pipe, accelerator.device)
-        accelerator.print(in_words(division, layout))
+        accelerator.print(in_words(division, layout, waiting_bytes(model.pipe)))
         if accelerator.gradient_accumulation_steps > 1 and not rest and args is not None:
             train_in_micro_batches(accelerator, dataset, model, model_logger, args, division)
             return
@@ -167,14 +170,21 @@ def _obstacles(accelerator: Any, settings: Settings) -> Iterator[str]:
         yield f"DIFFSYNTH_DUAL_GPU_DEVICES: accelerate computes on {here}, so that has to be the first device"
 
 
-def in_words(division: Split, layout: Layout) -> str:
-    """Which blocks are where, by the numbers of `DIFFSYNTH_DUAL_GPU_SPLIT_AT`, and what they leave behind."""
+def in_words(division: Split, layout: Layout, waiting: int = 0) -> str:
+    """Which blocks are where, by the numbers of `DIFFSYNTH_DUAL_GPU_SPLIT_AT`, and what they leave behind.
+
+    Args:
+        division: of the models.
+        layout: of the same.
+        waiting: bytes of the text encoder's weights that are in host memory.
+    """
     placement = division.placement
     parts = [
         f"{_blocks_in_words(placement.blocks_of(stage), layout.before)} on {device}"
         for stage, device in enumerate(placement.devices)
     ]
-    return f"tworeel: {'; '.join(parts)}. {division.residency_in_words()}"
+    text = f". The text encoder's weights, {gibibytes(waiting)}, wait in host memory" if waiting else ""
+    return f"tworeel: {'; '.join(parts)}. {division.residency_in_words()}{text}"
 
 
 def _blocks_in_words(positions: range, before: int) -> str:

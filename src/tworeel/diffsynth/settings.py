@@ -11,10 +11,11 @@ import torch
 from tworeel.errors import did_you_mean, raise_if_any
 
 _NAME = "DIFFSYNTH_DUAL_GPU"
-_VARIABLES = tuple(f"{_NAME}_{word}" for word in ("SPLIT_AT", "DEVICES", "RESIDENCY", "FP8"))
+_VARIABLES = tuple(f"{_NAME}_{word}" for word in ("SPLIT_AT", "DEVICES", "RESIDENCY", "FP8", "TEXT_ENCODER"))
 _TRUE = ("y", "yes", "t", "true", "on", "1")
 """What accelerate takes for true."""
 RESIDENCIES = ("keep", "selective", "recompute", "offload", "offload-selective")
+TEXT_ENCODER_HOMES = ("device", "host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Settings:
     """What the blocks leave behind; what the script's checkpointing options say if None."""
     fp8: bool = False
     """Whether the blocks' frozen linear layers are kept in fp8."""
+    text_encoder: str | None = None
+    """Where its weights stay while it is not used; where there is room for them if None."""
 
 
 def device_name(device: torch.device) -> str:
@@ -46,18 +49,23 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     at = _words(environment, "SPLIT_AT")
     residency = environment.get(f"{_NAME}_RESIDENCY") or None
     fp8 = environment.get(f"{_NAME}_FP8", "").strip().lower()
+    text_encoder = environment.get(f"{_NAME}_TEXT_ENCODER") or None
     problems = [*_names_problems(environment), *_devices_problems(devices, environment)]
     problems += [*_split_problems(at, len(devices)), *_accelerate_problems(environment)]
     if residency is not None and residency not in RESIDENCIES:
         problems.append(f"{_NAME}_RESIDENCY={residency}: allowed are {', '.join(RESIDENCIES)}")
     if fp8 not in ("", "true", "false"):
         problems.append(f"{_NAME}_FP8={fp8}: allowed are true, false")
+    if text_encoder is not None and text_encoder not in TEXT_ENCODER_HOMES:
+        allowed = ", ".join(TEXT_ENCODER_HOMES)
+        problems.append(f"{_NAME}_TEXT_ENCODER={text_encoder}: allowed are {allowed}")
     raise_if_any(problems)
     return Settings(
         devices=tuple(device_name(torch.device(name)) for name in devices),
         split_at=tuple(map(int, at)) or None,
         residency=residency,
         fp8=fp8 == "true",
+        text_encoder=text_encoder,
     )
 
 

@@ -13,6 +13,11 @@ from tworeel.engine.placement import Placement
 from tworeel.planning.budgets import Budget
 from tworeel.planning.devices import budgets_on
 from tworeel.planning.shares import BlockWeights, share_out
+from tworeel.units import GIB
+
+TRAINING_ROOM = 10 * GIB
+"""Of the first device that is not given to a text encoder. A clip of 480 x 832 x 49 leaves 8 GiB behind in a
+stage of 20 blocks of a 14B model that offloads, or in one that computes again."""
 
 
 def budgets(devices: Sequence[str]) -> tuple[Budget, ...] | None:
@@ -47,6 +52,26 @@ def planned(
     before = [together.get_submodule(unit.name) for unit in around if unit.stage == 0]
     after = [together.get_submodule(unit.name) for unit in around if unit.stage > 0]
     return share_out(blocks, known, first=sum(map(_size, (*before, *others))), last=sum(map(_size, after)))
+
+
+def crowds_out(
+    texts: Iterable[nn.Module],
+    together: nn.Module,
+    even: Placement,
+    others: Iterable[nn.Module],
+    first: Budget,
+) -> bool:
+    """Whether text encoders would leave too little room for training on the first device.
+
+    Args:
+        texts: the text encoders.
+        together: what runs at each step.
+        even: of the same, in even shares.
+        others: modules that go to the first device besides.
+        first: that device's memory.
+    """
+    own = [together.get_submodule(unit.name) for unit in even.units if unit.stage == 0]
+    return sum(map(_size, (*own, *others, *texts))) + TRAINING_ROOM > first.free
 
 
 def _weights(modules: Sequence[nn.Module]) -> BlockWeights:

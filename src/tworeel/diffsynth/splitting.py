@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from tworeel.diffsynth.adjusting import adjust
+from tworeel.diffsynth.encoders import keep_in_host_memory, text_encoders
 from tworeel.diffsynth.layouts import MODELS, Layout, layout_of
 from tworeel.diffsynth.settings import Settings
-from tworeel.diffsynth.sharing import budgets, planned
-from tworeel.engine.placement import place
+from tworeel.diffsynth.sharing import budgets, crowds_out, planned
+from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import Split, split
 from tworeel.errors import UserError, raise_if_any
+from tworeel.planning.budgets import Budget
 from tworeel.quant.swap import block_linears, quantize_blocks
 
 
@@ -55,31 +58,52 @@ def split_pipeline(
     residency = settings.residency or _residency(checkpointing, offload)
     _check_range(together, layout, settings)
     first = runs_first(together, layout)
+    even = place(together, settings.devices, blocks=layout.lists, beside=layout.beside, first=first)
+    known = budgets(settings.devices)
+    others = [child for name, child in pipe.named_children() if name not in MODELS]
+    waiting = _waiting(list(text_encoders(pipe)), together, even, settings, others, known)
     division = split(
         together,
         settings.devices,
-        at=_boundaries(together, layout, settings, first, pipe),
+        at=_boundaries(together, even, layout, settings, [o for o in others if o not in waiting], known),
         blocks=layout.lists,
         residency=residency,
         beside=layout.beside,
         first=first,
     )
     adjust(pipe, models, division)
+    for encoder in waiting:
+        keep_in_host_memory(encoder, torch.device(settings.devices[0]))
     return division, layout
 
 
+def _waiting(
+    texts: Sequence[nn.Module],
+    together: nn.Module,
+    even: Placement,
+    settings: Settings,
+    others: Sequence[nn.Module],
+    known: Sequence[Budget] | None,
+) -> Sequence[nn.Module]:
+    """The text encoders whose weights stay in host memory: all, or none."""
+    if settings.text_encoder is not None or known is None:
+        return texts if settings.text_encoder == "host" else ()
+    beside = [other for other in others if other not in texts]
+    return texts if crowds_out(texts, together, even, beside, known[0]) else ()
+
+
 def _boundaries(
-    together: nn.Module, layout: Layout, settings: Settings, first: Sequence[str], pipe: Any
+    together: nn.Module,
+    even: Placement,
+    layout: Layout,
+    settings: Settings,
+    others: Sequence[nn.Module],
+    known: Sequence[Budget] | None,
 ) -> Sequence[int] | None:
     """First block of each stage after the first, over all lists; None where nothing tells devices apart."""
     if settings.split_at is not None:
         return [layout.before + number for number in settings.split_at]
-    known = budgets(settings.devices)
-    if known is None:
-        return None
-    even = place(together, settings.devices, blocks=layout.lists, beside=layout.beside, first=first)
-    others = [child for name, child in pipe.named_children() if name not in MODELS]
-    return planned(together, even, layout, others, known)
+    return None if known is None else planned(together, even, layout, others, known)
 
 
 def runs_first(together: nn.Module, layout: Layout) -> list[str]:

@@ -1,0 +1,42 @@
+"""Text encoders that are too large to stay on the first device beside its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+_NAMES = ("text_encoder", "text_encoder_qwen3")
+"""Of Wan's and FLUX.2's pipelines."""
+
+_ASKED_FOR_THEIR_DEVICE = ["T5RelativeEmbedding"]
+"""Modules that look where a layer of theirs is, before they call it."""
+
+
+def text_encoders(pipe: Any) -> Iterator[nn.Module]:
+    """Those of a pipeline, but for those that DiffSynth itself reads from disk or casts for each use."""
+    for name in _NAMES:
+        encoder = getattr(pipe, name, None)
+        if isinstance(encoder, nn.Module) and not getattr(encoder, "vram_management_enabled", False):
+            yield encoder
+
+
+def waiting_bytes(pipe: Any) -> int:
+    """Of the text encoders whose weights are in host memory."""
+    tensors = (tensor for encoder in text_encoders(pipe) for tensor in encoder.parameters())
+    return sum(tensor.nbytes for tensor in tensors if tensor.is_meta)
+
+
+def keep_in_host_memory(encoder: nn.Module, device: torch.device) -> None:
+    """Let an encoder compute on a device with its weights in host memory, layer by layer.
+
+    Args:
+        encoder: frozen, in host memory. It stays there when its pipeline is moved.
+        device: where it computes; its buffers go there.
+    """
+    cpu_offload(encoder, device, preload_module_classes=_ASKED_FOR_THEIR_DEVICE)
+    encoder._apply = MethodType(lambda self, fn, recurse=True: self, encoder)  # type: ignore[method-assign]
