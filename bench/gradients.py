@@ -7,14 +7,15 @@
 
 The same bf16 weights and micro-batches run one at a time with per-block device hooks, then through the
 pipeline with each residency, eager and compiled. Two roundings of the same step differ: a run in fp32 says
-how far each of them is from what all stand for. Then a step with deterministic attention is run twice.
+how far each of them is from what all stand for, and one whose inputs differ in a few last bits, how far apart
+roundings are. Then a step with deterministic attention is run twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ TOKENS = 7800
 RESIDENCIES = (Residency.KEEP, Residency.SELECTIVE, Residency.OFFLOAD_SELECTIVE, Residency.RECOMPUTE)
 COMPILES = {"no": (False,), "yes": (True,), "both": (False, True)}
 ONE_AT_A_TIME = "one at a time, bf16"
+EVERY = 1000
+NUDGED = f"the same, every {EVERY}th number of the inputs in another last bit"
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,15 @@ class Step:
         self._family = models.family_of(case.model)
         self._batches = models.make_batches(case, torch.bfloat16, devices[0])
 
-    def one_at_a_time(self, *, fp32: bool) -> Gradients:
+    def one_at_a_time(self, *, fp32: bool = False, nudged: bool = False) -> Gradients:
         """With per-block device hooks, every block checkpointed; in bf16 what the family keeps in fp32 is."""
         model, placement = self._model()
         batches = self._batches
         if fp32:
             model.float()
-            batches = [{name: _in_fp32(value) for name, value in batch.items()} for batch in batches]
+            batches = [_changed(batch, Tensor.float) for batch in batches]
+        if nudged:
+            batches = [_changed(batch, _nudged) for batch in batches]
         with device_hooks(model, placement):
             for batch in batches:
                 models.mean_square(model(**batch)).backward()
@@ -112,17 +117,30 @@ class Step:
         return found
 
 
-def _in_fp32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+def _changed(batch: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same micro-batch with other tensors in the place of those in bf16."""
+    return {
+        name: change(value) if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+        for name, value in batch.items()
+    }
+
+
+def _nudged(tensor: Tensor) -> Tensor:
+    """Every so many of its numbers in bf16 further from zero by their last bit."""
+    changed = tensor.clone(memory_format=torch.contiguous_format)
+    changed.view(torch.int16).flatten()[::EVERY] += 1
+    return changed
 
 
 def compare(step: Step, ways: Sequence[Way]) -> Iterator[tuple[str, Comparison]]:
     """Each way's gradients against those of one micro-batch at a time in bf16, and against fp32."""
     exact = step.one_at_a_time(fp32=True)
     begin = time.perf_counter()
-    naive = step.one_at_a_time(fp32=False)
+    naive = step.one_at_a_time()
     seconds = time.perf_counter() - begin
     yield ONE_AT_A_TIME, Comparison(agreement_of(naive, naive), agreement_of(naive, exact), seconds)
+    nudged = step.one_at_a_time(nudged=True)
+    yield NUDGED, Comparison(agreement_of(nudged, naive), agreement_of(nudged, exact), seconds)
     for way in ways:
         torch.compiler.reset()  # what was compiled for one way counts against a limit for the next
         begin = time.perf_counter()
