@@ -8,7 +8,10 @@ import pytest
 import torch
 from test_diffsynth_variants import assert_overlapping_is_alike, assert_split_is_alike
 from test_template import assert_template_is_alike
+from torch import nn
 from variants import VARIANTS
+
+from tworeel.diffsynth.encoders import keep_in_host_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("diffsynth_package")]
 PLACES = {2: ("cuda:0", "cuda:1"), 3: ("cuda:0", "cuda:1", "cuda:0")}
@@ -38,3 +41,19 @@ def test_overlapping_micro_batches_over_two_gpus_have_those_of_one_after_the_oth
 @pytest.mark.parametrize("stages", PLACES)
 def test_a_template_model_over_two_gpus_has_the_gradients_of_one(stages: int) -> None:
     assert_template_is_alike(PLACES[stages])
+
+
+def test_a_text_encoder_in_host_memory_is_pinned_and_computes_on_the_first_gpu() -> None:
+    encoder = nn.Sequential(
+        nn.Embedding(8, 4), nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    ).requires_grad_(False)
+    ids = torch.arange(8)
+    expected, begin = encoder(ids), torch.cuda.memory_allocated(0)
+    keep_in_host_memory(encoder, torch.device("cuda:0"))
+    encoder.to("cuda:0")
+    found = encoder(ids.to("cuda:0"))
+    assert found.device.type == "cuda" and all(tensor.is_meta for tensor in encoder.parameters())
+    torch.testing.assert_close(found.cpu(), expected)
+    assert all(tensor.is_pinned() for tensor in encoder[1][0]._hf_hook.weights_map.values())
+    del found
+    assert torch.cuda.memory_allocated(0) <= begin + 512

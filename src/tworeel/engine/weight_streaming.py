@@ -72,7 +72,7 @@ class WeightStreamer:
     def add(self, blocks: Mapping[int, nn.Module]) -> None:
         """Between two steps: let the weights of more blocks be streamed."""
         self.host_bytes += host_bytes(map(streamed_size, blocks.values()), self.device)
-        self._blocks |= _to_host(blocks, self.device)
+        self._blocks |= to_host(blocks, self.device)
         self._order = sorted(self._blocks)
         self._slots.clear()  # before there are others
         size = max((b.host.nbytes for b in self._blocks.values()), default=0)
@@ -193,7 +193,7 @@ def _slabs(size: int, count: int) -> tuple[int, ...]:
     return best[count]
 
 
-def _to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int, _Streamed]:
+def to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int, _Streamed]:
     """Copy the blocks' frozen parameters to host memory, pinned for a device that is not the CPU."""
     plans = {position: _offsets(block) for position, block in blocks.items()}
     counts = Counter(size for size, _ in plans.values())
