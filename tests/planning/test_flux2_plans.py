@@ -147,6 +147,11 @@ def test_images_of_dev_take_what_they_took_on_two_h200s() -> None:
     shortened = [(blocks[DOUBLE], 2), (blocks[SINGLE], 12)]
     kernels = sum(count * (one.forward.kernels + one.backward.kernels) for one, count in shortened)
     assert kernels == pytest.approx(1446, rel=0.03)  # seen on H200s: 1,424 to 1,468
+    from_cpp = replace(request, cpp_wrapper=True)
+    wider = replace(from_cpp, budgets=limited(budgets_of("2x H200"), 30))
+    for one, seconds in ((from_cpp, 0.174), (wider, 0.158)):
+        known = Planner(one, like=planner).best()
+        assert known.seconds_per_step / 8 == pytest.approx(seconds, rel=0.15)
 
 
 def test_a_small_card_streams_or_recomputes() -> None:

@@ -28,7 +28,8 @@ def test_what_lies_between_two_products_is_written_once() -> None:
     # The first product and what is made of it; then that and the second product.
     assert cost.peak == 2 * SIZE and cost.end == SIZE
     assert cost.work.products == {torch.float32: 2 * PRODUCT}
-    assert cost.work.traffic == 2 * SIZE
+    # Each product reads its other matrix, and what lies between them is written.
+    assert cost.work.traffic == 4 * SIZE
 
 
 def test_a_chain_without_products_is_one_pass() -> None:

@@ -12,6 +12,7 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import Fit
 from tworeel.engine.residency import Residency
 from tworeel.planning import Planner, Request, plan
+from tworeel.planning.measuring import LAUNCH
 from tworeel.planning.plans import Plan
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS, PARKING_KERNELS
 from tworeel.units import GIB
@@ -69,18 +70,19 @@ def test_launched_from_cpp_a_step_takes_the_launching_of_one_card() -> None:
     some = request_of(buckets={IMAGE: 1.0}, micro_batches=16)
     slow, fast = plan(some), plan(replace(some, cpp_wrapper=True))
     most = max(stage.kernels for stage in fast.stages)
-    assert fast.seconds_per_step >= 16 * most * CPP_LAUNCH_SECONDS
+    # Beside that, the pipeline fills.
+    assert 1 <= fast.seconds_per_step / (16 * most * CPP_LAUNCH_SECONDS) < 17 / 16
     assert fast.seconds_per_step < 0.6 * slow.seconds_per_step
 
 
 def test_launched_from_cpp_an_image_takes_what_was_measured() -> None:
-    """Wan 14B, 1,536 tokens, two H200s: 0.1137 seconds."""
-    image = Bucket(frames=1, height=512, width=768)
-    found = plan(
-        request_of(buckets={image: 1.0}, micro_batches=16, cpp_wrapper=True, budgets=budgets_of("2x H200"))
-    )
-    assert found.host_bound
-    assert found.seconds_per_step / 16 == pytest.approx(0.1137, rel=0.15)
+    """Wan 14B, 1,024 tokens, two H200s: 0.143 seconds, and 0.171 on a machine with a slower host."""
+    some = request_of(buckets={IMAGE: 1.0}, micro_batches=16, cpp_wrapper=True)
+    for launching, seconds in ((1.0, 0.143), (6.7e-6 / LAUNCH, 0.171)):
+        budgets = [replace(budget, launching=launching) for budget in budgets_of("2x H200")]
+        found = plan(replace(some, budgets=tuple(budgets)))
+        assert found.host_bound
+        assert found.seconds_per_step / 16 == pytest.approx(seconds, rel=0.15)
 
 
 @pytest.mark.parametrize(("size", "gains"), [(704, True), (768, False)])

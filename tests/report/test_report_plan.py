@@ -24,7 +24,8 @@ FIRST = StagePlan(
     free=23 * GIB,
     forward=4.1,
     backward=10.0,
-    kernels=4000,
+    forward_kernels=1500,
+    backward_kernels=2500,
 )
 SECOND = replace(FIRST, device="cuda:1", first=21, last=39, kept=2, residency=Residency.SELECTIVE, streamed=0)
 PLAN = Plan(

@@ -138,6 +138,7 @@ class StageDraft:
         working = needed(memory, footprints, kept, fit.fallback) - rest
         crossing, inputs = crossing_buffers(memory, footprints.hidden), self.holding * self.inputs
         forward, backward = self._seconds(kept, fit.fallback, streamed)
+        forward_kernels, backward_kernels = self._kernels(kept, fit.fallback)
         return StagePlan(
             device=self.budget.device,
             card=self.budget.card,
@@ -161,7 +162,8 @@ class StageDraft:
             context=self.context,
             forward=forward,
             backward=backward,
-            kernels=self._kernels(kept, fit.fallback),
+            forward_kernels=forward_kernels,
+            backward_kernels=backward_kernels,
         )
 
     def _parked(self, kept: int, fallback: Residency) -> int:
@@ -190,13 +192,13 @@ class StageDraft:
         copies = (parked + brought) / rates.host
         return max(forward, copies), max(backward, copies)
 
-    def _kernels(self, kept: int, fallback: Residency) -> int:
-        """Launched for a micro-batch, and what else the host does for it, in as many of them."""
-        again = self._again(kept)
-        works = [work for trace in self.traces for work in (trace.forward, trace.backward)]
-        works += [trace.recomputed[_traced_as(fallback)] for trace in again]
-        parking = PARKING_KERNELS * len(again) if fallback.is_parked else 0
-        return sum(work.kernels for work in works) + parking
+    def _kernels(self, kept: int, fallback: Residency) -> tuple[int, int]:
+        """Launched for a micro-batch's forward and backward, and what else the host does, in as many."""
+        again, kind = self._again(kept), _traced_as(fallback)
+        moving = PARKING_KERNELS * len(again) // 2 if fallback.is_parked else 0
+        forward = sum(trace.forward.kernels for trace in self.traces)
+        backward = sum(trace.backward.kernels for trace in self.traces)
+        return forward + moving, backward + moving + sum(trace.recomputed[kind].kernels for trace in again)
 
     def _again(self, kept: int) -> Sequence[BlockTrace]:
         """The blocks that compute again."""

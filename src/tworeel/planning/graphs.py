@@ -66,7 +66,8 @@ class Work:
         products: operations of matrix products, by the dtype of what is multiplied; 2 for each multiplication
             and addition.
         attention: operations of attentions.
-        traffic: bytes read and written by all that is neither.
+        traffic: bytes read and written by all that is neither, and of the matrices that others are
+            multiplied with.
         kernels: that the host launches for it.
     """
 
@@ -261,7 +262,8 @@ def work_of(target: Any, args: Sequence[Any], out: Any) -> Work:
         return Work(attention=count, kernels=1)
     # A bias comes before what is multiplied, scales come after it.
     matrices = [argument for argument in args if isinstance(argument, Tensor) and argument.dim() > 1]
-    return Work({matrices[0].dtype: count}, kernels=1)
+    # With few rows it shows that the other matrix, mostly a weight, has to come from memory first.
+    return Work({matrices[0].dtype: count}, traffic=float(matrices[1].nbytes), kernels=1)
 
 
 def _packet(node: fx.Node) -> Any:

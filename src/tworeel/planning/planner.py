@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +29,8 @@ from tworeel.planning.traces import STORED_ONLY, ModelTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
 from tworeel.planning.weights import UnitBytes, unit_bytes
 
+HOST_BOUND = 1.1
+"""Times as long as its card works that a stage takes, where the host is what limits."""
 MOST_SEARCHED = 4
 """Orders of unlike devices for which boundaries are searched, by how the search would begin."""
 
@@ -187,15 +188,17 @@ class Planner:
         devices = [budget.device for budget in stages]
         crosses = len(set(devices)) > 1
         crossing = hidden / min(budget.rates.crossing for budget in stages) if crosses else 0.0
-        time = simulate(
-            self._orders_of(stages),
-            [stage.forward for stage in made],
-            [stage.backward for stage in made],
-            crossing,
-            devices=devices,
+        alone, launch = self._launching(made)
+        forward = [max(stage.forward, launch * stage.forward_kernels) for stage in made]
+        backward = [max(stage.backward, launch * stage.backward_kernels) for stage in made]
+        time = simulate(self._orders_of(stages), forward, backward, crossing, devices=devices)
+        # What all threads wait for in turns has no bubble.
+        together = 0.0 if alone else launch * sum(stage.kernels for stage in made)
+        step = time.at_least(request.micro_batches * together)
+        longer = max(
+            (f + b) / (stage.forward + stage.backward)
+            for f, b, stage in zip(forward, backward, made, strict=True)
         )
-        host = request.micro_batches * self._launching(made)
-        step = time.at_least(host)
         return Plan(
             model=request.source.traits.variant,
             precision=request.trace.quantize or str(request.trace.dtype).removeprefix("torch."),
@@ -208,21 +211,18 @@ class Planner:
             host_free=request.host_free,
             seconds_per_step=step.seconds,
             busy=step.busy,
-            host_bound=host > time.seconds,
+            host_bound=step.seconds > time.seconds or longer > HOST_BOUND,
             steps=request.steps,
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
             measured_bytes=self.trace.measured,
         )
 
-    def _launching(self, stages: Sequence[StagePlan]) -> float:
-        """Seconds of the host for a micro-batch."""
-        if not self.request.cpp_wrapper or any(map(self._repeats_attention, stages)):
-            return sum(stage.kernels for stage in stages) * LAUNCH_SECONDS[self.request.trace.compile]
-        by_device = Counter[str]()
-        for stage in stages:
-            by_device[stage.device] += stage.kernels
-        return max(by_device.values()) * CPP_LAUNCH_SECONDS
+    def _launching(self, stages: Sequence[StagePlan]) -> tuple[bool, float]:
+        """Whether each device's threads launch by themselves, without Python's lock; seconds of a kernel."""
+        alone = self.request.cpp_wrapper and not any(map(self._repeats_attention, stages))
+        seconds = CPP_LAUNCH_SECONDS if alone else LAUNCH_SECONDS[self.request.trace.compile]
+        return alone, seconds * max(budget.launching for budget in self.request.budgets)
 
     def _repeats_attention(self, stage: StagePlan) -> bool:
         """Whether a compiled backward does: torch (2.11) cannot launch that from C++."""

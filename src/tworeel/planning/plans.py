@@ -45,13 +45,19 @@ class StagePlan:
     forward: float
     """Of a micro-batch, on average over the data."""
     backward: float
-    kernels: int
-    """That the host launches for a micro-batch, with what parking takes it, in as many."""
+    forward_kernels: int
+    """That the host launches for a micro-batch's forward, with what parking takes it, in as many."""
+    backward_kernels: int
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the stage."""
         return self.last - self.first + 1
+
+    @property
+    def kernels(self) -> int:
+        """That the host launches for a micro-batch."""
+        return self.forward_kernels + self.backward_kernels
 
     @property
     def only_computes(self) -> bool:

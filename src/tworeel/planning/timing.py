@@ -25,9 +25,9 @@ LAUNCH_SECONDS = {True: 32e-6, False: 26e-6}
 Python's lock, so it adds up over them. Measured where cards wait for the host: 27 to 38 µs (compiled;
 FLUX.2-dev in fp8 and int8, Wan 14B, 1,536 tokens, H200s), 0.82 of that where nothing was (Wan, 1,024)."""
 
-CPP_LAUNCH_SECONDS = 28e-6
-"""From C++, where each device's threads go on their own. Two H200s needed 28 µs (Wan 14B, 1,536 tokens) and
-31 (FLUX.2-dev in fp8, 512 x 512)."""
+CPP_LAUNCH_SECONDS = 30e-6
+"""From C++, where each device's threads go on their own. Machines with two H200s needed 26 µs (Wan 14B, 1,536
+tokens), 29 and 30 (FLUX.2-dev in fp8, 512 x 512) and 32 (Wan 14B, 1,024 tokens)."""
 
 PARKING_KERNELS = 34
 """As long as launching so many kernels the host takes to park what a block leaves behind, and to fetch it:
