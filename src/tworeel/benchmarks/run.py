@@ -133,9 +133,11 @@ def run_pipelined(
         return pipeline.step(batches, loss, timed=True).spans
 
     batches = prepared.batches
-    # As many as are in flight at a time: the first step compiles and chooses residencies for all that follow
+    # As many as are in flight at a time: the first step compiles and chooses residencies for all that follow,
+    # in the second they overlap from the beginning and take the memory that they need.
     with attention_backend(settings.attention, settings.devices):
-        step(batches[: len(settings.devices) + settings.slack + 1])
+        for _ in range(2):
+            step(batches[: len(settings.stages) + settings.slack + 1])
         alone = [span for batch in batches[:ALONE] for span in step([batch])]
         kernels = machine.kernel_share(settings.devices, lambda: step(batches[:1]))
         rounds = [timed(prepared, lambda: step(batches)) for _ in range(settings.rounds)]
