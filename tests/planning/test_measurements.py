@@ -9,7 +9,7 @@ import torch
 from real_models import budgets_of
 
 from tworeel.planning.graphs import Work
-from tworeel.planning.measurements import FOLDER_VARIABLE, calibrated, keep
+from tworeel.planning.measurements import FOLDER_VARIABLE, calibrated, keep, keep_launching
 from tworeel.planning.traces import TraceSettings
 
 WORK = Work({torch.bfloat16: 1e15})
@@ -29,6 +29,17 @@ def test_what_a_run_took_is_used_from_then_on() -> None:
     found = calibrated(budget, SETTINGS)
     assert found.measured and found.slowdown == 1.5
     assert found.rates.forward(WORK) == pytest.approx(1.5 * budget.rates.forward(WORK))
+
+
+def test_what_the_host_took_is_kept_beside_it() -> None:
+    (budget,) = budgets_of("RTX 4090")
+    keep_launching(budget.card, SETTINGS, 1.25)
+    assert calibrated(budget, SETTINGS) == replace(budget, launching=1.25)
+    keep(budget.card, SETTINGS, 1.5)
+    found = calibrated(budget, SETTINGS)
+    assert (found.launching, found.slowdown) == (1.25, 1.5)
+    keep_launching(budget.card, SETTINGS, 0.0)
+    assert calibrated(budget, SETTINGS).launching is None
 
 
 def test_other_cards_precisions_and_eager_blocks_are_apart() -> None:

@@ -74,6 +74,8 @@ def test_where_a_run_was_measured_the_host_is_timed_all_the_same(launches: list[
     (card,) = budgets_of("RTX 4090")
     known = replace(card, measured=True)
     assert Stopwatch().timed(known) == replace(known, launching=1.5) and len(launches) == 1
+    heard = replace(known, launching=1.2)
+    assert Stopwatch().timed(heard) == heard and len(launches) == 1
 
 
 def test_a_card_without_room_for_a_measurement_is_planned_by_its_figures(

@@ -205,13 +205,15 @@ def test_after_the_first_steps_the_plan_is_held_against_what_was_measured(job) -
     assert "cuda:0 3.0 GiB (planned 0.3)" in told[4]
 
 
-def test_where_the_host_limits_nothing_is_learnt_of_the_cards(job) -> None:
+def test_where_the_host_limits_that_is_learnt_of_it_and_nothing_of_the_cards(job) -> None:
     config, found = job
-    _, _, run = plan_on(config, found, pair())
-    assert run.plan.host_bound
-    for step in range(1, 6):
-        run.heard(report(step, 1.0))
-    _, _, again = plan_on(config, found, pair())
+    for longer in (3.0, 2.0):
+        _, _, run = plan_on(config, found, pair())
+        assert run.plan.host_bound and not run.plan.calibrated
+        for step in range(1, 6):
+            run.heard(report(step, longer * run.plan.seconds_per_step))
+        _, _, again = plan_on(config, found, pair())
+        assert again.plan.seconds_per_step == pytest.approx(longer * run.plan.seconds_per_step, rel=0.05)
     assert not again.plan.calibrated
 
 

@@ -38,8 +38,8 @@ class Budget:
     """Whether the rates rest on what was measured on this card."""
     slowdown: float = 1.0
     """How much longer they took than by the card's figures."""
-    launching: float = 1.0
-    """How much longer the host takes to launch for it than the one that the figures are of."""
+    launching: float | None = None
+    """How much longer its host takes to launch than the one that the figures are of; None where unknown."""
 
     def mode(self, quantize: str | None) -> Mode | None:
         """How it multiplies weights that are quantized so; None for those that only are kept so."""

@@ -22,6 +22,7 @@ from tworeel.planning.traces import TraceSettings
 
 FOLDER_VARIABLE = "TWOREEL_HOME"
 _NAME = "speeds.json"
+_LAUNCHING = " | launching"
 _LEAST, _MOST = 0.2, 20.0
 """Factors beyond these are another program on the card, not the card."""
 
@@ -33,16 +34,31 @@ def measurements_folder() -> Path:
 
 
 def calibrated(budget: Budget, settings: TraceSettings) -> Budget:
-    """The device with what runs like this one took on its card, if any has been."""
-    factor = read(_NAME).get(key_of(budget.card, settings))
-    if not isinstance(factor, int | float) or not _LEAST <= factor <= _MOST:
+    """The device with what runs like this one took on its card, and for it the host, if any has been."""
+    known, key = read(_NAME), key_of(budget.card, settings)
+    launching = _factor(known.get(key + _LAUNCHING))
+    if launching is not None:
+        budget = replace(budget, launching=launching)
+    factor = _factor(known.get(key))
+    if factor is None:
         return budget
-    return replace(budget, rates=budget.rates.slowed(float(factor)), measured=True, slowdown=float(factor))
+    return replace(budget, rates=budget.rates.slowed(factor), measured=True, slowdown=factor)
+
+
+def _factor(found: Any) -> float | None:
+    is_one = isinstance(found, int | float) and _LEAST <= found <= _MOST
+    return float(found) if is_one else None
 
 
 def keep(card: str, settings: TraceSettings, slowdown: float) -> None:
     """Keep how much longer than by its figures a card worked."""
     update(_NAME, lambda known: {**known, key_of(card, settings): round(slowdown, 4)})
+
+
+def keep_launching(card: str, settings: TraceSettings, launching: float) -> None:
+    """Keep how much longer than by the figures the host took to launch for a card."""
+    key = key_of(card, settings) + _LAUNCHING
+    update(_NAME, lambda known: {**known, key: round(launching, 4)})
 
 
 def update(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -43,7 +43,7 @@ class Sizes:
 
 
 class Stopwatch:
-    """Times devices of this machine, each once, on whose cards no run was measured yet; and the host."""
+    """Times what of this machine no run has measured yet: devices, each once, and the host."""
 
     def __init__(self) -> None:
         self._known: dict[str, Budget] = {}
@@ -52,9 +52,10 @@ class Stopwatch:
     def timed(self, budget: Budget) -> Budget:
         """The device with the speed that it has, as far as there is room to find that out."""
         try:
-            if self._launching is None:
-                self._launching = launching(torch.device(budget.device))
-            budget = replace(budget, launching=self._launching)
+            if budget.launching is None:
+                if self._launching is None:
+                    self._launching = launching(torch.device(budget.device))
+                budget = replace(budget, launching=self._launching)
             if budget.measured:
                 return budget
             if budget.device not in self._known:

@@ -222,7 +222,7 @@ class Planner:
         """Whether each device's threads launch by themselves, without Python's lock; seconds of a kernel."""
         alone = self.request.cpp_wrapper and not any(map(self._repeats_attention, stages))
         seconds = CPP_LAUNCH_SECONDS if alone else LAUNCH_SECONDS[self.request.trace.compile]
-        return alone, seconds * max(budget.launching for budget in self.request.budgets)
+        return alone, seconds * max(budget.launching or 1.0 for budget in self.request.budgets)
 
     def _repeats_attention(self, stage: StagePlan) -> bool:
         """Whether a compiled backward does: torch (2.11) cannot launch that from C++."""

@@ -24,7 +24,7 @@ from tworeel.planning.choosing import choose
 from tworeel.planning.devices import budgets_of_devices
 from tworeel.planning.explaining import explained
 from tworeel.planning.measured_bytes import keep_bytes, known_bytes
-from tworeel.planning.measurements import calibrated, keep
+from tworeel.planning.measurements import calibrated, keep, keep_launching
 from tworeel.planning.measuring import Stopwatch
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
@@ -166,6 +166,8 @@ class PlannedRun:
         found = self.plan
         for card, slowdown in self._slowdowns(reports).items():
             keep(card, self.planner.request.trace, slowdown)
+        for card, launching in self._launching(reports).items():
+            keep_launching(card, self.planner.request.trace, launching)
         seconds = fmean(report.seconds for report in reports) / found.micro_batches
         held = reports[-1].memory
         memory = ", ".join(
@@ -202,6 +204,14 @@ class PlannedRun:
                 planned = stage.forward + stage.backward
                 by_figures[stage.card] += planned / budgets[stage.device].slowdown
         return {card: seconds / by_figures[card] for card, seconds in worked.items()}
+
+    def _launching(self, reports: Sequence[StepReport]) -> dict[str, float]:
+        """How much longer than by the figures the host took to launch, if that is what the run waits for."""
+        if not self.plan.host_bound:
+            return {}
+        longer = fmean(report.seconds for report in reports) / self.plan.seconds_per_step
+        known = max(budget.launching or 1.0 for budget in self.planner.request.budgets)
+        return {stage.card: longer * known for stage in self.plan.stages}
 
     def would_fit(self, room: Mapping[str, int]) -> tuple[str, ...] | None:
         """What would fit where a run has so much memory now, in words; None if the plan still does.
