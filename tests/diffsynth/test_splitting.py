@@ -195,7 +195,7 @@ def test_a_text_encoder_that_would_crowd_out_the_training_waits_in_host_memory(
     budgets = tuple(replace(budget_of_card(card, i), free=free * whole) for i in range(2))
     monkeypatch.setattr("tworeel.diffsynth.splitting.budgets", lambda devices: budgets)
     monkeypatch.setattr("tworeel.diffsynth.sharing.TRAINING_ROOM", 20 * whole)
-    pipe.text_encoder = nn.Linear(1, 9 * whole // 4, bias=False)
+    pipe.text_encoder = nn.Linear(1, 9 * whole // 4, bias=False).requires_grad_(False)
     expected = pipe.text_encoder.weight.detach().clone()
     settings = replace(TWO, text_encoder=asked)
     division, layout = split_pipeline(pipe, settings, checkpointing=True, offload=False)

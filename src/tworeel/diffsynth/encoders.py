@@ -20,10 +20,12 @@ _ASKED_FOR_THEIR_DEVICE = ["T5RelativeEmbedding"]
 
 
 def text_encoders(pipe: Any) -> Iterator[nn.Module]:
-    """Those of a pipeline, but for those that DiffSynth itself reads from disk or casts for each use."""
+    """The frozen ones of a pipeline, but for those that DiffSynth reads from disk or casts for each use."""
     for name in _NAMES:
         encoder = getattr(pipe, name, None)
-        if isinstance(encoder, nn.Module) and not getattr(encoder, "vram_management_enabled", False):
+        if not isinstance(encoder, nn.Module) or getattr(encoder, "vram_management_enabled", False):
+            continue
+        if not any(parameter.requires_grad for parameter in encoder.parameters()):
             yield encoder
 
 

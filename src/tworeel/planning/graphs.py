@@ -263,7 +263,8 @@ def work_of(target: Any, args: Sequence[Any], out: Any) -> Work:
     # A bias comes before what is multiplied, scales come after it.
     matrices = [argument for argument in args if isinstance(argument, Tensor) and argument.dim() > 1]
     # With few rows it shows that the other matrix, mostly a weight, has to come from memory first.
-    return Work({matrices[0].dtype: count}, traffic=float(matrices[1].nbytes), kernels=1)
+    others = sum(matrix.nbytes for matrix in matrices[1:2])
+    return Work({matrices[0].dtype: count}, traffic=float(others), kernels=1)
 
 
 def _packet(node: fx.Node) -> Any:
