@@ -63,6 +63,14 @@ def test_the_first_device_is_accelerates(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_settings(named | {"DIFFSYNTH_DUAL_GPU_DEVICES": "cuda,cuda:1"}).devices[0] == "cuda:0"
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("gpu zero", "is no device"), ("cuda:9", "there is no cuda:9 here")]
+)
+def test_a_device_of_accelerates_that_is_none_is_said(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"ACCELERATE_TORCH_DEVICE: .*{said}"):
+        read_settings(TWO | {"ACCELERATE_TORCH_DEVICE": name})
+
+
 def test_a_misspelled_variable_is_an_error() -> None:
     message = problems(SPLITAT="2")
     assert "DIFFSYNTH_DUAL_GPU_SPLITAT: there is no such variable" in message

@@ -207,5 +207,40 @@ def test_a_text_encoder_that_would_crowd_out_the_training_waits_in_host_memory(
     assert torch.equal(pipe.text_encoder(torch.ones(1, 1)), expected.T)
 
 
+@pytest.mark.usefixtures("diffsynth_package")
+def test_a_text_encoder_that_is_trained_stays_on_its_device() -> None:
+    pipe = Pipe("t2v")
+    pipe.text_encoder = nn.Linear(2, 2)
+    split_pipeline(pipe, TWO, checkpointing=True, offload=False)
+    assert waiting_bytes(pipe) == 0
+    with pytest.raises(UserError, match="TEXT_ENCODER=host: it is trained; allowed is device"):
+        split_pipeline(pipe, replace(TWO, text_encoder="host"), checkpointing=True, offload=False)
+
+
+class Managed(nn.Module):
+    """An encoder that DiffSynth casts, or brings from disk, for each use."""
+
+    vram_management_enabled = True
+
+    def __init__(self, told: list[str], name: str) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+        for act in ("onload", "offload"):
+            setattr(self.layer, act, lambda words=f"{act} {name}": told.append(words))
+
+
+@pytest.mark.usefixtures("diffsynth_package")
+def test_encoders_that_diffsynth_brings_are_brought_without_emptying_caches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    pipe = Pipe("t2v")
+    pipe.text_encoder, pipe.vae = Managed(told, "text"), Managed(told, "vae")
+    split_pipeline(pipe, TWO, checkpointing=True, offload=False)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: told.append("emptied"), raising=False)
+    pipe.load_models_to_device(["text_encoder"])
+    assert told == ["offload vae", "onload text"]
+
+
 def test_where_a_device_is_a_cpu_there_is_nothing_to_weigh() -> None:
     assert budgets_of_settings(["cpu", "cuda:0"]) is None

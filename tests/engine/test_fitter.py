@@ -198,3 +198,29 @@ def test_a_larger_clip_is_fitted_again_and_a_smaller_one_is_not(monkeypatch):
     for batches in ([small], [small], [large], [small], [small] * 4, [large] * 4, [small] * 4):
         pipeline.step(batches, square_loss)
     assert fits == [1, 1, 2, 2]
+
+
+def test_after_a_fit_that_failed_half_way_gradients_are_right_and_the_next_step_is_fitted(monkeypatch):
+    """It has streamed weights of blocks that had kept all."""
+    small, large = (make_micro_batch("t2v", torch.float32, seed) for seed in (0, 5))
+    _, expected = run_unsplit(make_wan("t2v", torch.float32), [small])
+    model = make_wan("t2v", torch.float32)
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency="keep")
+    pipeline.split.is_auto = True
+    fits: list[int] = []
+
+    def fit(division, forward, depths):
+        fits.append(depths[0])
+        if len(fits) == 2:
+            division.stream(0, 1)
+            raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("tworeel.engine.pipeline.fit", fit)
+    pipeline.step([small], square_loss)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.step([large], square_loss)
+    model.zero_grad()
+    pipeline.step([small], square_loss)
+    assert_close(gradients(model), expected, 1e-5)
+    pipeline.step([large], square_loss)
+    assert len(fits) == 3

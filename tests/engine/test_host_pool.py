@@ -68,6 +68,25 @@ def test_with_a_lower_limit_what_is_not_in_use_is_given_up():
     assert pool.take(4 * ALIGNMENT, pinned=False) is None
 
 
+def test_with_a_limit_below_what_is_in_use_all_else_is_given_up():
+    pool = HostPool(limit=10 * ALIGNMENT)
+    places = [take(pool, size * ALIGNMENT) for size in (2, 3, 5)]
+    pool.give_back(places[1], None)
+    pool.limit_to(4 * ALIGNMENT)
+    assert pool.held == 7 * ALIGNMENT
+
+
+def test_memory_that_cannot_be_had_is_not_counted(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    pool = HostPool()
+    with pytest.raises(RuntimeError):
+        take(pool, ALIGNMENT)
+    assert pool.held == 0
+
+
 def test_neighbours_that_are_free_become_one_place():
     pool = HostPool(limit=4 * ALIGNMENT)
     pool.give_back(whole := take(pool, 4 * ALIGNMENT), None)

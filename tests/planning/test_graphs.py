@@ -28,8 +28,7 @@ def test_what_lies_between_two_products_is_written_once() -> None:
     # The first product and what is made of it; then that and the second product.
     assert cost.peak == 2 * SIZE and cost.end == SIZE
     assert cost.work.products == {torch.float32: 2 * PRODUCT}
-    # Each product reads its other matrix, and what lies between them is written.
-    assert cost.work.traffic == 4 * SIZE
+    assert cost.work.traffic == cost.work.weights == 2 * SIZE
 
 
 def test_a_chain_without_products_is_one_pass() -> None:
@@ -102,11 +101,12 @@ def test_attention_is_counted_apart() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_work_adds_up(sign: int) -> None:
-    one = Work({torch.float32: 1.0}, 2.0, 3.0, 4)
-    other = Work({torch.int8: 4.0}, 5.0, 6.0, 7)
+    one = Work({torch.float32: 1.0}, 2.0, 3.0, 4, 5.0)
+    other = Work({torch.int8: 4.0}, 5.0, 6.0, 7, 8.0)
     found = one + other if sign > 0 else one - other
     assert found.products == {torch.float32: 1.0, torch.int8: sign * 4.0}
     assert (found.attention, found.traffic, found.kernels) == (2 + sign * 5, 3 + sign * 6, 4 + sign * 7)
+    assert found.weights == 5 + sign * 8
 
 
 def test_what_is_made_of_weights_alone_is_not_kept() -> None:

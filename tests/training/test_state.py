@@ -154,6 +154,19 @@ def test_what_was_saved_comes_back_bit_by_bit(store: CheckpointStore, make_confi
     assert len(optimizer.state) == len(saved)
 
 
+def test_what_is_configured_of_the_optimizer_holds_and_not_what_was(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    fill(store, make_config(), 1)
+    checkpoint, _ = store.newest_intact()
+    assert checkpoint is not None
+    model = make_toy()
+    optimizer = AdamW(lora_parameters(model).values(), lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
+    restore_state(checkpoint, model, optimizer)
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.9), 0.1)
+
+
 def test_a_checkpoint_of_another_lora_or_optimizer_is_refused(
     store: CheckpointStore, make_config: MakeConfig
 ) -> None:

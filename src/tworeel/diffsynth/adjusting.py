@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def adjust(pipe: Any, models: Mapping[str, nn.Module], division: Split) -> None:
     if hasattr(pipe.dit, "block_masks"):
         prepare_arguments(division)
     pipe.model_fn = without_checkpointing(pipe.model_fn)
+    pipe.load_models_to_device = MethodType(load_models_to_device, pipe)
 
 
 def stay(model: Any, name: str, together: nn.Module, placement: Placement) -> None:
@@ -51,6 +53,23 @@ def stay(model: Any, name: str, together: nn.Module, placement: Placement) -> No
     # What accelerate looks at, to leave the model where it is.
     model.hf_device_map = {unit.name.removeprefix(prefix): placement.devices[unit.stage] for unit in own}
     keep_spread(model, lambda: {id(one): device for one, device in lodgers(together, placement, ())})
+
+
+def load_models_to_device(pipe: Any, names: Sequence[str]) -> None:
+    """As DiffSynth's, for encoders that it reads from disk or casts, without emptying torch's cache.
+
+    That must not meet the work of other devices, which goes on while a micro-batch is encoded.
+
+    Args:
+        pipe: the pipeline.
+        names: of the models that are about to run; the others are put away first.
+    """
+    models = [(name, m) for name, m in pipe.named_children() if getattr(m, "vram_management_enabled", False)]
+    for act in ("offload", "onload"):
+        for model in (model for name, model in models if (name in names) == (act == "onload")):
+            for module in [model] if hasattr(model, act) else model.modules():
+                if hasattr(module, act):
+                    getattr(module, act)()
 
 
 class _OfThisThread:

@@ -7,44 +7,71 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate import cpu_offload
 from torch import nn
 
-from tworeel.engine.weight_streaming import to_host
+from tworeel.engine.weight_streaming import HostWeights, to_host
 
 _NAMES = ("text_encoder", "text_encoder_qwen3")
 """Of Wan's and FLUX.2's pipelines."""
 
-_ASKED_FOR_THEIR_DEVICE = ["T5RelativeEmbedding"]
-"""Modules that look where a layer of theirs is, before they call it."""
+_LOOK_INSIDE = ("T5RelativeEmbedding",)
+"""Modules that ask a layer of theirs where it is, before they call it."""
 
 
 def text_encoders(pipe: Any) -> Iterator[nn.Module]:
-    """The frozen ones of a pipeline, but for those that DiffSynth reads from disk or casts for each use."""
+    """Those of a pipeline, but for those that DiffSynth itself reads from disk or casts for each use."""
     for name in _NAMES:
         encoder = getattr(pipe, name, None)
-        if not isinstance(encoder, nn.Module) or getattr(encoder, "vram_management_enabled", False):
-            continue
-        if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        if isinstance(encoder, nn.Module) and not getattr(encoder, "vram_management_enabled", False):
             yield encoder
+
+
+def is_trained(encoder: nn.Module) -> bool:
+    """Whether anything of it is."""
+    return any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def waiting_bytes(pipe: Any) -> int:
     """Of the text encoders whose weights are in host memory."""
-    tensors = (tensor for encoder in text_encoders(pipe) for tensor in encoder.parameters())
-    return sum(tensor.nbytes for tensor in tensors if tensor.is_meta)
+    waiting = (encoder for encoder in text_encoders(pipe) if "_apply" in vars(encoder))
+    return sum(tensor.nbytes for encoder in waiting for tensor in encoder.parameters())
 
 
 def keep_in_host_memory(encoder: nn.Module, device: torch.device) -> None:
-    """Let an encoder compute on a device with its weights in host memory, layer by layer.
+    """Let an encoder compute on a device with its weights in pinned host memory: a layer's come when it runs.
+
+    accelerate's `cpu_offload` empties torch's cache after each of them, which other devices' work must not
+    meet.
 
     Args:
-        encoder: frozen, in host memory. It stays there when its pipeline is moved.
+        encoder: frozen. It stays there when its pipeline is moved.
         device: where it computes; its buffers go there.
     """
-    if device.type != "cpu":
-        # Into pinned memory, from where each use copies it several times as fast.
-        layers = (module for module in encoder.modules() if not any(module.children()))
-        to_host(dict(enumerate(layers)), device)
-    cpu_offload(encoder, device, preload_module_classes=_ASKED_FOR_THEIR_DEVICE)
+    layers = list(_layers(encoder))
+    for layer, weights in zip(layers, to_host(dict(enumerate(layers)), device).values(), strict=True):
+        _bring_when_used(layer, weights, device)
+    for module in encoder.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     encoder._apply = MethodType(lambda self, fn, recurse=True: self, encoder)  # type: ignore[method-assign]
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What is brought at a time: modules with parameters of their own."""
+    has_own = next(module.parameters(recurse=False), None) is not None
+    if has_own or type(module).__name__ in _LOOK_INSIDE:
+        yield module
+        return
+    for child in module.children():
+        yield from _layers(child)
+
+
+def _bring_when_used(layer: nn.Module, weights: HostWeights, device: torch.device) -> None:
+    def bring(*_: Any) -> None:
+        weights.point_to(weights.host.to(device, non_blocking=True))
+
+    def let_go(*_: Any) -> None:
+        weights.point_to(weights.host)
+
+    layer.register_forward_pre_hook(bring)
+    layer.register_forward_hook(let_go)

@@ -94,6 +94,8 @@ def _devices_problems(devices: list[str], environment: Mapping[str, str]) -> Ite
     if len(devices) < 2:
         found = devices[0] if devices else "none"
         yield f"{_NAME}=true needs two devices or more, found: {found}"
+    elif problems := list(_accelerate_device_problems(environment, present)):
+        yield from problems
     elif not wrong:
         here = _device_of_accelerate(environment, present)
         if device_name(torch.device(devices[0])) != here:
@@ -108,6 +110,11 @@ def _device_problems(name: str, present: list[str]) -> Iterator[str]:
         return
     if device_name(device) not in present:
         yield f"there is no {name} here; there are {', '.join(present)}"
+
+
+def _accelerate_device_problems(environment: Mapping[str, str], present: list[str]) -> Iterator[str]:
+    if given := environment.get("ACCELERATE_TORCH_DEVICE"):
+        yield from (f"ACCELERATE_TORCH_DEVICE: {problem}" for problem in _device_problems(given, present))
 
 
 def _device_of_accelerate(environment: Mapping[str, str], present: list[str]) -> str:

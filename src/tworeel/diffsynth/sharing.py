@@ -57,7 +57,7 @@ def planned(
 def crowds_out(
     texts: Iterable[nn.Module],
     together: nn.Module,
-    even: Placement,
+    shares: Placement,
     others: Iterable[nn.Module],
     first: Budget,
 ) -> bool:
@@ -66,11 +66,11 @@ def crowds_out(
     Args:
         texts: the text encoders.
         together: what runs at each step.
-        even: of the same, in even shares.
+        shares: of the same, as far as they are known.
         others: modules that go to the first device besides.
         first: that device's memory.
     """
-    own = [together.get_submodule(unit.name) for unit in even.units if unit.stage == 0]
+    own = [together.get_submodule(unit.name) for unit in shares.units if unit.stage == 0]
     return sum(map(_size, (*own, *others, *texts))) + TRAINING_ROOM > first.free
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tworeel.diffsynth.adjusting import adjust
-from tworeel.diffsynth.encoders import keep_in_host_memory, text_encoders
+from tworeel.diffsynth.encoders import is_trained, keep_in_host_memory, text_encoders
 from tworeel.diffsynth.layouts import MODELS, Layout, layout_of
 from tworeel.diffsynth.settings import Settings
 from tworeel.diffsynth.sharing import budgets, crowds_out, planned
@@ -58,14 +58,18 @@ def split_pipeline(
     residency = settings.residency or _residency(checkpointing, offload)
     _check_range(together, layout, settings)
     first = runs_first(together, layout)
-    even = place(together, settings.devices, blocks=layout.lists, beside=layout.beside, first=first)
+    given = None if settings.split_at is None else [layout.before + n for n in settings.split_at]
+    shares = place(
+        together, settings.devices, at=given, blocks=layout.lists, beside=layout.beside, first=first
+    )
     known = budgets(settings.devices)
-    others = [child for name, child in pipe.named_children() if name not in MODELS]
-    waiting = _waiting(list(text_encoders(pipe)), together, even, settings, others, known)
+    waiting = _waiting(pipe, together, shares, settings, known)
+    if given is None and known is not None:
+        given = list(planned(together, shares, layout, _beside(pipe, waiting), known))
     division = split(
         together,
         settings.devices,
-        at=_boundaries(together, even, layout, settings, [o for o in others if o not in waiting], known),
+        at=given,
         blocks=layout.lists,
         residency=residency,
         beside=layout.beside,
@@ -78,32 +82,28 @@ def split_pipeline(
 
 
 def _waiting(
-    texts: Sequence[nn.Module],
+    pipe: Any,
     together: nn.Module,
-    even: Placement,
+    shares: Placement,
     settings: Settings,
-    others: Sequence[nn.Module],
     known: Sequence[Budget] | None,
 ) -> Sequence[nn.Module]:
     """The text encoders whose weights stay in host memory: all, or none."""
-    if settings.text_encoder is not None or known is None:
-        return texts if settings.text_encoder == "host" else ()
-    beside = [other for other in others if other not in texts]
-    return texts if crowds_out(texts, together, even, beside, known[0]) else ()
+    texts = list(text_encoders(pipe))
+    trained = any(map(is_trained, texts))
+    if settings.text_encoder == "host" and trained:
+        raise UserError("DIFFSYNTH_DUAL_GPU_TEXT_ENCODER=host: it is trained; allowed is device")
+    if trained or settings.text_encoder == "device":
+        return ()
+    if settings.text_encoder == "host":
+        return texts
+    return texts if known and crowds_out(texts, together, shares, _beside(pipe, texts), known[0]) else ()
 
 
-def _boundaries(
-    together: nn.Module,
-    even: Placement,
-    layout: Layout,
-    settings: Settings,
-    others: Sequence[nn.Module],
-    known: Sequence[Budget] | None,
-) -> Sequence[int] | None:
-    """First block of each stage after the first, over all lists; None where nothing tells devices apart."""
-    if settings.split_at is not None:
-        return [layout.before + number for number in settings.split_at]
-    return None if known is None else planned(together, even, layout, others, known)
+def _beside(pipe: Any, without: Sequence[nn.Module]) -> list[nn.Module]:
+    """What goes to the first device whole, as text encoder and VAE do."""
+    others = (child for name, child in pipe.named_children() if name not in MODELS)
+    return [other for other in others if other not in without]
 
 
 def runs_first(together: nn.Module, layout: Layout) -> list[str]:

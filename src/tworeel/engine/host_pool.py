@@ -68,7 +68,7 @@ class HostPool:
         with self._lock:
             self._join_returned()
             self.limit = limit
-            if limit is not None and self._give_up_unused(0):
+            if limit is not None and self._give_up_unused(0, partly=True):
                 _empty_host_cache()
 
     def take(self, size: int, *, pinned: bool = True) -> Place | None:
@@ -120,10 +120,11 @@ class HostPool:
                 return None
             if room < wanted:
                 wanted = 1 << (room.bit_length() - 1)
+        slab = torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned)
         self.held += wanted
-        return Place(torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned), 0, wanted)
+        return Place(slab, 0, wanted)
 
-    def _give_up_unused(self, needed: int) -> bool:
+    def _give_up_unused(self, needed: int, *, partly: bool = False) -> bool:
         """Let go of slabs that are not in use, the largest first, if that makes room for `needed` bytes.
 
         All are smaller than what is needed, which would be in one of them otherwise: so this comes to an end.
@@ -131,9 +132,10 @@ class HostPool:
         assert self.limit is not None
         missing = needed - (self.limit - self.held)
         unused = sorted((place for place in self._free if place.is_whole), key=lambda place: place.size)
-        if missing <= 0 or sum(place.size for place in unused) < missing:
+        is_enough = partly or sum(place.size for place in unused) >= missing
+        if missing <= 0 or not unused or not is_enough:
             return False
-        while missing > 0:
+        while missing > 0 and unused:
             place = unused.pop()
             self._free.remove(place)
             self.held -= place.size

@@ -44,17 +44,19 @@ class Parked:
 
     def let_go(self) -> None:
         """Free the device's memory for work that is queued from now on, which waits until it is copied."""
-        if self._leaving is not None and self._last is not None:
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None and self._last is not None:
             torch.accelerator.current_stream(self.device).wait_event(self._last)
-        self._leaving = None
 
     def fetch(self) -> None:
         """Begin to bring it back, unless it is still there."""
         if self._fetched is not None:
             return
-        if self._leaving is not None:
-            still_used(self._leaving, "out")
-            self._fetched, self._leaving = Arrival(self._leaving), None
+        # At once: another thread of the device may let it go meanwhile.
+        leaving, self._leaving = self._leaving, None
+        if leaving is not None:
+            still_used(leaving, "out")
+            self._fetched = Arrival(leaving)
         else:
             assert self._host is not None
             self._fetched = copy_in(self._host, self.device, self._last)

@@ -164,8 +164,8 @@ class Pipeline:
         depths = self._depths(len(micro_batches))
         size, deepest = self._fitted_for
         if _bytes(largest) > size or depths[0] > deepest:
-            self._fitted_for = _bytes(largest), depths[0]
             fit(self.split, lambda: self._forward(self.split.model, largest), depths)
+            self._fitted_for = _bytes(largest), depths[0]
 
     def _depths(self, num_micro_batches: int) -> list[int]:
         """The most micro-batches whose activations each stage holds at a time."""

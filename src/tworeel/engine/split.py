@@ -230,8 +230,14 @@ class Split:
         return self.streamed.on(stage)
 
     def stream(self, stage: int, count: int) -> None:
-        """Let the weights of so many blocks of a stage wait in host memory from now on."""
+        """Let the weights of so many blocks of a stage wait in host memory from now on.
+
+        What such a block has kept would show other weights by its backward: it recomputes.
+        """
         self.streamed.stream(stage, count)
+        for position in self.streamed_on(stage):
+            if not self.residencies[position].recomputes:
+                self.residencies[position] = Residency.RECOMPUTE
         self.host_pool.limit_to(self.host_room)
 
     def residency_in_words(self) -> str:

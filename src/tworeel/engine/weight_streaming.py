@@ -35,7 +35,7 @@ class _Slot:
 
 
 @dataclass
-class _Streamed:
+class HostWeights:
     """One block's frozen parameters, and the one copy of their values."""
 
     host: Tensor
@@ -64,7 +64,7 @@ class WeightStreamer:
         self.device = device
         self.host_bytes = 0
         """Bytes of host memory that the weights take, with what rounding loses."""
-        self._blocks: dict[int, _Streamed] = {}
+        self._blocks: dict[int, HostWeights] = {}
         self._slots: list[_Slot] = []
         self._current: _Slot | None = None
         self.add(blocks)
@@ -193,7 +193,7 @@ def _slabs(size: int, count: int) -> tuple[int, ...]:
     return best[count]
 
 
-def to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int, _Streamed]:
+def to_host(blocks: Mapping[int, nn.Module], device: torch.device) -> dict[int, HostWeights]:
     """Copy the blocks' frozen parameters to host memory, pinned for a device that is not the CPU."""
     plans = {position: _offsets(block) for position, block in blocks.items()}
     counts = Counter(size for size, _ in plans.values())
@@ -218,10 +218,10 @@ def _offsets(block: nn.Module) -> tuple[int, list[tuple[nn.Parameter, int]]]:
     return size, places
 
 
-def _fill(host: Tensor, places: list[tuple[nn.Parameter, int]]) -> _Streamed:
+def _fill(host: Tensor, places: list[tuple[nn.Parameter, int]]) -> HostWeights:
     for parameter, offset in places:
         flat = host[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         flat.copy_(parameter.data)
         # Now, not when all blocks are copied: no device or host holds two copies of more than one block.
         parameter.data = flat
-    return _Streamed(host, places)
+    return HostWeights(host, places)

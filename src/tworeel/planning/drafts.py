@@ -36,6 +36,7 @@ class Means:
             work.attention * self.square,
             work.traffic * self.linear,
             work.kernels,
+            work.weights,
         )
 
 

@@ -66,15 +66,16 @@ class Work:
         products: operations of matrix products, by the dtype of what is multiplied; 2 for each multiplication
             and addition.
         attention: operations of attentions.
-        traffic: bytes read and written by all that is neither, and of the matrices that others are
-            multiplied with.
+        traffic: bytes read and written by all that is neither.
         kernels: that the host launches for it.
+        weights: bytes of the matrices that others are multiplied with, mostly weights.
     """
 
     products: Mapping[torch.dtype, float] = field(default_factory=dict)
     attention: float = 0.0
     traffic: float = 0.0
     kernels: int = 0
+    weights: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         dtypes = {*self.products, *other.products}
@@ -83,11 +84,12 @@ class Work:
             self.attention + other.attention,
             self.traffic + other.traffic,
             self.kernels + other.kernels,
+            self.weights + other.weights,
         )
 
     def __sub__(self, other: Work) -> Work:
         products = {dtype: -count for dtype, count in other.products.items()}
-        return self + Work(products, -other.attention, -other.traffic, -other.kernels)
+        return self + Work(products, -other.attention, -other.traffic, -other.kernels, -other.weights)
 
 
 @dataclass(frozen=True)
@@ -262,9 +264,9 @@ def work_of(target: Any, args: Sequence[Any], out: Any) -> Work:
         return Work(attention=count, kernels=1)
     # A bias comes before what is multiplied, scales come after it.
     matrices = [argument for argument in args if isinstance(argument, Tensor) and argument.dim() > 1]
-    # With few rows it shows that the other matrix, mostly a weight, has to come from memory first.
+    # With few rows it shows that the other matrix has to come from memory first.
     others = sum(matrix.nbytes for matrix in matrices[1:2])
-    return Work({matrices[0].dtype: count}, traffic=float(others), kernels=1)
+    return Work({matrices[0].dtype: count}, kernels=1, weights=float(others))
 
 
 def _packet(node: fx.Node) -> Any:

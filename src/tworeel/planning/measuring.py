@@ -14,8 +14,8 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.graphs import Work
 from tworeel.planning.timing import TRAFFIC_SHARE, Rates
 
-FORWARD = Work({torch.bfloat16: 1.23e13}, 8.6e12, 1.36e10)
-BACKWARD = Work({torch.bfloat16: 1.24e13}, 2.16e13, 2.21e10)
+FORWARD = Work({torch.bfloat16: 1.23e13}, 8.6e12, 1.3e10, weights=6e8)
+BACKWARD = Work({torch.bfloat16: 1.24e13}, 2.16e13, 2.1e10, weights=1.1e9)
 """What is compared: a compiled block of a 14B model with 20,280 tokens."""
 PASS_SHARE = 0.9
 """Of a card's bandwidth that a plain pass over memory reaches, which is what is timed; a block's own traffic

@@ -61,7 +61,7 @@ class Rates:
 
     def _products(self, work: Work) -> float:
         products = sum(count / self.products.get(dtype, self.bf16) for dtype, count in work.products.items())
-        return products + work.traffic / self.traffic
+        return products + (work.traffic + work.weights) / self.traffic
 
     def slowed(self, factor: float) -> Rates:
         """The same card where everything takes `factor` times as long."""

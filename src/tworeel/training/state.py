@@ -18,6 +18,8 @@ from tworeel.training.optimizer_state import optimizer_tensors, restore_optimize
 from tworeel.training.report import RunObserver
 
 _GROUPS = ("lora", "optimizer")
+_CONFIGURED = ("betas", "weight_decay")
+"""Options of the optimizer that a resumed run may change; the learning rate is set at each step."""
 _FREE_TO_CHANGE = {
     "engine": None,
     "cache": None,
@@ -57,6 +59,8 @@ def save_state(
 def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's LoRA and optimizer back, bit by bit, on whatever devices the model is now.
 
+    What the configuration says of the optimizer stays as the optimizer was made with.
+
     Raises:
         UserError: the checkpoint belongs to another LoRA or optimizer, or lacks a part; says what differs.
     """
@@ -65,7 +69,10 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer
     )
     load_lora_state(model, checkpoint.tensors["lora"])
     names = list(lora_parameters(model))
+    asked = [{key: group[key] for key in _CONFIGURED if key in group} for group in optimizer.param_groups]
     restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    for group, options in zip(optimizer.param_groups, asked, strict=True):
+        group.update(options)
 
 
 def find_checkpoint(
