@@ -64,4 +64,4 @@ def test_the_family_is_told_by_the_keys(run: Run, tmp_path: Path, monkeypatch: p
         torch.equal(tensor, tensors[key]) for key, tensor in load_file(tmp_path / "c.safetensors").items()
     )
     wrong = run("convert", "a.safetensors", "d.safetensors", "--family", "wan")
-    assert wrong.code == 2 and "these are no layers of the model" in wrong.err
+    assert wrong.code == 2 and "these are no layers of wan: " in wrong.err

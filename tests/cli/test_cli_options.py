@@ -31,3 +31,11 @@ def test_a_setting_without_a_value_is_refused() -> None:
         read_config(None, ["train.steps"])
     with pytest.raises(UserError, match="must be KEY=VALUE"):
         read_config(None, ["=1"])
+
+
+def test_settings_without_a_value_are_told_with_all_else_that_is_wrong() -> None:
+    with pytest.raises(UserError) as raised:
+        read_config(None, ["nonsense", "train.steps=-5", "more nonsense", "foo.bar=1"])
+    lines = raised.value.problems
+    assert [line.partition(":")[0] for line in lines[:2]] == ["--set nonsense", "--set more nonsense"]
+    assert any("train.steps" in line for line in lines[2:]) and any("foo" in line for line in lines[2:])

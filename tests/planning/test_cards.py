@@ -48,7 +48,7 @@ def test_cards_are_found_however_they_are_spelled(text: str, names: list[str]) -
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("2x RTX 4091", "no card 'RTX 4091' is known (did you mean 'RTX 4090'?); --cards adds one"),
+        ("2x RTX 4091", "no card 'RTX 4091' is known (did you mean 'RTX 4090'?); names are as in"),
         ("4090,", "a card is missing"),
         ("0x RTX 4090", "0 cards; allowed are 1 to 16"),
         ("99x RTX 4090", "99 cards; allowed are 1 to 16"),

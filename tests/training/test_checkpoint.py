@@ -189,8 +189,10 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(store: CheckpointSto
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(store: CheckpointStore, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere: no checkpoint: there is no manifest"):
+    with pytest.raises(CheckpointError, match="nowhere: there is no such folder"):
         store.load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no checkpoint: there is no manifest"):
+        store.load(tmp_path)
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(

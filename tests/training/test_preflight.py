@@ -108,14 +108,35 @@ def test_an_expert_has_to_be_chosen(make_config: MakeConfig, make_model: MakeMod
     ("engine", "words"),
     [
         ({"devices": ("cpu",) * 5}, "engine: "),
-        ({"devices": ("cpu",) * 2, "split_at": (4,)}, "engine: "),
-        ({"devices": ("cpu",) * 3, "split_at": (3, 9)}, "engine: "),
+        ({"devices": ("cpu",) * 2, "split_at": (4,)}, "engine.split_at = [4]: "),
+        ({"devices": ("cpu",) * 3, "split_at": (3, 9)}, "engine.split_at = [3, 9]: "),
     ],
 )
 def test_stages_have_to_fit_the_blocks(
     make_config: MakeConfig, engine: dict[str, object], words: str
 ) -> None:
     assert [line[: len(words)] for line in problems_of(make_config(engine=engine))] == [words]
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_anything_is_encoded(
+    make_config: MakeConfig, tiny_disk: Path
+) -> None:
+    config = make_config(lora={"rank": 16})
+    train = config.train.model_copy(update={"output": tiny_disk / "run", "keep_checkpoints": 50})
+    (line,) = problems_of(config.model_copy(update={"train": train}))
+    assert "run: the run with its checkpoints and its LoRA needs " in line and "MiB are free" in line
+    assert not (tiny_disk / "run").exists()
+
+
+def test_a_folder_without_permission_is_told_and_nothing_is_made(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    config = make_config()
+    train = config.train.model_copy(update={"output": tmp_path / "deep" / "run"})
+    (line,) = problems_of(config.model_copy(update={"train": train}))
+    assert line.endswith(f"run: cannot write a run there: no permission to write to {tmp_path}")
+    assert not (tmp_path / "deep").exists()
 
 
 def test_an_unknown_preset_names_those_there_are(make_config: MakeConfig) -> None:

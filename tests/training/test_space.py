@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from tworeel.errors import UserError
-from tworeel.training.space import OutOfSpace, free_space, full_disk_as_user_error, require_space
+from tworeel.training.space import (
+    OutOfSpace,
+    free_space,
+    full_disk_as_user_error,
+    require_space,
+    space_of_results,
+    write_errors_in_words,
+)
 
 
 def test_room_that_is_there_is_enough(tmp_path: Path) -> None:
@@ -41,3 +48,16 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, full_disk_as_user_error(tmp_path, "x", "y"):
         (tmp_path / "missing").read_bytes()
     assert caught.value.errno == errno.ENOENT
+
+
+def test_whatever_the_system_refuses_to_write_is_told_with_what_is_kept(tmp_path: Path) -> None:
+    guard = write_errors_in_words(tmp_path, "a LoRA", "the old one is kept")
+    with (
+        pytest.raises(UserError, match="a LoRA could not be written: File too large; the old one is kept"),
+        guard,
+    ):
+        raise OSError(errno.EFBIG, "File too large")
+
+
+def test_one_checkpoint_more_than_is_kept_needs_room() -> None:
+    assert space_of_results(10, keep=2) == 3 * 30 + 10

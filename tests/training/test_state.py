@@ -58,6 +58,21 @@ def test_a_new_run_does_not_write_over_an_old_one(store: CheckpointStore, make_c
     assert watcher.lines == []
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_run_without_checkpoints_has_left_is_not_written_over(
+    store: CheckpointStore, make_config: MakeConfig, tmp_path: Path, resume: bool
+) -> None:
+    config, lora = make_config(), tmp_path / "lora.safetensors"
+    with pytest.raises(UserError, match=r"holds lora\.safetensors and no checkpoint to go on from; choose"):
+        find_checkpoint(store, resume, config, Watcher(), [lora])
+    fill(store, config, 2, 4)
+    store.set_aside_after(0)
+    with pytest.raises(
+        UserError, match=r"set aside are left; go on with --resume-from \S+set-aside-step-0+4,"
+    ):
+        find_checkpoint(store, resume, config, Watcher(), [lora])
+
+
 def test_a_resume_without_a_checkpoint_says_that_it_starts_anew(
     store: CheckpointStore, make_config: MakeConfig
 ) -> None:

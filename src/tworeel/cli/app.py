@@ -48,7 +48,7 @@ def tworeel(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Train LoRAs for Wan video models over two or more GPUs in one process.
+    """Train LoRAs for Wan (video) and FLUX.2 (images) over two or more GPUs in one process.
 
     Three steps:
 

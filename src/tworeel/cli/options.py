@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tworeel.config import RunConfig, load_config
-from tworeel.errors import UserError
+from tworeel.errors import UserError, collected, raise_if_any
 
 ConfigFile = Annotated[
     Path | None,
@@ -64,11 +64,19 @@ def read_config(config: Path | None, settings: list[str] | None, **options: Any)
     Raises:
         UserError: lists everything that is wrong.
     """
-    overrides: dict[str, Any] = dict(map(_key_and_value, settings or ()))
-    for name, value in options.items():
-        if value is not None:
-            overrides[name.replace("__", ".")] = value
-    return load_config(config, overrides)
+    overrides: dict[str, Any] = {}
+    problems: list[str] = []
+    for setting in settings or ():
+        with collected(problems):
+            key, value = _key_and_value(setting)
+            overrides[key] = value
+    for name, given in options.items():
+        if given is not None:
+            overrides[name.replace("__", ".")] = given
+    with collected(problems):
+        loaded = load_config(config, overrides)
+    raise_if_any(problems)
+    return loaded
 
 
 def datasets(paths: list[Path] | None) -> list[dict[str, Path]] | None:

@@ -128,7 +128,8 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], nam
     raise_if_any(problems)
     strangers = naming.unknown(parts)
     if strangers:
-        raise UserError(f"these are no layers of the model: {_some(strangers)}")
+        of = f"of {naming.family}" if naming.family else "of the model"
+        raise UserError(f"a LoRA of another model: these are no layers {of}: {_some(strangers)}")
     native = naming.is_native(parts)
     raise_if_any(_mixture(parts, naming, native=native))
     labels = {name: naming.label(name) if native else name for name in parts}

@@ -27,6 +27,8 @@ class Naming:
     swapped: tuple[str, ...] = ()
     """See `Family.native_swapped`."""
     diffsynth_names: Literal["native", "diffusers"] = "native"
+    family: str = ""
+    """Its name, to be told."""
 
     @classmethod
     def of(cls, family: Family) -> Naming:
@@ -40,6 +42,7 @@ class Naming:
             native_only=family.native_only,
             swapped=family.native_swapped,
             diffsynth_names=family.diffsynth_names,
+            family=family.name,
         )
 
     def parts(self, native: str) -> tuple[str, ...]:

@@ -174,7 +174,7 @@ def _not_one(name: str, matches: Sequence[Card], cards: Sequence[Card]) -> str:
     if matches:
         return f"{name!r} may be {', '.join(card.name for card in matches)}; name one of them"
     near = did_you_mean(name, [card.name for card in cards])
-    return f"no card {name!r} is known{near}; --cards adds one"
+    return f"no card {name!r} is known{near}; names are as in 2x RTX 4090, and --cards adds one"
 
 
 def _plain(name: str) -> str:

@@ -36,7 +36,7 @@ from tworeel.training.manifest import (
     write_files,
 )
 from tworeel.training.optimizer_state import optimizer_tensors, restore_optimizer
-from tworeel.training.space import full_disk_as_user_error, require_space
+from tworeel.training.space import require_space, write_errors_in_words
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointStore", "optimizer_tensors", "restore_optimizer"]
 
@@ -113,6 +113,10 @@ class CheckpointStore:
         """Return the steps that have a checkpoint, intact or not, in rising order."""
         return sorted(self._found())
 
+    def set_aside(self) -> list[Path]:
+        """Return the folders of checkpoints of courses that were given up, in the order of their names."""
+        return sorted(path for path in self.folder.glob(f"{_SET_ASIDE_PREFIX}*") if path.is_dir())
+
     def newest_intact(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest checkpoint that verifies, and one line on each newer one that does not.
 
@@ -159,7 +163,7 @@ class CheckpointStore:
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
         kept = "the earlier checkpoints are untouched"
         try:
-            with full_disk_as_user_error(target, "the checkpoint", kept):
+            with write_errors_in_words(target, "the checkpoint", kept):
                 temporary.mkdir()
                 yield temporary
         finally:

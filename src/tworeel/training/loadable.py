@@ -125,8 +125,9 @@ def place_blocks(
 
 def of_options(error: ValueError) -> UserError:
     """What the engine says of its arguments, said of the options."""
-    before, streamed, after = str(error).partition("streamed=")
-    return UserError(f"engine.streamed_blocks = {after}" if streamed and not before else f"engine: {error}")
+    name, _, rest = str(error).partition("=")
+    option = {"streamed": "streamed_blocks", "at": "split_at"}.get(name)
+    return UserError(f"engine.{option} = {rest}" if option else f"engine: {error}")
 
 
 def exceed_shares(placement: Placement, counts: Sequence[int] | None) -> bool:

@@ -54,6 +54,8 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, Entry]]:
         CheckpointError: The manifest is missing, damaged or of another format.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: there is no such folder")
     if not path.exists():
         raise CheckpointError(f"{folder}: no checkpoint: there is no {MANIFEST} in it")
     data = _read(path)

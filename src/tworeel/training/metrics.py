@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tworeel.errors import UserError
 from tworeel.files import write_bytes_atomic
-from tworeel.training.space import full_disk_as_user_error
+from tworeel.training.space import write_errors_in_words
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +48,7 @@ class MetricsLog:
             OutOfSpace: The disk is full.
         """
         unwritten = memoryview((json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode())
-        with full_disk_as_user_error(self.path, "a line of metrics", "the checkpoints are intact"):
+        with write_errors_in_words(self.path, "a line of metrics", "the checkpoints are intact"):
             while unwritten:  # a disk that is nearly full takes a part
                 unwritten = unwritten[self._file.write(unwritten) :]
         if self._board is not None:
@@ -107,7 +107,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise UserError(f"{path}: line {number} is damaged; remove it to go on without it")
+        raise UserError(f"{path}: line {number} is damaged; remove that line to go on without it")
     return values
 
 

@@ -34,7 +34,8 @@ from tworeel.training.loadable import (
 )
 from tworeel.training.objective import NoiseLevels
 from tworeel.training.optimizer import require_optimizer
-from tworeel.training.run_folder import RunFolder, make_writable, require_no_file
+from tworeel.training.run_folder import RunFolder, make_writable, require_no_file, require_writable
+from tworeel.training.space import RESULTS, require_space, space_of_results
 from tworeel.workers import Observer
 
 
@@ -140,9 +141,10 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
     problems: list[str] = []
     if devices is None:
         problems += _problems_of_installation(config)
+    require = require_writable if devices is None else require_no_file
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
-            require_no_file(folder, what)
+            require(folder, what)
     with collected(problems):
         RunFolder(config.train.output).lora(config.train.name)
     with collected(problems):
@@ -187,6 +189,11 @@ def _survey_model(
         targets = find_targets(transformer, lora_targets(family, config), family.block_lists)
         problems += _form_problems(config, family, targets)
         raise_if_any(_rank_problems(config.lora.rank, transformer, targets))
+        if devices is None:
+            needed = space_of_results(
+                _lora_bytes(config, transformer, targets), config.train.keep_checkpoints
+            )
+            require_space(config.train.output, needed, RESULTS)
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))
     problems += text_option_problems(family, text_options(config))
@@ -236,6 +243,12 @@ def _rank_problems(rank: int, transformer: nn.Module, targets: Sequence[str]) ->
     weights = (transformer.get_submodule(name).get_parameter("weight") for name in targets)
     most = max(min(weight.shape) for weight in weights)
     return [f"lora.rank = {rank}: at most {most}, the rank of the model's own layers"] if rank > most else []
+
+
+def _lora_bytes(config: RunConfig, transformer: nn.Module, targets: Sequence[str]) -> int:
+    """In fp32: two matrices a layer, of which one side each is the rank."""
+    weights = (transformer.get_submodule(name).get_parameter("weight") for name in targets)
+    return 4 * config.lora.rank * sum(sum(weight.shape) for weight in weights)
 
 
 def _start_problems(

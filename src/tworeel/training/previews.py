@@ -21,7 +21,7 @@ from tworeel.training.loadable import torch_dtype
 from tworeel.training.preflight import Job, cache_folder, text_options
 from tworeel.training.report import RunObserver
 from tworeel.training.run_folder import RunFolder
-from tworeel.training.space import full_disk_as_user_error
+from tworeel.training.space import write_errors_in_words
 
 
 def encode_previews(config: RunConfig, job: Job, observer: RunObserver) -> list[Picture]:
@@ -92,7 +92,7 @@ class Previews:
         release_memory()
         decoder = sampling.open_decoder(source, roomiest(devices), torch_dtype(self.config.cache.dtype))
         path = self.folder.samples(step)
-        with full_disk_as_user_error(path, "a preview", "the checkpoints are intact; --resume goes on"):
+        with write_errors_in_words(path, "a preview", "the checkpoints are intact; --resume goes on"):
             return write_takes(
                 path, request.prompts, takes, latents, decoder, source.traits.frame_rate, self.observer.poll
             )

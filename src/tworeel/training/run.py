@@ -39,7 +39,13 @@ from tworeel.training.previews import Previews, encode_previews
 from tworeel.training.report import Result, RunObserver, SilentRun, StepReport
 from tworeel.training.run_folder import RunFolder
 from tworeel.training.shortage import out_of_memory
-from tworeel.training.space import full_disk_as_user_error, require_space
+from tworeel.training.space import (
+    RESULTS,
+    full_disk_as_user_error,
+    require_space,
+    space_of_results,
+    write_errors_in_words,
+)
 from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
 
 
@@ -75,7 +81,8 @@ def train(
         checkpoint: Checkpoint | None = None
         problems: list[str] = []
         with collected(problems):
-            checkpoint = find_checkpoint(store, resume, config, watched)
+            results = folder.loras(config.train.name)
+            checkpoint = find_checkpoint(store, resume, config, watched, results)
         if checkpoint is not None:
             config = as_before(config, checkpoint.state["config"])
         known: Sequence[Card] = ()
@@ -170,10 +177,8 @@ class _Run:
 
     def require_space(self) -> None:
         """Raise `OutOfSpace` unless this run's checkpoints and its LoRA will fit on the disk."""
-        # One more than is kept stands while it is written.
-        checkpoints = (self.config.train.keep_checkpoints + 1) * self._checkpoint_size
-        needed = checkpoints + self._checkpoint_size // 3
-        require_space(self.folder.path, needed, "this run's checkpoints and LoRA")
+        needed = space_of_results(self._checkpoint_size // 3, self.config.train.keep_checkpoints)
+        require_space(self.folder.path, needed, RESULTS)
 
     @property
     def _checkpoint_size(self) -> int:
@@ -255,7 +260,7 @@ class _Run:
             # diffusers refuses files with fused layers and alpha; without, ComfyUI and it take the same file.
             lora = without_needless_alpha(lora)
         path = self.folder.lora(name)
-        with full_disk_as_user_error(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
+        with write_errors_in_words(path, "the LoRA", "the checkpoints are intact; --resume goes on"):
             save_lora(path, lora, "comfyui", self.job.naming, metadata=metadata)
 
 

@@ -49,6 +49,11 @@ class RunFolder:
             raise UserError(f"train.name = {name!r}: must be a plain file name without folders or ending")
         return self.path / f"{name}.safetensors"
 
+    def loras(self, name: str) -> list[Path]:
+        """Return the LoRA `name` and what was exported of it on the way, as far as they are there."""
+        found = self.path.glob("*.safetensors")
+        return sorted(p for p in found if p.stem == name or p.stem.startswith(f"{name}-"))
+
     def samples(self, step: int) -> Path:
         """Return where the previews of a step go."""
         return self.path / "samples" / f"step-{step:06d}"
@@ -116,7 +121,25 @@ def require_no_file(folder: Path, what: str) -> None:
         folder: its path.
         what: What is to be written there, for example `"a run"`.
     """
-    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    there = _nearest(folder)
     if there and not there.is_dir():
         where = "" if there == folder else f"{folder}: "
         raise UserError(f"{where}{there} is a file; {what} needs a folder")
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Raise `UserError` if a folder could not be made or written to, as far as one can tell without doing it.
+
+    Args:
+        folder: its path.
+        what: What is to be written there, for example `"a run"`.
+    """
+    require_no_file(folder, what)
+    there = _nearest(folder)
+    if there and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot write {what} there: no permission to write to {there}")
+
+
+def _nearest(folder: Path) -> Path | None:
+    """The folder, or the nearest one above it that is there."""
+    return next((path for path in (folder, *folder.parents) if path.exists()), None)

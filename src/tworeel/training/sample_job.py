@@ -68,7 +68,7 @@ def sample_preflight(
     problems: list[str] = []
     turns: list[Turn] = []
     request: SampleRequest | None = None
-    needed = {folder: "pictures", cache_folder(config): "the cache"}
+    needed = {folder: "the contact sheet", cache_folder(config): "the cache"}
     for place, what in needed.items():
         with collected(problems):
             require_no_file(place, what)

@@ -15,6 +15,9 @@ from tworeel.units import GIB
 _FULL_ERRNOS = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
+RESULTS = "the run with its checkpoints and its LoRA"
+
+
 class OutOfSpace(UserError):
     """The disk has no room for what is about to be, or was being, written."""
 
@@ -40,6 +43,17 @@ def require_space(path: Path, needed: int, what: str) -> None:
         )
 
 
+def space_of_results(lora: int, keep: int) -> int:
+    """Return the bytes that a run's checkpoints and its LoRA take.
+
+    Args:
+        lora: Bytes of the LoRA's weights.
+        keep: Checkpoints that are kept.
+    """
+    # With two moments; and one more than is kept stands while it is written.
+    return (keep + 1) * 3 * lora + lora
+
+
 @contextlib.contextmanager
 def full_disk_as_user_error(path: Path, what: str, kept: str) -> Iterator[None]:
     """Turn a full disk (or quota) inside the block into `OutOfSpace`; every other error passes.
@@ -55,6 +69,22 @@ def full_disk_as_user_error(path: Path, what: str, kept: str) -> Iterator[None]:
         if error.errno not in _FULL_ERRNOS:
             raise
         raise OutOfSpace(f"{path}: the disk filled up while {what} was written; {kept}") from error
+
+
+@contextlib.contextmanager
+def write_errors_in_words(path: Path, what: str, kept: str) -> Iterator[None]:
+    """Turn whatever the system refuses inside the block, which only writes, into `UserError`.
+
+    Args:
+        path: What is being written.
+        what: Says what it is, see `full_disk_as_user_error`.
+        kept: What the user still has.
+    """
+    try:
+        with full_disk_as_user_error(path, what, kept):
+            yield
+    except OSError as error:
+        raise UserError(f"{path}: {what} could not be written: {error.strerror or error}; {kept}") from error
 
 
 def _nearest_existing(path: Path) -> Path:

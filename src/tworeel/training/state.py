@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,11 @@ def restore_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer
 
 
 def find_checkpoint(
-    store: CheckpointStore, resume: bool | Path, config: RunConfig, observer: RunObserver
+    store: CheckpointStore,
+    resume: bool | Path,
+    config: RunConfig,
+    observer: RunObserver,
+    results: Sequence[Path] = (),
 ) -> Checkpoint | None:
     """Find the checkpoint to go on from, and say what was skipped or has changed since.
 
@@ -85,17 +89,19 @@ def find_checkpoint(
         resume: False for a new run, True for the newest intact checkpoint, or the folder of one.
         config: of this run.
         observer: is told which checkpoint it is, and which were skipped.
+        results: LoRAs that lie in the run's folder.
 
     Raises:
         UserError: a new run would write over an old one; no checkpoint is intact; it has more steps than
             the run shall have; or its LoRA has another rank or kind.
     """
+    output = f"train.output = '{config.train.output}'"
     if resume is False:
         if store.steps():
             raise UserError(
-                f"train.output = '{config.train.output}': holds a run with checkpoints; "
-                "go on with --resume, or choose another --output"
+                f"{output}: holds a run with checkpoints; go on with --resume, or choose another --output"
             )
+        _refuse_to_begin(output, store, results)
         return None
     if isinstance(resume, Path):
         checkpoint = store.load(resume)
@@ -103,6 +109,7 @@ def find_checkpoint(
     else:
         found, skipped = store.newest_intact()
         if found is None:
+            _refuse_to_begin(output, store, results)
             observer.say("there is no checkpoint yet: starting with step 1")
             return None
         checkpoint = found
@@ -119,6 +126,18 @@ def find_checkpoint(
         observer.say(f"changed since the checkpoint: {line}")
     observer.say(f"resuming after step {checkpoint.step}: {checkpoint.path}")
     return checkpoint
+
+
+def _refuse_to_begin(output: str, store: CheckpointStore, results: Sequence[Path]) -> None:
+    """Raise if a run that begins would write over what one without checkpoints has left."""
+    if aside := store.set_aside():
+        raise UserError(
+            f"{output}: of its checkpoints only those that were set aside are left; "
+            f"go on with --resume-from {aside[-1]}, or choose another --output"
+        )
+    if results:
+        names = ", ".join(path.name for path in results)
+        raise UserError(f"{output}: holds {names} and no checkpoint to go on from; choose another --output")
 
 
 def leave_course(store: CheckpointStore, checkpoint: Checkpoint, clips: str, observer: RunObserver) -> None:

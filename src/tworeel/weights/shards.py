@@ -89,6 +89,8 @@ def open_shard(path: Path) -> Shard:
         return _SafetensorsShard(path)
     if path.suffix in PICKLE_SUFFIXES:
         return _PickledShard(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file in it")
     known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
     raise UserError(f"{path}: cannot read tensors from this kind of file; known are {known}")
 
