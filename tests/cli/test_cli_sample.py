@@ -26,6 +26,15 @@ def test_a_runs_folder_is_enough(run: Run, small_run: list[str], tmp_path: Path)
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_earlier_pictures_are_not_written_over(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (sheet := tmp_path / "contact-sheet.png").write_bytes(b"mine")
+    given = ["--model", tiny_model, "--devices", "cpu", "--prompt", "a ball", "--strength", "0"]
+    done = run("sample", *given, "--out", tmp_path)
+    assert done.code == 2
+    assert done.err == f"error: {tmp_path}: holds a contact sheet already; choose another folder\n"
+    assert sheet.read_bytes() == b"mine"
+
+
 def test_a_lora_and_a_model_are_enough(run: Run, small_run: list[str], tiny_model: Path) -> None:
     assert run("train", *small_run, "--steps", "2").code == 0
     options = ["--model", tiny_model, "--lora", "output/lora.safetensors", "--devices", "cpu,cpu"]

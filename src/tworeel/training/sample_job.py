@@ -14,6 +14,7 @@ from tworeel.lora.naming import Naming
 from tworeel.lora.tensors import LoraFile
 from tworeel.models.family import Family, ModelSource
 from tworeel.models.locate import locate_model
+from tworeel.sampling.files import SHEET
 from tworeel.sampling.request import SampleRequest, make_request, require_sampling
 from tworeel.training.by_weights import placed_by_weights
 from tworeel.training.loadable import Loadable, check_transformer, place_blocks, require_quantization
@@ -72,6 +73,8 @@ def sample_preflight(
     for place, what in needed.items():
         with collected(problems):
             require_no_file(place, what)
+    if (folder / SHEET).exists():
+        problems.append(f"{folder}: holds a contact sheet already; choose another folder")
     with collected(problems):
         require_quantization(config)
     with collected(problems):
