@@ -65,3 +65,11 @@ def test_the_family_is_told_by_the_keys(run: Run, tmp_path: Path, monkeypatch: p
     )
     wrong = run("convert", "a.safetensors", "d.safetensors", "--family", "wan")
     assert wrong.code == 2 and "these are no layers of wan: " in wrong.err
+
+
+def test_all_that_is_wrong_with_a_conversion_is_said_at_once(run: Run, tmp_path: Path) -> None:
+    done = run("convert", tmp_path / "a.safetensors", tmp_path / "b.pt", "--to", "foo", "--family", "bar")
+    said = done.err.splitlines()
+    assert done.code == 2 and len(said) == 3
+    for words in ("--family bar: unknown family", "foo", "b.pt: must end in .safetensors"):
+        assert any(words in line for line in said)

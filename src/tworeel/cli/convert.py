@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tworeel.errors import UserError, did_you_mean
+from tworeel.errors import UserError, collected, did_you_mean, raise_if_any
 from tworeel.report.console import say
 
 
@@ -30,14 +30,17 @@ def convert(
     from tworeel.lora.naming import Naming
     from tworeel.models.registry import FAMILIES
 
+    problems: list[str] = []
     if family is not None and family not in FAMILIES:
         known = f"{did_you_mean(family, FAMILIES)}; allowed: {', '.join(FAMILIES)}"
-        raise UserError(f"--family {family}: unknown family{known}")
-    form_named(to)
+        problems.append(f"--family {family}: unknown family{known}")
+    with collected(problems):
+        form_named(to)
     if target.suffix != ".safetensors":
-        raise UserError(f"{target}: must end in .safetensors, as LoRA files do")
-    if target.exists():
-        raise UserError(f"{target}: exists already; remove it or choose another name")
+        problems.append(f"{target}: must end in .safetensors, as LoRA files do")
+    elif target.exists():
+        problems.append(f"{target}: exists already; remove it or choose another name")
+    raise_if_any(problems)
     try:
         namings = {name: Naming.of(known) for name, known in FAMILIES.items()}
         summary = convert_lora(source, target, to, namings[family or family_of(source, namings)])
