@@ -54,20 +54,24 @@ def find_component(kind: Kind, given: str | None, root: Path, problems: list[str
 
     Its files are opened once, so that damage is reported now rather than when its turn comes.
     """
+    component = _found(kind, given, root)
     if given is not None:
         path = Path(given).expanduser()
-        component = _given(kind, path)
         if component is None:
             what = f"holds no {kind.title}" if path.exists() else "no such file or folder"
             problems.append(f"model.{kind.option} = '{given}': {what}")
-    else:
-        component = _nearby(kind, root)
-        if component is None:
-            missing = f"{root}: the {kind.title} is missing (for example {kind.example}"
-            problems.append(f"{missing}, or {kind.folder}/); put it there or set model.{kind.option}")
+    elif component is None:
+        missing = f"{root}: the {kind.title} is missing (for example {kind.example}"
+        problems.append(f"{missing}, or {kind.folder}/); put it there or set model.{kind.option}")
     if component is not None:
         problems.extend(_damage(component))
     return component
+
+
+def damage_of(kind: Kind, given: str | None, root: Path) -> tuple[str, ...]:
+    """What of a network's files is damaged, if there are any."""
+    component = _found(kind, given, root)
+    return () if component is None else _damage(component)
 
 
 def find_tokenizer(
@@ -87,6 +91,10 @@ def find_tokenizer(
             return found
     problems.append(f"{root}: the tokenizer is missing ({kind.example}); set model.tokenizer")
     return None
+
+
+def _found(kind: Kind, given: str | None, root: Path) -> Component | None:
+    return _nearby(kind, root) if given is None else _given(kind, Path(given).expanduser())
 
 
 def _given(kind: Kind, path: Path) -> Component | None:

@@ -216,3 +216,14 @@ def test_traits_say_what_data_and_training_must_know():
     assert found.images_only
     assert (found.spatial_multiple, found.temporal_stride, found.reference_images) == (16, 1, 10)
     assert round(found.training_shift, 4) == 2.2255
+
+
+def test_damage_of_the_vae_is_named_beside_that_of_the_transformer(tmp_path):
+    path = write(tmp_path)
+    source = find(path)
+    for component in (source.transformer, source.vae):
+        file = component.files[0]
+        file.write_bytes(file.read_bytes()[:-100])
+    found = problems(path)
+    assert len(found) == 2
+    assert str(source.transformer.files[0]) in found[0] and str(source.vae.files[0]) in found[1]

@@ -302,6 +302,17 @@ def test_truncated_files_are_named(copied, layout):
     assert all(any(file.name in problem for problem in found) for file in broken)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damage_of_the_encoders_is_named_beside_that_of_the_transformer(copied, layout):
+    path = copied(T2V, layout)
+    source = find(path)
+    networks = (source.transformer, source.vae, source.text_encoder)
+    broken = [truncate(component.files[0]) for component in networks]
+    found = problems(path)
+    assert len(found) == len(set(found)) == 3
+    assert all(any(str(file) in problem for problem in found) for file in broken)
+
+
 def test_missing_shards_are_named_with_and_without_an_index(copied):
     root = copied(T2V, "native")
     gone = sorted(root.glob("*.safetensors"))[1]

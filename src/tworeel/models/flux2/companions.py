@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tworeel.models.companions import Kind, find_component
+from tworeel.models.companions import Kind, damage_of, find_component
 from tworeel.models.family import Component, ModelRequest
 from tworeel.models.flux2.text_files import find_text_encoder
 from tworeel.models.flux2.text_networks import MISTRAL, QWEN
@@ -38,6 +38,11 @@ class Companions:
     text_encoder: Component | None
     tokenizer: Path | None
     problems: tuple[str, ...]
+
+
+def damaged_vae(request: ModelRequest, root: Path) -> tuple[str, ...]:
+    """What of the VAE is damaged; which text encoder goes with a model that cannot be read is not known."""
+    return damage_of(_VAE, request.vae, root)
 
 
 def find_companions(request: ModelRequest, root: Path, variant: str, joint_attention_dim: int) -> Companions:

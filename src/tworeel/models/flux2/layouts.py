@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from tworeel.errors import raise_if_any
+from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Component, ModelRequest, ModelSource
 from tworeel.models.flux2 import hub
-from tworeel.models.flux2.companions import find_companions
+from tworeel.models.flux2.companions import damaged_vae, find_companions
 from tworeel.models.flux2.folders import find_transformer, shapes_of
 from tworeel.models.flux2.variants import traits, transformer_config, variant_name
 from tworeel.models.hub import local_path
@@ -28,8 +28,11 @@ def locate(request: ModelRequest) -> ModelSource | None:
     found = find_transformer(path) if path is not None else None
     if found is None:
         return None
-    with TensorFiles(*found.files) as files:
-        shapes = shapes_of(files, found.layout)
+    try:
+        with TensorFiles(*found.files) as files:
+            shapes = shapes_of(files, found.layout)
+    except UserError as error:
+        raise UserError(*error.problems, *damaged_vae(request, found.root)) from None
     variant = variant_name(shapes, is_base=found.is_base)
     problems = []
     if request.expert is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tworeel.models.companions import Kind, TokenizerKind, find_component, find_tokenizer
+from tworeel.models.companions import Kind, TokenizerKind, damage_of, find_component, find_tokenizer
 from tworeel.models.family import Component, ModelRequest
 from tworeel.models.wan.text import TOKENIZER_FILES
 from tworeel.models.wan.variants import needs_image_encoder
@@ -52,6 +52,17 @@ class Companions:
     tokenizer: Path | None
     image_encoder: Component | None
     problems: tuple[str, ...]
+
+
+def damaged_companions(request: ModelRequest, root: Path) -> list[str]:
+    """What is damaged of the encoders of whichever variant, where it cannot be told."""
+    asked = (
+        (_VAE_2_1, request.vae),
+        (_VAE_2_2, request.vae),
+        (_TEXT, request.text_encoder),
+        (_IMAGE, request.image_encoder),
+    )
+    return [line for kind, given in asked for line in damage_of(kind, given, root)]
 
 
 def find_companions(request: ModelRequest, root: Path, variant: str) -> Companions:

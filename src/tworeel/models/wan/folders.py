@@ -131,13 +131,19 @@ def _native_experts(root: Path, pointed: str | None) -> Found | None:
 
 def _network_folder(folder: Path) -> Found:
     """A folder of one network: Wan's own repository, or diffusers' transformer folder by itself."""
-    files = weight_files(folder)
-    with TensorFiles(*files) as tensors:
-        layout: Layout = "native" if any(map(is_native_key, tensors.names)) else "diffusers"
+    files, layout = weight_files(folder), _layout_by_keys(folder)
     candidate = Candidate(
         files=files, layout=layout, expert=_expert_of(folder), config=read_json(folder / "config.json")
     )
     return Found(root=folder, candidates=(candidate,), pointed=candidate.expert)
+
+
+def _layout_by_keys(folder: Path) -> Layout:
+    try:
+        with TensorFiles(*weight_files(folder)) as tensors:
+            return "native" if any(map(is_native_key, tensors.names)) else "diffusers"
+    except UserError:  # told with all else that is damaged, when its shapes are read
+        return "native"
 
 
 def _comfyui_folder(folder: Path) -> Found | None:

@@ -9,7 +9,7 @@ from tworeel.errors import UserError, raise_if_any
 from tworeel.models.family import Component, ModelRequest, ModelSource
 from tworeel.models.hub import local_path
 from tworeel.models.wan import hub
-from tworeel.models.wan.companions import find_companions
+from tworeel.models.wan.companions import damaged_companions, find_companions
 from tworeel.models.wan.folders import Candidate, Found, find_transformers, says_2_1, shapes_of
 from tworeel.models.wan.variants import (
     EXPERTS,
@@ -44,8 +44,12 @@ def locate(request: ModelRequest) -> ModelSource | None:
     chosen, problems = _choose(found, request.expert)
     # Without a choice any candidate tells the variant, and so what else is missing.
     candidate = chosen or found.candidates[0]
-    with TensorFiles(*candidate.files) as files:
-        shapes = shapes_of(files, candidate.layout)
+    try:
+        with TensorFiles(*candidate.files) as files:
+            shapes = shapes_of(files, candidate.layout)
+    except UserError as error:
+        damage = dict.fromkeys((*error.problems, *damaged_companions(request, found.root)))
+        raise UserError(*damage) from None
     if not is_wan(shapes):
         return None
     _refuse_unsupported(candidate, shapes)
