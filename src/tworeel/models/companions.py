@@ -55,16 +55,14 @@ def find_component(kind: Kind, given: str | None, root: Path, problems: list[str
     Its files are opened once, so that damage is reported now rather than when its turn comes.
     """
     component = _found(kind, given, root)
-    if given is not None:
-        path = Path(given).expanduser()
-        if component is None:
-            what = f"holds no {kind.title}" if path.exists() else "no such file or folder"
-            problems.append(f"model.{kind.option} = '{given}': {what}")
-    elif component is None:
-        missing = f"{root}: the {kind.title} is missing (for example {kind.example}"
-        problems.append(f"{missing}, or {kind.folder}/); put it there or set model.{kind.option}")
     if component is not None:
         problems.extend(_damage(component))
+    elif given is not None:
+        what = f"holds no {kind.title}" if Path(given).expanduser().exists() else "no such file or folder"
+        problems.append(f"model.{kind.option} = '{given}': {what}")
+    else:
+        missing = f"{root}: the {kind.title} is missing (for example {kind.example}"
+        problems.append(f"{missing}, or {kind.folder}/); put it there or set model.{kind.option}")
     return component
 
 

@@ -7,7 +7,7 @@ has two candidates.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,16 +131,19 @@ def _native_experts(root: Path, pointed: str | None) -> Found | None:
 
 def _network_folder(folder: Path) -> Found:
     """A folder of one network: Wan's own repository, or diffusers' transformer folder by itself."""
-    files, layout = weight_files(folder), _layout_by_keys(folder)
+    files = weight_files(folder)
     candidate = Candidate(
-        files=files, layout=layout, expert=_expert_of(folder), config=read_json(folder / "config.json")
+        files=files,
+        layout=_layout_by_keys(files),
+        expert=_expert_of(folder),
+        config=read_json(folder / "config.json"),
     )
     return Found(root=folder, candidates=(candidate,), pointed=candidate.expert)
 
 
-def _layout_by_keys(folder: Path) -> Layout:
+def _layout_by_keys(files: Sequence[Path]) -> Layout:
     try:
-        with TensorFiles(*weight_files(folder)) as tensors:
+        with TensorFiles(*files) as tensors:
             return "native" if any(map(is_native_key, tensors.names)) else "diffusers"
     except UserError:  # told with all else that is damaged, when its shapes are read
         return "native"
