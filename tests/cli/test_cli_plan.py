@@ -117,6 +117,7 @@ def test_cards_that_need_not_be_here_take_the_better_order_whatever_devices_are_
         ((*PAIR, "--devices", "cuda:7"), "--devices cuda:7: are devices of this machine; leave it out"),
         ((*PAIR, "--memory-gib", "0.5,24"), "RTX 4090 with 0.5 GiB: CUDA itself takes all of that"),
         (("--gpus", "2x H100"), "'H100' may be H100 PCIe, H100 80GB; name one of them"),
+        (("--gpus", "RTX"), "RTX 4080 Super, RTX 4090"),
         (
             (*PAIR, "--set", "engine.streamed_blocks=[99,1]"),
             "engine.streamed_blocks = [99, 1]: the model has",
@@ -134,6 +135,16 @@ def test_a_mistake_is_one_clear_line(
     done = run("plan", *given, *arguments)
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("error: ") and words in done.err
+
+
+def test_mistakes_of_the_cards_the_options_and_the_model_are_told_together(
+    run: Run, given: tuple[str, ...]
+) -> None:
+    cards = ("--gpus", "2x RTX 4091", "--memory-gib", "-3", "--host-memory-gib", "-1")
+    done = run("plan", "--model", "nowhere", *given[2:], *cards)
+    assert done.code == 2
+    for words in ("'RTX 4091'", "--memory-gib -3", "--host-memory-gib -1", "model.path"):
+        assert words in done.err
 
 
 def test_a_model_and_a_dataset_that_are_not_there_are_told_together(run: Run, tmp_path: Path) -> None:

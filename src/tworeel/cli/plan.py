@@ -11,7 +11,7 @@ import typer
 
 from tworeel.cli import options
 from tworeel.cli.watching import watching
-from tworeel.errors import UserError, raise_if_any
+from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.report.console import console, say
 from tworeel.units import GIB
 
@@ -70,7 +70,7 @@ def plan(
         data__skip_broken=skip_broken,
         engine__devices=options.device_list(devices),
     )
-    raise_if_any(_option_problems(gpus, memory_gib, host_memory_gib, devices))
+    problems = _option_problems(gpus, memory_gib, host_memory_gib, devices)
     with watching() as observer:
         # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
         import torch
@@ -82,9 +82,11 @@ def plan(
         from tworeel.training.planned import make_request
         from tworeel.training.preflight import survey
 
-        budgets = _budgets(run_config, gpus, memory_gib, cards)
+        budgets: tuple[Budget, ...] = ()
+        with collected(problems):
+            budgets = _budgets(run_config, gpus, memory_gib, cards)
         found = survey(run_config, observer, [torch.device(budget.device) for budget in budgets])
-        raise_if_any(found.problems)
+        raise_if_any([*problems, *found.problems])
         assert found.job is not None, "neither a job nor a problem"
         request = make_request(
             run_config,
@@ -123,14 +125,20 @@ def _option_problems(
 def _budgets(
     config: RunConfig, gpus: str | None, memory_gib: str | None, cards: Path | None
 ) -> tuple[Budget, ...]:
-    from tworeel.planning.cards import known_cards, parse_cards, with_memory
+    from tworeel.planning.cards import known_cards, memory_sizes, parse_cards, with_memory
     from tworeel.planning.devices import budgets_of_devices
     from tworeel.training.devices import resolve_devices
     from tworeel.training.planned import budgets_of_cards
 
     known = known_cards(cards)
     if gpus is not None:
-        chosen = parse_cards(gpus, known)
+        problems: list[str] = []
+        with collected(problems):
+            chosen = parse_cards(gpus, known)
+        with collected(problems):
+            if memory_gib is not None:
+                memory_sizes(memory_gib)
+        raise_if_any(problems)
         return budgets_of_cards(chosen if memory_gib is None else with_memory(chosen, memory_gib))
     devices = resolve_devices(config.engine.devices)
     if any(device.type == "cpu" for device in devices):

@@ -123,11 +123,11 @@ def parse_cards(text: str, cards: Sequence[Card]) -> tuple[Card, ...]:
     return tuple(found)
 
 
-def with_memory(cards: Sequence[Card], text: str) -> tuple[Card, ...]:
-    """The cards with other sizes, in GiB: `22.5` for all, or one for each, `22.5,15`.
+def memory_sizes(text: str) -> list[float]:
+    """`22.5,15` as GiB.
 
     Raises:
-        UserError: not numbers above 0, or as many as there are no cards.
+        UserError: not numbers above 0.
     """
     try:
         sizes = [float(part) for part in text.split(",")]
@@ -137,6 +137,16 @@ def with_memory(cards: Sequence[Card], text: str) -> tuple[Card, ...]:
         ) from None
     if any(not 0 < size < _MOST_GIB for size in sizes):
         raise UserError(f"--memory-gib {text}: must be above 0 and below {_MOST_GIB}")
+    return sizes
+
+
+def with_memory(cards: Sequence[Card], text: str) -> tuple[Card, ...]:
+    """The cards with other sizes, in GiB: `22.5` for all, or one for each, `22.5,15`.
+
+    Raises:
+        UserError: not numbers above 0, or as many as there are no cards.
+    """
+    sizes = memory_sizes(text)
     if len(sizes) == 1:
         sizes *= len(cards)
     if len(sizes) != len(cards):
@@ -160,8 +170,8 @@ def card_of_device(name: str, memory: int, cards: Sequence[Card]) -> Card | None
 def _named(name: str, cards: Sequence[Card]) -> list[Card]:
     """The card of this name, however it is spelled; else all whose names begin with it, or contain it."""
     plain = _plain(name)
-    if not plain:
-        return []
+    if not plain:  # a maker's or a series' name alone
+        return [card for card in cards if name.lower() in card.name.lower()]
     if exact := [card for card in cards if plain == _plain(card.name)]:
         return exact[:1]
     called = [card for card in cards if plain == _plain(card.torch_name)]

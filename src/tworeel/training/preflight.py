@@ -14,6 +14,7 @@ from tworeel.config.schema import RunConfig, TrainConfig
 from tworeel.data.clips import Clip
 from tworeel.data.metadata import read_source
 from tworeel.data.scan import Scan, scan
+from tworeel.engine import Placement
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.lora.files import load_lora
 from tworeel.lora.fusing import missing_parts
@@ -136,7 +137,8 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
     Args:
         config: of the run.
         observer: sees the progress, and may stop it.
-        devices: stand for the configuration's, and need not be there, nor packages that only a run needs.
+        devices: stand for the configuration's, and need not be there, nor packages that only a run needs;
+            none of them where it is not known which.
     """
     problems: list[str] = []
     if devices is None:
@@ -174,6 +176,7 @@ def _survey_model(
     observer: Observer,
     devices: Sequence[torch.device] | None,
 ) -> Survey:
+    placed: tuple[Placement, tuple[int, ...]] | None = None
     found: Scan | None = None
     init_from: LoraFile | None = None
     previews: SampleRequest | None = None
@@ -198,14 +201,16 @@ def _survey_model(
             raise_if_any(_start_problems(init_from, config, transformer, targets))
     problems += text_option_problems(family, text_options(config))
     with collected(problems):
-        placement, streamed = place_blocks(transformer, config, family, devices)
+        if devices is None or devices:
+            placed = place_blocks(transformer, config, family, devices)
     with collected(problems):
         found = scan(config.data, source.traits, observer=observer)
         problems += found.problems
     with collected(problems):
         noise_levels(config.train, source.traits).require_some()
-    if problems or found is None:
+    if problems or found is None or placed is None:
         return Survey(problems=tuple(problems), source=source, scan=found)
+    placement, streamed = placed
     job = Job(
         family=family,
         source=source,
