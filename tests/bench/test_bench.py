@@ -30,6 +30,26 @@ def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: s
     assert "ratio" in printed
 
 
+def test_blocks_that_are_not_compiled_are_compared_with_upstreams(tmp_path: Path) -> None:
+    printed = run(
+        "per_token.py",
+        "--device",
+        "cpu",
+        "--part-mib",
+        "0.004",
+        "--rounds",
+        "1",
+        "--json",
+        tmp_path / "x.json",
+    )
+    ways = read(tmp_path / "x.json")["per_token tiny 64 tokens"]["ways"]
+    assert list(ways) == ["keep", "recompute"]
+    for found in ways.values():
+        assert list(found) == ["upstream's", "parts of 0.004 MiB"]
+        assert all(one["equal"] and one["seconds"] > 0 for one in found.values())
+    assert printed.count("the same bits") == 4
+
+
 def test_gradients_are_held_against_one_micro_batch_at_a_time_and_fp32(tmp_path: Path) -> None:
     ways = ("--residency", "recompute", "--compile", "both")
     options = ("--blocks", "2", "--micro-batches", "2", "--devices", "cpu,cpu")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tworeel.engine import Placement
 from tworeel.engine.attention_layout import keep_gradient_layouts
+from tworeel.engine.per_token import undivided
 
 Forward = Callable[..., Any]
 
@@ -26,7 +27,8 @@ Forward = Callable[..., Any]
 def device_hooks(model: nn.Module, placement: Placement) -> Iterator[None]:
     """Run `model` with a hook for each of its blocks, and for what comes before and after them.
 
-    The weights have to be on their devices. Afterwards the model is as it was.
+    Blocks run by diffusers' own forward. The weights have to be on their devices. Afterwards the model is as
+    it was.
     """
     # What is planned for attentions here must do for the pipeline's, too.
     keep_gradient_layouts()
@@ -35,7 +37,8 @@ def device_hooks(model: nn.Module, placement: Placement) -> Iterator[None]:
         moving = _moving(module.forward, placement.devices[unit.stage])
         module.forward = recomputed(moving) if unit.is_block else moving
     try:
-        yield
+        with undivided(model):
+            yield
     finally:
         for module, _ in hooked:
             del module.forward

@@ -1,0 +1,107 @@
+"""Wan's blocks where they are not compiled: diffusers' numbers, without fp32 copies of whole tensors.
+
+Diffusers' block casts all hidden states to fp32 for each norm and each modulation, and its rotary embedding
+writes every second number at a time. Compiled, that is gone; here some tokens at a time go through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformerBlock,
+)
+from torch import Tensor, nn
+
+from tworeel.engine.per_token import PerToken
+from tworeel.models.wan.token_functions import Modulation, gated, modulated, normed, rotated
+
+SHIFT, SCALE, GATE, FF_SHIFT, FF_SCALE, FF_GATE = range(6)
+"""Rows of a block's modulation, in the order of `WanTransformerBlock.forward`."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of hidden states whose sums and products are in fp32."""
+
+
+class PerTokenBlock(PerToken, WanTransformerBlock):
+    """A block of Wan."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Any,
+    ) -> Tensor:
+        """As diffusers' forward.
+
+        Args:
+            hidden_states: of shape (B, tokens, width).
+            encoder_hidden_states: the text, (B, text tokens, width).
+            temb: modulation of all tokens, (B, 6, width), or of each, (B, tokens, 6, width).
+            rotary_emb: cosines and sines, (1, tokens, 1, head width).
+        """
+        if not self.divides or hidden_states.dtype not in _DTYPES or self._trains_around(temb):
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        modulation = Modulation.of(self.scale_shift_table, temb)
+
+        given = modulated(self.norm1, hidden_states, modulation, SHIFT, SCALE)
+        hidden_states = gated(hidden_states, self.attn1(given, None, None, rotary_emb), modulation, GATE)
+
+        if isinstance(self.norm2, nn.LayerNorm):
+            given = normed(self.norm2, hidden_states)
+        else:
+            given = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(given, encoder_hidden_states, None, None)
+
+        given = modulated(self.norm3, hidden_states, modulation, FF_SHIFT, FF_SCALE)
+        return gated(hidden_states, self.ffn(given), modulation, FF_GATE)
+
+    def _trains_around(self, temb: Tensor) -> bool:
+        """Whether anything but linear layers would need a gradient."""
+        return any(one.requires_grad for one in (temb, self.scale_shift_table, *self.norm2.parameters()))
+
+
+class PerTokenSelfAttention(PerToken, WanAttention):
+    """A self-attention of Wan."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """As diffusers' forward; arguments as `PerTokenBlock`'s."""
+        processor: Any = self.processor
+        plain = type(processor) is WanAttnProcessor and not self.fused_projections and not kwargs
+        divides = self.divides and plain and hidden_states.dtype in _DTYPES
+        if not divides or rotary_emb is None or encoder_hidden_states is not None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        query = self.norm_q(self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
+        key = self.norm_k(self.to_k(hidden_states)).unflatten(2, (self.heads, -1))
+        value = self.to_v(hidden_states).unflatten(2, (self.heads, -1))
+        query, key = rotated(query, *rotary_emb), rotated(key, *rotary_emb)
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=processor._attention_backend,
+            parallel_config=processor._parallel_config,
+        )
+        out, dropout = self.to_out
+        result: Tensor = dropout(out(attended.flatten(2, 3).type_as(query)))
+        return result
+
+
+def divide_tokens(model: nn.Module) -> None:
+    """Let the blocks of diffusers' `WanTransformer3DModel` run so."""
+    for module in model.modules():
+        if type(module) is WanTransformerBlock:
+            module.__class__ = PerTokenBlock
+            module.attn1.__class__ = PerTokenSelfAttention
