@@ -67,6 +67,13 @@ def test_what_blocks_keep_is_still_there_when_a_streamed_one_behind_them_recompu
     assert fit_stage(memory(126, may_keep=1, last_streamed=9), SIZES) == Fit(0, Residency.SELECTIVE)
 
 
+def test_the_head_needs_its_room_while_everything_is_kept():
+    # 2 × 10 × 20 + 3 × 1 + 25
+    assert fit_stage(memory(428, head=25), SIZES) == Fit(10, Residency.SELECTIVE)
+    assert fit_stage(memory(427, head=25), SIZES) == Fit(9, Residency.SELECTIVE)
+    assert fit_stage(memory(413, head=10), SIZES) == Fit(10, Residency.SELECTIVE), "less than a block's work"
+
+
 def test_with_little_room_activations_wait_on_the_host():
     # 2 × 20 + 3 × 1 + 2 × 3 + 10 with a block that keeps, 3 × 1 + 2 × 3 + 30 without
     assert fit_stage(memory(59), SIZES) == Fit(1, Residency.OFFLOAD_SELECTIVE)

@@ -13,7 +13,7 @@ from torch import nn
 from tworeel.engine import probing
 from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import Footprint
-from tworeel.engine.probing import Forward, Probe, own_copies
+from tworeel.engine.probing import Forward, Head, Probe, own_copies
 
 KEEP = Footprint(kept=20, working=10, hidden=1)
 MEMORY = StageMemory(available=10_000, num_blocks=10, may_keep=10, in_flight=2)
@@ -47,3 +47,34 @@ def test_of_a_forward_alone_there_is_left_what_it_saved():
         assert ran.hidden == x.nbytes
         ran.backward((x,), [weight])
     assert x.grad is None and weight.grad is None, "a probe leaves no gradient behind"
+
+
+def test_the_head_is_gone_through_with_gradients_that_nothing_is_left_of():
+    weight, hidden = nn.Parameter(torch.ones(3)), torch.arange(3.0)
+    head, seen = Head(), []
+    with torch.no_grad():
+        fresh, ids = head.begin((hidden, torch.arange(2)))
+        assert torch.is_grad_enabled() and fresh.requires_grad and not ids.requires_grad
+        assert fresh.data_ptr() == hidden.data_ptr()
+        fresh.register_hook(seen.append)
+        output = {"sample": fresh * 2 * weight}
+    assert torch.is_grad_enabled()
+    head.end(output)
+    assert [gradient.tolist() for gradient in seen] == [[2, 2, 2]]
+    assert fresh.grad is None and weight.grad is None
+    head.end(output)  # once is enough
+
+
+def test_a_head_that_gives_nothing_with_a_gradient_is_left_alone():
+    head = Head()
+    with torch.no_grad():
+        fresh = head.begin(torch.ones(3))
+        output = fresh.detach()
+    head.end((output, None))
+
+
+def test_on_a_cpu_the_forward_goes_on_without_gradients():
+    probe, hidden = Probe([None]), torch.zeros(1, 8, 4)
+    assert probe.begin_head(0, torch.device("cpu"), (), hidden) is hidden
+    probe.end_head(0, torch.device("cpu"), hidden)
+    assert probe.memories == [None]

@@ -74,8 +74,11 @@ def test_a_block_keeps_and_works_with_what_its_trace_says(
     division = split(model, [cuda], blocks=family.block_lists, residency="auto", compile=compile)
     probe = Probe([StageMemory(available=0, num_blocks=4, may_keep=4, in_flight=1)])
     with division.probing(probe):
-        model(**inputs, return_dict=False)
-    expected = traced(variant, compile=compile).blocks
+        probe.end_head(0, cuda, model(**inputs, return_dict=False))
+    trace = traced(variant, compile=compile)
+    assert probe.memories[0] is not None
+    assert 0.98 * probe.memories[0].head <= trace.head <= 1.1 * probe.memories[0].head
+    expected = trace.blocks
     found = dict(zip(expected, probe.footprints[0].values(), strict=True))
     for name, block in expected.items():
         for residency in (Residency.KEEP, Residency.SELECTIVE):

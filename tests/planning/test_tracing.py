@@ -54,11 +54,11 @@ def test_a_compiled_block_holds_what_an_h100_measured() -> None:
 @pytest.mark.parametrize(
     ("variant", "compile", "keep", "selective"),
     [
-        ("wan2.2-t2v-a14b", False, (23.77, 33.77), (2.02, 34.77)),
+        ("wan2.2-t2v-a14b", False, (20.77, 27.18), (2.02, 27.18)),
         ("wan2.2-t2v-a14b", True, (20.77, 29.87), (2.02, 32.29)),
-        ("wan2.1-i2v-14b", False, (25.85, 35.85), (2.02, 36.85)),
+        ("wan2.1-i2v-14b", False, (22.85, 29.26), (2.02, 29.26)),
         ("wan2.1-i2v-14b", True, (22.85, 31.95), (2.02, 34.37)),
-        ("wan2.2-ti2v-5b", False, (44.66, 56.08), (3.03, 57.08)),
+        ("wan2.2-ti2v-5b", False, (25.66, 34.18), (3.03, 36.08)),
         ("wan2.2-ti2v-5b", True, (25.66, 40.67), (3.03, 42.98)),
     ],
 )
@@ -78,9 +78,10 @@ def assert_holds(block: BlockTrace, measured: dict[Residency, tuple[float, float
         assert 0.98 * most <= (found.kept + found.working) / found.hidden <= 1.1 * most
 
 
-def test_a_block_that_is_not_compiled_holds_more() -> None:
+def test_a_block_that_is_not_compiled_moves_more_and_holds_as_much() -> None:
     compiled, eager = traced(), traced(compile=False)
-    assert eager.footprints[Residency.KEEP].kept > 1.1 * compiled.footprints[Residency.KEEP].kept
+    held = [trace.footprints[Residency.KEEP].kept for trace in (eager, compiled)]
+    assert held[0] == pytest.approx(held[1], rel=0.02)
     assert eager.forward.traffic > 2 * compiled.forward.traffic
 
 

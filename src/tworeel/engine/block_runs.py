@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -54,7 +55,11 @@ class BlockRuns:
         split.streamed.use(stage, position, backward=False)
         block = split.model.get_submodule(unit.name)
         if self._probe is not None:
-            return self._run_probed(self._probe, unit, block, args, kwargs)
+            outputs = self._run_probed(self._probe, unit, block, args, kwargs)
+            if unit.name == split.placement.block_names[-1]:
+                device = split.placement.devices[stage]
+                outputs = self._probe.begin_head(stage, device, (args, kwargs), outputs)
+            return outputs
         outputs = run_block(
             block,
             args,
@@ -94,7 +99,8 @@ class BlockRuns:
                 kept_ops=self._split.kept_ops,
             )
 
-        outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
+        with torch.no_grad():
+            outputs = run_block(block, args, kwargs, residency=Residency.KEEP)
         device = self._split.placement.devices[unit.stage]
         probe.measure(unit.stage, unit.kind, device, block, run, args, kwargs, outputs)
         return outputs

@@ -82,7 +82,8 @@ def _measure(
     probe = Probe(memories)
     try:
         with split.probing(probe):
-            forward()
+            outputs = forward()
+            probe.end_head(split.placement.num_stages - 1, split.placement.devices[-1], outputs)
     except torch.OutOfMemoryError as error:
         if not _can_stream(split, _accelerated(split)):
             raise

@@ -48,6 +48,8 @@ class StageMemory:
     """Bytes of the frozen weights of its smallest block."""
     largest: int = 0
     """Of its largest block: what a slot takes."""
+    head: int = 0
+    """Bytes that the model takes behind its last block, on the stage that has that."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     # through with their backwards when the first of the others begins.
     behind = min(num_kept, memory.num_blocks - 1 - memory.last_streamed)
     through = footprints.kept[memory.num_blocks - behind]
-    working = max(footprints.keeping[others], footprints.working[others] - through)
+    working = max(footprints.keeping[others], footprints.working[others] - through, memory.head)
     crossing = crossing_buffers(memory, footprints.hidden) + memory.holding * memory.inputs
     return memory.in_flight * (kept + left) + crossing + once + working
 

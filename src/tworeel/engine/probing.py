@@ -34,9 +34,11 @@ class Probe:
 
     def __init__(self, memories: Sequence[StageMemory | None]) -> None:
         self.memories = list(memories)
-        """With the bytes of a micro-batch's inputs."""
+        """With the bytes of a micro-batch's inputs, and of the model's head."""
         self.footprints: list[dict[str, dict[Residency, Footprint]]] = [{} for _ in memories]
         """Of each stage, by the kind of block."""
+        self._head = Head()
+        self._before_head = 0
 
     def measure(
         self,
@@ -71,6 +73,56 @@ class Probe:
                 measure = partial(_footprint, residency, device, run, args, kwargs, trained)
                 found[residency] = _after_warm_up(measure)
 
+    def begin_head(self, stage: int, device: torch.device, inputs: Any, outputs: Any) -> Any:
+        """The last block's outputs, behind which the forward goes on with gradients."""
+        if self.memories[stage] is None:
+            return outputs
+        # What the block was given goes when it returns; what it gives is the head's.
+        hidden = _bytes_like((inputs, outputs), outputs)
+        self._before_head = torch.accelerator.memory_allocated(device) - hidden
+        torch.accelerator.reset_peak_memory_stats(device)
+        return self._head.begin(outputs)
+
+    def end_head(self, stage: int, device: torch.device, outputs: Any) -> None:
+        """Measure what the forward took since then, and its backward.
+
+        Args:
+            stage, device: of the last block.
+            outputs: of the model.
+        """
+        if (memory := self.memories[stage]) is None:
+            return
+        self._head.end(outputs)
+        most = torch.accelerator.max_memory_allocated(device) - self._before_head
+        self.memories[stage] = replace(memory, head=most)
+
+
+class Head:
+    """What a model runs behind its last block, in a forward that was begun without gradients."""
+
+    def __init__(self) -> None:
+        self._inputs: list[Tensor] = []
+
+    def begin(self, outputs: Any) -> Any:
+        """The last block's outputs, anew; with gradients from here on, until the forward's `no_grad` ends."""
+        torch.set_grad_enabled(True)
+
+        def fresh(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            self._inputs.append(tensor.detach().requires_grad_())
+            return self._inputs[-1]
+
+        return tree_map_only(Tensor, fresh, outputs)
+
+    def end(self, outputs: Any) -> None:
+        """Go back from the model's outputs to there."""
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if leaves and self._inputs:
+            upstream = [torch.ones_like(leaf) for leaf in leaves]
+            torch.autograd.grad(leaves, self._inputs, upstream, allow_unused=True)
+        self._inputs.clear()
+
 
 def as_in_training(inputs: Any, outputs: Any) -> Any:
     """A block's inputs anew: what comes out of a block goes into the next, and will need a gradient."""
@@ -85,9 +137,15 @@ def as_in_training(inputs: Any, outputs: Any) -> Any:
 
 def shared_bytes(inputs: Any, outputs: Any) -> int:
     """Bytes of what all blocks are given alike: of a block's inputs, those that no output looks like."""
-    shapes = _shapes(outputs)
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors if tensor.shape not in shapes)
+    return sum(tensor.nbytes for tensor in tensors) - _bytes_like(inputs, outputs)
+
+
+def _bytes_like(tensors: Any, outputs: Any) -> int:
+    """Bytes of those tensors that some output looks like."""
+    shapes = _shapes(outputs)
+    leaves = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
+    return sum(leaf.nbytes for leaf in leaves if leaf.shape in shapes)
 
 
 def _shapes(outputs: Any) -> set[torch.Size]:

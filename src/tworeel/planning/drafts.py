@@ -55,6 +55,8 @@ class StageDraft:
     """Weights, gradients and what the optimizer keeps."""
     inputs: int
     """What a micro-batch brings beside the hidden state."""
+    head: int
+    """What the model takes behind its last block, if the stage has that."""
     dequantized: int
     """One weight that is dequantized for its use, where no trace sees it."""
     spare: int
@@ -113,6 +115,7 @@ class StageDraft:
             may_stream=self.streamed is None,
             smallest=self.smallest,
             largest=self.block,
+            head=self.head,
         )
 
     def _on_device(self, streamed: int) -> int:
@@ -134,7 +137,7 @@ class StageDraft:
         kept = min(fit.num_kept, memory.may_keep)
         blocks = self._as_run(fit.fallback)
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
-        rest = needed(memory, StageFootprints(resting), kept, fit.fallback)
+        rest = needed(replace(memory, head=0), StageFootprints(resting), kept, fit.fallback)
         footprints = StageFootprints(blocks)
         working = needed(memory, footprints, kept, fit.fallback) - rest
         crossing, inputs = crossing_buffers(memory, footprints.hidden), self.holding * self.inputs

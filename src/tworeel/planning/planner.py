@@ -266,6 +266,7 @@ class Planner:
             weights=sum(unit.frozen for unit in (*own, *around)),
             lora=int(copies * sum(unit.trained for unit in (*own, *around))),
             inputs=self.trace.inputs,
+            head=self.trace.head if blocks[-1] == self._num_blocks - 1 else 0,
             dequantized=max(unit.largest for unit in own) if self._dequantizes(budget) else 0,
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),

@@ -57,6 +57,8 @@ class ModelTrace:
     """By the name of the list."""
     inputs: int
     """Bytes of a micro-batch that all blocks of a stage share: text, rotary tables, modulation."""
+    head: int = 0
+    """Bytes that the model takes behind its last block."""
     measured: bool = False
     """Whether some footprints are what a run has measured."""
 

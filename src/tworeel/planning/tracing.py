@@ -8,6 +8,7 @@ compile.
 from __future__ import annotations
 
 import operator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
-from tworeel.engine.probing import Forward, as_in_training, own_copies, shared_bytes
+from tworeel.engine.per_token import undivided
+from tworeel.engine.probing import Forward, Head, as_in_training, own_copies, shared_bytes
 from tworeel.engine.residency import ATTENTION_OPS, Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
@@ -60,10 +62,10 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
     model = _shortened(family, source, settings)
     with FakeTensorMode(allow_non_fake_inputs=True), assumed_mode(settings.mode):
         _materialize(model, family, settings.dtype)
-        calls = _record(model, family, source, bucket, settings)
+        calls, head = _record(model, family, source, bucket, settings)
         trace = _trace_compiled if settings.compile else _trace_eager
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
-    return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())))
+    return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)
 
 
 def _with_products(dtype: torch.dtype, other: torch.dtype, work: Work) -> Work:
@@ -116,8 +118,12 @@ def _materialize(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
 
 def _record(
     model: nn.Module, family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings
-) -> dict[str, _Call]:
-    """Run the model's forward; what the last block of each list was called with, and gave."""
+) -> tuple[dict[str, _Call], int]:
+    """Run the model's forward.
+
+    Returns:
+        What the last block of each list was called with, and gave; bytes that the model takes behind them.
+    """
     shapes = family.cached_shapes(source, bucket.frames, bucket.height, bucket.width, bucket.references)
     cached = {name: torch.empty(shape) for name, shape in shapes.items()}
     sample = family.make_sample(
@@ -133,11 +139,22 @@ def _record(
     def keep_call(name: str, block: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         calls[name] = _Call(args, kwargs, outputs)
 
-    for name in family.block_lists:
-        _traced(model, name).register_forward_hook(partial(keep_call, name), with_kwargs=True)
-    with torch.no_grad():
-        model(**sample.inputs, return_dict=False)
-    return calls
+    before, watch, head = 0, Watch(), Head()
+
+    def begin_head(_block: nn.Module, _args: Any, outputs: Any) -> Any:
+        nonlocal before
+        before = watch.live - sum(leaf.nbytes for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+        watch.peak = watch.live
+        return head.begin(outputs)
+
+    last = {name: _traced(model, name) for name in family.block_lists}
+    with ExitStack() as hooks, torch.no_grad(), watch:
+        for name, block in last.items():
+            hook = block.register_forward_hook(partial(keep_call, name), with_kwargs=True)
+            hooks.callback(hook.remove)
+        hooks.callback(last[family.block_lists[-1]].register_forward_hook(begin_head).remove)
+        head.end(model(**sample.inputs, return_dict=False))
+    return calls, watch.peak - before
 
 
 def _shared_bytes(call: _Call) -> int:
@@ -150,7 +167,8 @@ def _hidden_bytes(call: _Call) -> int:
 
 def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
     """From the forward and backward graphs that `torch.compile` would be given for the block."""
-    plain, selective = _compiled_graphs(block, call)
+    with undivided(block):
+        plain, selective = _compiled_graphs(block, call)
     hidden = _hidden_bytes(call)
     num_weights = len(list(block.parameters())) + len(list(block.buffers()))
 
