@@ -25,7 +25,7 @@ MOST_COMPILATIONS = 64
 BACKEND = "inductor"
 """What compiles the graphs."""
 
-TRIED_FROM_CPP = frozenset({None, "fp8"})
+TRIED_FROM_CPP = frozenset({None, "fp8", "int8"})
 """Precisions of frozen weights whose kernels are known to run launched from C++."""
 
 log = logging.getLogger(__name__)
