@@ -31,21 +31,12 @@ def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: s
 
 
 def test_blocks_that_are_not_compiled_are_compared_with_upstreams(tmp_path: Path) -> None:
-    printed = run(
-        "per_token.py",
-        "--device",
-        "cpu",
-        "--part-mib",
-        "0.004",
-        "--rounds",
-        "1",
-        "--json",
-        tmp_path / "x.json",
-    )
-    ways = read(tmp_path / "x.json")["per_token tiny 64 tokens"]["ways"]
+    options = ("--device", "cpu", "--rounds", "1", "--json", tmp_path / "lean.json")
+    printed = run("lean_blocks.py", *options)
+    ways = read(tmp_path / "lean.json")["lean blocks tiny 64 tokens"]["ways"]
     assert list(ways) == ["keep", "recompute"]
     for found in ways.values():
-        assert list(found) == ["upstream's", "parts of 0.004 MiB"]
+        assert list(found) == ["upstream's", "ours"]
         assert all(one["equal"] and one["seconds"] > 0 for one in found.values())
     assert printed.count("the same bits") == 4
 

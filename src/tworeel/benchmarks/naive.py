@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tworeel.engine import Placement
 from tworeel.engine.attention_layout import keep_gradient_layouts
-from tworeel.engine.per_token import undivided
+from tworeel.engine.lean import upstream_forwards
 
 Forward = Callable[..., Any]
 
@@ -37,7 +37,7 @@ def device_hooks(model: nn.Module, placement: Placement) -> Iterator[None]:
         moving = _moving(module.forward, placement.devices[unit.stage])
         module.forward = recomputed(moving) if unit.is_block else moving
     try:
-        with undivided(model):
+        with upstream_forwards(model):
             yield
     finally:
         for module, _ in hooked:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
-from tworeel.engine.per_token import undivided
+from tworeel.engine.lean import upstream_forwards
 from tworeel.engine.probing import Forward, Head, as_in_training, own_copies, shared_bytes
 from tworeel.engine.residency import ATTENTION_OPS, Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
@@ -167,7 +167,7 @@ def _hidden_bytes(call: _Call) -> int:
 
 def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
     """From the forward and backward graphs that `torch.compile` would be given for the block."""
-    with undivided(block):
+    with upstream_forwards(block):
         plain, selective = _compiled_graphs(block, call)
     hidden = _hidden_bytes(call)
     num_weights = len(list(block.parameters())) + len(list(block.buffers()))

@@ -1,4 +1,4 @@
-"""Wan's blocks part by part: output and gradients of diffusers' own forward, to the bit."""
+"""Wan's blocks by our forward: output and gradients of diffusers' own, to the bit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tworeel.engine import per_token, split
-from tworeel.engine.per_token import undivided
+from tworeel.engine import split
+from tworeel.engine.lean import upstream_forwards
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
 from tworeel.models.family import Component
@@ -103,17 +103,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("tokens_a_part", [7, TOKENS])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_give_the_bits_of_diffusers_forward(
-    monkeypatch: pytest.MonkeyPatch, calls: Counter[str], kind: str, dtype: torch.dtype, tokens_a_part: int
-) -> None:
+def test_our_forward_gives_the_bits_of_diffusers(calls: Counter[str], kind: str, dtype: torch.dtype) -> None:
     model, inputs = make(kind, dtype), make_inputs(kind, dtype)
-    with undivided(model):
+    with upstream_forwards(model):
         expected = run(model, inputs)
     assert not calls, "diffusers' own"
-    monkeypatch.setattr(per_token, "PART_BYTES", 2 * 48 * 4 * tokens_a_part)
     found = run(model, inputs)
     assert all(map(torch.equal, found, expected)) and len(found) == len(expected) > 20
     norms = 2 if KINDS[kind].get("cross_attn_norm", True) else 0
@@ -135,7 +131,7 @@ def test_a_block_saves_no_hidden_state_in_fp32() -> None:
         return sum(t.dtype == torch.float32 and t.numel() == hidden.numel() for t in saved)
 
     assert large_in_fp32() == 0
-    with undivided(model):
+    with upstream_forwards(model):
         assert large_in_fp32() == 3, "one a norm"
 
 
@@ -144,7 +140,7 @@ def test_without_gradients_the_output_is_the_same(calls: Counter[str]) -> None:
     with torch.no_grad():
         (found,) = model(**inputs, return_dict=False)
         assert calls["modulated"] == 4
-        with undivided(model):
+        with upstream_forwards(model):
             (expected,) = model(**inputs, return_dict=False)
     assert torch.equal(found, expected)
 
@@ -181,7 +177,7 @@ def test_other_processors_and_dtypes_run_as_they_are(calls: Counter[str]) -> Non
 def test_only_diffusers_own_blocks_are_changed() -> None:
     other = type("Other", (WanTransformerBlock,), {})(48, 80, 2)
     model = nn.ModuleList([WanTransformerBlock(48, 80, 2), other])
-    blocks.divide_tokens(model)
-    assert [type(block) for block in model] == [blocks.PerTokenBlock, type(other)]
-    assert isinstance(model[0].attn1, blocks.PerTokenSelfAttention)
+    blocks.use_lean_blocks(model)
+    assert [type(block) for block in model] == [blocks.LeanBlock, type(other)]
+    assert isinstance(model[0].attn1, blocks.LeanSelfAttention)
     assert type(model[0].attn2) is type(other.attn1) is WanAttention

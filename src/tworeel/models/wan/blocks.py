@@ -1,7 +1,7 @@
-"""Wan's blocks where they are not compiled: diffusers' numbers, without fp32 copies of whole tensors.
+"""Wan's blocks where they are not compiled: diffusers' numbers, with less memory.
 
-Diffusers' block casts all hidden states to fp32 for each norm and each modulation, and its rotary embedding
-writes every second number at a time. Compiled, that is gone; here some tokens at a time go through it.
+Diffusers' block keeps an fp32 copy of its hidden state for each norm, of the modulation too if each token has
+its own, and its rotary embedding writes every second number at a time. Compiled, that is gone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from torch import Tensor, nn
 
-from tworeel.engine.per_token import PerToken
-from tworeel.models.wan.token_functions import Modulation, gated, modulated, normed, rotated
+from tworeel.engine.lean import Lean
+from tworeel.models.wan.lean_functions import Modulation, gated, modulated, normed, rotated
 
 SHIFT, SCALE, GATE, FF_SHIFT, FF_SCALE, FF_GATE = range(6)
 """Rows of a block's modulation, in the order of `WanTransformerBlock.forward`."""
@@ -26,7 +26,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of hidden states whose sums and products are in fp32."""
 
 
-class PerTokenBlock(PerToken, WanTransformerBlock):
+class LeanBlock(Lean, WanTransformerBlock):
     """A block of Wan."""
 
     def forward(
@@ -44,7 +44,7 @@ class PerTokenBlock(PerToken, WanTransformerBlock):
             temb: modulation of all tokens, (B, 6, width), or of each, (B, tokens, 6, width).
             rotary_emb: cosines and sines, (1, tokens, 1, head width).
         """
-        if not self.divides or hidden_states.dtype not in _DTYPES or self._trains_around(temb):
+        if not self.is_lean or hidden_states.dtype not in _DTYPES or self._trains_around(temb):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         modulation = Modulation.of(self.scale_shift_table, temb)
 
@@ -65,7 +65,7 @@ class PerTokenBlock(PerToken, WanTransformerBlock):
         return any(one.requires_grad for one in (temb, self.scale_shift_table, *self.norm2.parameters()))
 
 
-class PerTokenSelfAttention(PerToken, WanAttention):
+class LeanSelfAttention(Lean, WanAttention):
     """A self-attention of Wan."""
 
     def forward(
@@ -76,10 +76,10 @@ class PerTokenSelfAttention(PerToken, WanAttention):
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As diffusers' forward; arguments as `PerTokenBlock`'s."""
+        """As diffusers' forward; arguments as `LeanBlock`'s."""
         processor: Any = self.processor
         plain = type(processor) is WanAttnProcessor and not self.fused_projections and not kwargs
-        divides = self.divides and plain and hidden_states.dtype in _DTYPES
+        divides = self.is_lean and plain and hidden_states.dtype in _DTYPES
         if not divides or rotary_emb is None or encoder_hidden_states is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         query = self.norm_q(self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
@@ -99,9 +99,9 @@ class PerTokenSelfAttention(PerToken, WanAttention):
         return result
 
 
-def divide_tokens(model: nn.Module) -> None:
+def use_lean_blocks(model: nn.Module) -> None:
     """Let the blocks of diffusers' `WanTransformer3DModel` run so."""
     for module in model.modules():
         if type(module) is WanTransformerBlock:
-            module.__class__ = PerTokenBlock
-            module.attn1.__class__ = PerTokenSelfAttention
+            module.__class__ = LeanBlock
+            module.attn1.__class__ = LeanSelfAttention

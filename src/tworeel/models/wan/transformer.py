@@ -7,7 +7,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from tworeel.models.family import Component
-from tworeel.models.wan.blocks import divide_tokens
+from tworeel.models.wan.blocks import use_lean_blocks
 
 BLOCK_LISTS = ("blocks",)
 
@@ -32,8 +32,8 @@ LORA_PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def build_transformer(component: Component) -> nn.Module:
-    """Make the transformer on the meta device; its rotary tables are real, its blocks `PerTokenBlock`s."""
+    """Make the transformer on the meta device; its rotary tables are real, its blocks `LeanBlock`s."""
     with init_empty_weights(include_buffers=False):
         model: nn.Module = WanTransformer3DModel(**component.config)  # type: ignore[assignment]
-    divide_tokens(model)
+    use_lean_blocks(model)
     return model

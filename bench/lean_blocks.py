@@ -1,9 +1,8 @@
-"""Blocks that are not compiled: upstream's forward against the one that divides the tokens.
+"""Blocks that are not compiled: upstream's forward against ours, which takes less memory.
 
-    python bench/per_token.py                      2 blocks of Wan 14B, 20,280 tokens, on the first GPU
-    python bench/per_token.py --model wan-5b --shape 1280x704x49
-    python bench/per_token.py --part-mib 8 32 128  with other sizes of a part
-    python bench/per_token.py --tiny               seconds, on the CPU: no peaks
+    python bench/lean_blocks.py                    2 blocks of Wan 14B, 20,280 tokens, on the first GPU
+    python bench/lean_blocks.py --model wan-5b --shape 1280x704x49
+    python bench/lean_blocks.py --tiny             seconds, on the CPU: no peaks
 
 Both run the same weights and micro-batch, and take turns. Prints the time of a forward and backward, the peak
 beside the weights, and whether the gradients with deterministic attention are equal to the bit.
@@ -26,14 +25,13 @@ from tworeel.benchmarks import machine, models
 from tworeel.benchmarks.preparing import Gradients, Prepared, Settings, gradients_of, prepare
 from tworeel.benchmarks.shapes import make_cases, model_shape
 from tworeel.benchmarks.widths import TINY, WAN_14B
-from tworeel.engine import per_token, split
+from tworeel.engine import split
 from tworeel.engine.attention import AttentionBackend, attention_backend
-from tworeel.engine.per_token import undivided
+from tworeel.engine.lean import upstream_forwards
 from tworeel.engine.releasing import release_memory
 
-MIB = 2**20
 RESIDENCIES = ("keep", "recompute")
-UPSTREAM = "upstream's"
+UPSTREAM, OURS = "upstream's", "ours"
 
 
 class Blocks:
@@ -43,22 +41,18 @@ class Blocks:
         self._model, self._batch, self._device = prepared.model.to(device), prepared.batches[0], device
         self._weights = self._allocated()
 
-    def run(
-        self, residency: str, part_mib: float | None, attention: AttentionBackend
-    ) -> tuple[float, int, Gradients]:
+    def run(self, forward: str, residency: str, attention: AttentionBackend) -> tuple[float, int, Gradients]:
         """Seconds of a forward and backward, peak beside the weights, and gradients.
 
         Args:
+            forward: whose.
             residency: what the blocks leave behind.
-            part_mib: MiB of a part in fp32; without, upstream's forward.
             attention: which kernel.
         """
         division = split(self._model, [self._device], residency=residency, compile=False)
         way: AbstractContextManager[None] = nullcontext()
-        if part_mib is None:
-            way = undivided(self._model)
-        else:
-            per_token.PART_BYTES = int(part_mib * MIB)
+        if forward == UPSTREAM:
+            way = upstream_forwards(self._model)
         try:
             with way, attention_backend(attention, [self._device]):
                 return self._timed()
@@ -85,16 +79,15 @@ class Blocks:
 
 
 def compare(blocks: Blocks, residency: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Each way's figures."""
-    ways = {UPSTREAM: None} | {f"parts of {size:g} MiB": size for size in options.part_mib}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    """Each forward's figures."""
+    times: dict[str, list[float]] = {UPSTREAM: [], OURS: []}
     found: dict[str, dict[str, Any]] = {}
     expected: Gradients = {}
     for turn in range(options.rounds + 2):
         # By turns the first: a device that gets warm is slower for the last.
-        for name in reversed(ways) if turn % 2 else ways:
+        for name in reversed(times) if turn % 2 else times:
             attention: AttentionBackend = "auto" if turn else "deterministic"
-            seconds, peak, gradients = blocks.run(residency, ways[name], attention)
+            seconds, peak, gradients = blocks.run(name, residency, attention)
             if turn > 1:  # the first one with each attention warms up
                 times[name].append(seconds)
             if not turn:
@@ -116,9 +109,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=model_shape, default=WAN_14B, help="whose widths (wan-14b)")
     parser.add_argument("--shape", default="480x832x49", help="of the clip (480x832x49)")
     parser.add_argument("--blocks", type=int, default=2, help="of the model (2)")
-    parser.add_argument("--part-mib", type=float, nargs="+", default=[per_token.PART_BYTES / MIB])
     parser.add_argument("--rounds", type=int, default=5, help="of each, in turns (5)")
-    parser.add_argument("--json", type=Path, default=Path("per_token.json"), help="file for the figures")
+    parser.add_argument("--json", type=Path, default=Path("lean_blocks.json"), help="file for the figures")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
     return parser.parse_args()
 
@@ -152,7 +144,7 @@ def main() -> None:
         )
     settings = {key: str(value) for key, value in vars(options).items()} | {"model": shape.name}
     what = {"machine": facts, "options": settings, "ways": results}
-    measuring.add_results(options.json, {f"per_token {shape.name} {case.name}": what})
+    measuring.add_results(options.json, {f"lean blocks {shape.name} {case.name}": what})
 
 
 if __name__ == "__main__":

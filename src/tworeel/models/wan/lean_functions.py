@@ -1,4 +1,4 @@
-"""What Wan's blocks do to each token by itself, part by part, with the numbers of diffusers' forward.
+"""What Wan's blocks do to each token by itself, with the numbers of diffusers' forward and less memory.
 
 Sums and products are in fp32 and are rounded where diffusers' are. Backwards give what autograd gives for
 diffusers' expressions, to the bit; they keep the hidden state that was given, and no fp32 copy of it.
@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from tworeel.engine.per_token import parts
 
 aten = torch.ops.aten
 
@@ -36,11 +34,11 @@ class Modulation:
         """What is the same for all tokens is added at once."""
         return cls(table, temb) if temb.ndim == 4 else cls(table, table + temb.float())
 
-    def row(self, number: int, part: slice) -> Tensor:
-        """One of the six, of shape (B, 1, width) or (B, tokens of the part, width)."""
-        if self.temb.ndim == 3:
-            return self.temb[:, number : number + 1]
-        return self.table[:, number] + self.temb[:, part, number].float()
+    def row(self, number: int) -> Tensor:
+        """One of the six, of shape (B, 1, width) or (B, tokens, width)."""
+        if self.temb.ndim == 4:
+            return self.table[:, number] + self.temb[:, :, number].float()
+        return self.temb[:, number : number + 1]
 
 
 def normed(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
@@ -81,28 +79,17 @@ class _Normed(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        result, statistics = torch.empty_like(hidden), list[Tensor]()
         weight, bias = (None if w is None else w.float() for w in (weight, bias))
-        for part in parts(hidden):
-            found, *of_part = torch.native_layer_norm(hidden[:, part].float(), shape, weight, bias, eps)
-            statistics += of_part
-            result[:, part] = found
+        result, mean, rstd = torch.native_layer_norm(hidden.float(), shape, weight, bias, eps)
         ctx.shape = shape
-        ctx.save_for_backward(hidden, weight, bias, *statistics)
-        return result
+        ctx.save_for_backward(hidden, mean, rstd, weight, bias)
+        return result.type_as(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *statistics = ctx.saved_tensors
-        result = torch.empty_like(hidden)
-        for number, part in enumerate(parts(hidden)):
-            of_part = statistics[2 * number : 2 * number + 2]
-            whole = hidden[:, part].float()
-            result[:, part] = _norm_backward(
-                gradient[:, part].float(), whole, ctx.shape, *of_part, weight, bias
-            )
-        return result, None, None, None, None
+        hidden, *norm = ctx.saved_tensors
+        return _norm_backward(gradient.float(), hidden, ctx.shape, *norm), None, None, None, None
 
 
 class _Modulated(torch.autograd.Function):
@@ -116,33 +103,26 @@ class _Modulated(torch.autograd.Function):
         temb: Tensor,
         rows: tuple[int, int],
     ) -> Tensor:
-        result, statistics = torch.empty_like(hidden), list[Tensor]()
         modulation, (shift, scale) = Modulation(table, temb), rows
-        for part in parts(hidden):
-            found, *of_part = torch.native_layer_norm(hidden[:, part].float(), shape, None, None, eps)
-            statistics += of_part
-            scaled = found * (1 + modulation.row(scale, part))
-            torch.add(scaled, modulation.row(shift, part), out=result[:, part])
+        result, mean, rstd = torch.native_layer_norm(hidden.float(), shape, None, None, eps)
+        result = result * (1 + modulation.row(scale))
         ctx.shape, ctx.scale = shape, scale
-        ctx.save_for_backward(hidden, table, temb, *statistics)
-        return result
+        ctx.save_for_backward(hidden, mean, rstd, table, temb)
+        return torch.add(result, modulation.row(shift), out=torch.empty_like(hidden))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, table, temb, *statistics = ctx.saved_tensors
-        result, modulation = torch.empty_like(hidden), Modulation(table, temb)
-        for number, part in enumerate(parts(hidden)):
-            scaled = gradient[:, part] * (1 + modulation.row(ctx.scale, part))
-            norm = ctx.shape, *statistics[2 * number : 2 * number + 2], None, None
-            result[:, part] = _norm_backward(scaled, hidden[:, part].float(), *norm)
-        return result, None, None, None, None, None
+        hidden, mean, rstd, *modulation = ctx.saved_tensors
+        scaled = gradient * (1 + Modulation(*modulation).row(ctx.scale))
+        return _norm_backward(scaled, hidden, ctx.shape, mean, rstd, None, None), *[None] * 5
 
 
 def _norm_backward(gradient: Tensor, hidden: Tensor, *norm: Any) -> Tensor:
-    """The input's gradient, in fp32; `norm` is shape, mean, 1 / deviation, weight and bias."""
-    result: Tensor = aten.native_layer_norm_backward(gradient, hidden, *norm, [True, False, False])[0]
-    return result
+    """The input's gradient; `norm` is shape, mean, 1 / deviation, weight and bias."""
+    wanted = [True, False, False]
+    result: Tensor = aten.native_layer_norm_backward(gradient, hidden.float(), *norm, wanted)[0]
+    return result.type_as(hidden)
 
 
 class _Gated(torch.autograd.Function):
@@ -150,46 +130,34 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, output: Tensor, table: Tensor, temb: Tensor, gate: int) -> Tensor:
         ctx.gate = gate
         ctx.save_for_backward(table, temb)
-        result, modulation = torch.empty_like(hidden), Modulation(table, temb)
-        for part in parts(hidden):
-            torch.add(hidden[:, part], output[:, part] * modulation.row(gate, part), out=result[:, part])
-        return result
+        return torch.add(hidden, output * Modulation(table, temb).row(gate), out=torch.empty_like(hidden))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        result, modulation = torch.empty_like(gradient), Modulation(*ctx.saved_tensors)
-        for part in parts(gradient):
-            torch.mul(gradient[:, part], modulation.row(ctx.gate, part), out=result[:, part])
-        return gradient, result, None, None, None
+        row = Modulation(*ctx.saved_tensors).row(ctx.gate)
+        return gradient, torch.mul(gradient, row, out=torch.empty_like(gradient)), None, None, None
 
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        result = torch.empty_like(x)
-        for part in parts(x):
-            first, second = _angles(cos[:, part], sin[:, part])
-            torch.add(x[:, part] * first, _swapped(x[:, part]) * -second, out=result[:, part])
-        return result
+        own, other = _angles(cos, -sin)
+        return torch.add(x * own, _swapped(x) * other, out=torch.empty_like(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        result = torch.empty_like(gradient)
-        for part in parts(gradient):
-            first, second = _angles(cos[:, part], sin[:, part])
-            given = gradient[:, part]
-            # Autograd rounds each product to the dtype of the input before it adds.
-            products = [(given * first).type_as(given), (_swapped(given) * second).type_as(given)]
-            torch.add(*products, out=result[:, part])
-        return result, None, None
+        own, other = _angles(*ctx.saved_tensors)
+        # Autograd rounds each product to the dtype of the input before it adds.
+        like = torch.empty_like(gradient), torch.empty_like(gradient)
+        first = torch.mul(gradient, own, out=like[0])
+        return first.add_(torch.mul(_swapped(gradient), other, out=like[1])), None, None
 
 
 def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What a gradient and its neighbour are multiplied with: (c, c) and (s, -s) for each pair."""
+    """What a number and its neighbour are multiplied with: (c, c) and (s, -s) for each pair."""
     turned = sin[..., 1::2]
     return cos[..., 0::2].repeat_interleave(2, -1), torch.stack((turned, -turned), dim=-1).flatten(-2)
 
