@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from tworeel.engine.host_pool import HostPool, Place
 from tworeel.engine.streams import Arrival, copy_in, copy_out, still_used
 
 SMALLEST = 2**16
 """Tensors of fewer bytes are not worth a transfer."""
-IsKept = Callable[[Any, Sequence[Any]], bool]
-"""(operation, its arguments) -> whether what it returns is kept for the backward."""
 
 
 class Parked:
@@ -145,15 +140,6 @@ class Berth:
         with saved_tensors_hooks(pack, self.get):
             yield
 
-    def contexts(self, is_kept: IsKept) -> Callable[[], tuple[Any, Any]]:
-        """A checkpoint's `context_fn` that parks what some operations return, for the recomputation."""
-
-        def make() -> tuple[Any, Any]:
-            kept: list[Any] = []
-            return _Keeping(self, is_kept, kept), _Replaying(self, is_kept, kept)
-
-        return make
-
 
 class Departures:
     """The blocks whose activations are on their way from each device."""
@@ -174,39 +160,6 @@ class Departures:
             berth = reference()
             if berth is not None and berth is not but:
                 berth.let_go()
-
-
-class _Keeping(TorchDispatchMode):
-    """Parks what some operations return."""
-
-    def __init__(self, berth: Berth, is_kept: IsKept, kept: list[Any]) -> None:
-        super().__init__()
-        self._berth, self._is_kept, self._kept = berth, is_kept, kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if self._is_kept(func, args):
-            self._kept.append(tree_map_only(Tensor, lambda t: self._berth.park(t.detach()), result))
-        return result
-
-
-class _Replaying(TorchDispatchMode):
-    """Gives back what was parked instead of running these operations again."""
-
-    def __init__(self, berth: Berth, is_kept: IsKept, kept: Sequence[Any]) -> None:
-        super().__init__()
-        self._berth, self._is_kept, self._kept = berth, is_kept, iter(())
-        self._source = kept
-
-    def __enter__(self) -> _Replaying:
-        self._kept = iter(self._source)
-        super().__enter__()
-        return self
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._is_kept(func, args):
-            return func(*args, **(kwargs or {}))
-        return tree_map_only((Tensor, Parked), lambda t: self._berth.get(t).detach(), next(self._kept))
 
 
 def _is_dense(tensor: Tensor) -> bool:

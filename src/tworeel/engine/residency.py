@@ -14,19 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tworeel.engine.compiling import BlockCompiler
+from tworeel.engine.keeping import ATTENTION_OPS, keeping_contexts
 from tworeel.engine.parking import Berth
 
-aten = torch.ops.aten
-ATTENTION_OPS = frozenset(
-    {
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_fused_attention_overrideable.default,
-    }
-)
-"""What `selective` keeps: little memory, and a third to a half of a forward over a long clip."""
 _LEAST_KEYS = 4
 """An attention is kept if it has at least one key for so many queries; over a short text it is cheap."""
 AUTO = "auto"
@@ -184,9 +174,9 @@ def run_block(
             return _recomputing(call, block, args, kwargs, preserve_rng_state=redraws)
         if compiler is not None and selective not in compiler.failed:
             return compiler(selective, block, *args, **kwargs)
-        contexts = selective_contexts(kept_ops)
-        if berth is not None and residency.is_parked:
-            contexts = berth.contexts(partial(is_kept, kept_ops=kept_ops))
+        put, get = (berth.park, berth.get) if berth is not None and residency.is_parked else (None, None)
+        kept = partial(is_kept, kept_ops=kept_ops)
+        contexts = keeping_contexts(kept, put, get, only_attentions=not kept_ops)
         return _recomputing(plain, block, args, kwargs, context_fn=contexts, preserve_rng_state=redraws)
 
 

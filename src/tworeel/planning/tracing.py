@@ -23,9 +23,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
+from tworeel.engine.keeping import ATTENTION_OPS
 from tworeel.engine.lean import upstream_forwards
 from tworeel.engine.probing import Forward, Head, as_in_training, own_copies, shared_bytes
-from tworeel.engine.residency import ATTENTION_OPS, Residency, is_kept, run_block
+from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
 from tworeel.planning.graphs import GraphCost, GraphReader, Work, work_of
