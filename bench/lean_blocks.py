@@ -14,7 +14,6 @@ import argparse
 import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import measuring
@@ -102,16 +101,9 @@ def compare(blocks: Blocks, residency: str, options: argparse.Namespace) -> dict
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", help="for example cuda:1; the first GPU by default")
+    parser = measuring.one_device_parser(__doc__, blocks=2, figures="lean_blocks.json")
     parser.add_argument("--model", type=model_shape, default=WAN_14B, help="whose widths (wan-14b)")
     parser.add_argument("--shape", default="480x832x49", help="of the clip (480x832x49)")
-    parser.add_argument("--blocks", type=int, default=2, help="of the model (2)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each, in turns (5)")
-    parser.add_argument("--json", type=Path, default=Path("lean_blocks.json"), help="file for the figures")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
     return parser.parse_args()
 
 

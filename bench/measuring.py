@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import threading
@@ -130,6 +131,25 @@ def default_devices(count: int = 2) -> list[torch.device]:
 def devices_from(names: str | None) -> list[torch.device]:
     """`cuda:0,cuda:1` as devices; two by default."""
     return [torch.device(name) for name in names.split(",")] if names else default_devices()
+
+
+def one_device_parser(description: str | None, *, blocks: int, figures: str) -> argparse.ArgumentParser:
+    """The options of a script that compares two things on one device.
+
+    Args:
+        description: of the script.
+        blocks: of the model, by default.
+        figures: name of the file for them, by default.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", help="for example cuda:1; the first GPU by default")
+    parser.add_argument("--blocks", type=int, default=blocks, help=f"of the model ({blocks})")
+    parser.add_argument("--rounds", type=int, default=5, help="of each, in turns (5)")
+    parser.add_argument("--json", type=Path, default=Path(figures), help="file for the figures")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
+    return parser
 
 
 def print_machine(facts: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import measuring
 import torch
@@ -97,17 +96,10 @@ def compare(prepared: Prepared, device: torch.device, options: argparse.Namespac
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", help="for example cuda:1; the first GPU by default")
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"of the model ({BLOCKS})")
+    parser = measuring.one_device_parser(__doc__, blocks=BLOCKS, figures="one_stage.json")
     parser.add_argument("--residency", choices=("keep", "recompute"), default="keep")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks")
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step (4)")
-    parser.add_argument("--rounds", type=int, default=5, help="of each, in turns (5)")
-    parser.add_argument("--json", type=Path, default=Path("one_stage.json"), help="file for the figures")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
     return parser.parse_args()
 
 

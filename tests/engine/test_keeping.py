@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -120,6 +121,23 @@ def test_what_is_kept_can_be_put_somewhere_else() -> None:
     _, found = run(two, keeping_contexts(is_kept, put, places.pop, only_attentions=True))
     assert torch.equal(found, expected)
     assert not places, "each was fetched once"
+
+
+def test_what_is_kept_is_let_go_in_the_recomputation_and_had_once() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+
+    def put(tensor: Tensor) -> Tensor:
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    x = torch.randn(1, 2, 6, 8, requires_grad=True)
+    contexts = keeping_contexts(is_kept, put, lambda tensor: tensor, only_attentions=True)
+    loss = checkpoint(plain, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts).sum()
+    assert all(tensor() is not None for tensor in seen)
+    loss.backward(retain_graph=True)
+    assert seen and all(tensor() is None for tensor in seen)
+    with pytest.raises(RuntimeError, match="is had once"):
+        loss.backward()
 
 
 def test_results_that_are_written_into_are_refused() -> None:

@@ -69,7 +69,7 @@ class Bench:
         Raises:
             UserError: the model cannot be split, streamed or quantized so.
         """
-        precision, upstream_forwards = settings.precision_of(case.model), settings.split_at is None
+        precision, undivided = settings.precision_of(case.model), settings.split_at is None
         blocks = settings.blocks or case.model.blocks
         self._forget_compiled(case, settings)
         tokens, count = f"{case.tokens:,} tokens", f"{case.micro_batches} micro-batches"
@@ -77,7 +77,7 @@ class Bench:
         settings, planned = self._plans.follow(case, settings, blocks)
         baseline = None
         if settings.compare_naive:
-            baseline = self._baselines.run(case, settings, blocks, may_be_even=upstream_forwards)
+            baseline = self._baselines.run(case, settings, blocks, may_be_even=undivided)
         measured = self._pipelined(case, settings, blocks, baseline)
         result = CaseResult(
             case=case,

@@ -7,13 +7,14 @@ others are to be kept, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # as everywhere
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -63,10 +64,9 @@ def keeping_contexts(
     put, get = put or _Held, get or _Held.get
 
     def make() -> Contexts:
-        kept: list[Any] = []
+        kept = deque[Any]()
         modes = _Keeping(is_kept, put, kept), _Replaying(is_kept, get, kept)
-        around = _AroundAttentions if only_attentions else _AroundAll
-        return around(modes[0]), around(modes[1])
+        return (_AroundAttentions(modes[0]), _AroundAttentions(modes[1])) if only_attentions else modes
 
     return make
 
@@ -83,15 +83,8 @@ class _Held:
         return self._tensor
 
 
-class _Mode(TorchDispatchMode):
-    """Sees operations, in the forward or again."""
-
-    def restart(self) -> None:
-        """The block begins."""
-
-
-class _Keeping(_Mode):
-    def __init__(self, is_kept: IsKept, put: Callable[[Tensor], Any], kept: list[Any]) -> None:
+class _Keeping(TorchDispatchMode):
+    def __init__(self, is_kept: IsKept, put: Callable[[Tensor], Any], kept: deque[Any]) -> None:
         super().__init__()
         self._is_kept, self._put, self._kept = is_kept, put, kept
 
@@ -102,20 +95,19 @@ class _Keeping(_Mode):
         return result
 
 
-class _Replaying(_Mode):
-    def __init__(self, is_kept: IsKept, get: Callable[[Any], Tensor], kept: Sequence[Any]) -> None:
+class _Replaying(TorchDispatchMode):
+    """Lets go of what it gives: it is needed once."""
+
+    def __init__(self, is_kept: IsKept, get: Callable[[Any], Tensor], kept: deque[Any]) -> None:
         super().__init__()
         self._is_kept, self._get, self._kept = is_kept, get, kept
-        self._next: Iterator[Any] = iter(())
-
-    def restart(self) -> None:
-        """From the first of them."""
-        self._next = iter(self._kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._is_kept(func, args):
             return func(*args, **(kwargs or {}))
-        return tree_map_only(_Wrapped, lambda one: self._get(one.value).detach(), next(self._next))
+        if not self._kept:
+            raise RuntimeError("what a selective block keeps is had once: retain_graph=True cannot have it")
+        return tree_map_only(_Wrapped, lambda one: self._get(one.value).detach(), self._kept.popleft())
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -137,32 +129,12 @@ class _Wrapped:
 class _AroundAttentions(TorchFunctionMode):
     """Lets a dispatch mode see attentions alone."""
 
-    def __init__(self, mode: _Mode) -> None:
+    def __init__(self, mode: TorchDispatchMode) -> None:
         super().__init__()
         self._mode = mode
-
-    def __enter__(self) -> Self:
-        self._mode.restart()
-        super().__enter__()
-        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _CALLED:
             return func(*args, **(kwargs or {}))
         with self._mode:
             return func(*args, **(kwargs or {}))
-
-
-class _AroundAll:
-    """Lets a dispatch mode see all that a block does."""
-
-    def __init__(self, mode: _Mode) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> Self:
-        self._mode.restart()
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._mode.__exit__(*error)

@@ -79,8 +79,8 @@ class LeanSelfAttention(Lean, WanAttention):
         """As diffusers' forward; arguments as `LeanBlock`'s."""
         processor: Any = self.processor
         plain = type(processor) is WanAttnProcessor and not self.fused_projections and not kwargs
-        divides = self.is_lean and plain and hidden_states.dtype in _DTYPES
-        if not divides or rotary_emb is None or encoder_hidden_states is not None:
+        is_lean = self.is_lean and plain and hidden_states.dtype in _DTYPES
+        if not is_lean or rotary_emb is None or encoder_hidden_states is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         query = self.norm_q(self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
         key = self.norm_k(self.to_k(hidden_states)).unflatten(2, (self.heads, -1))
