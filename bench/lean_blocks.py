@@ -28,6 +28,7 @@ from tworeel.engine import split
 from tworeel.engine.attention import AttentionBackend, attention_backend
 from tworeel.engine.lean import upstream_forwards
 from tworeel.engine.releasing import release_memory
+from tworeel.models.wan import blocks as wan_blocks
 
 RESIDENCIES = ("keep", "recompute")
 UPSTREAM, OURS = "upstream's", "ours"
@@ -114,6 +115,7 @@ def main() -> None:
     facts = machine.facts([device])
     measuring.print_machine(facts)
     machine.wake([device])
+    wan_blocks.SMALLEST = 0  # a tiny model's are compared, too
     shape, shapes = (TINY, ()) if options.tiny else (options.model, (options.shape,))
     (case,) = make_cases(shape, shapes=shapes, micro_batches=[1])
     blocks = Blocks(prepare(case, Settings(devices=(device,)), options.blocks), device)

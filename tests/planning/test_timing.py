@@ -106,7 +106,7 @@ def test_a_compiled_block_takes_what_it_took_on_an_h100(
     assert 1e3 * (rates.backward(block.backward) + again) == pytest.approx(backward, rel=0.05)
 
 
-# Seconds of two blocks and what is around them, at 20,280 tokens (bench/lean_blocks.py).
+# Seconds of two blocks and what is around them, at 20,280 tokens (docs/benchmarks.md), taken part by part.
 @pytest.mark.parametrize(("residency", "seconds"), [(Residency.KEEP, 0.231), (Residency.RECOMPUTE, 0.316)])
 def test_blocks_that_are_not_compiled_take_what_two_took_on_an_h200(
     residency: Residency, seconds: float

@@ -91,7 +91,8 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each function of tokens is called."""
+    """How often each function of tokens is called; small hidden states are worth it, too."""
+    monkeypatch.setattr(blocks, "SMALLEST", 0)
     counts = Counter[str]()
 
     def counting(name: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -116,7 +117,8 @@ def test_our_forward_gives_the_bits_of_diffusers(calls: Counter[str], kind: str,
     assert calls == Counter(modulated=4, gated=4, rotated=4, normed=norms), "in two blocks"
 
 
-def test_a_block_saves_no_hidden_state_in_fp32() -> None:
+def test_a_block_saves_no_hidden_state_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "SMALLEST", 0)
     model, inputs = make("t2v", torch.bfloat16), make_inputs("t2v", torch.bfloat16)
     hidden = torch.randn(2, TOKENS, 48, dtype=torch.bfloat16, requires_grad=True)
     text, temb = torch.randn(2, 7, 48, dtype=torch.bfloat16), torch.randn(2, 6, 48)
@@ -161,6 +163,19 @@ def test_what_is_trained_beside_linear_layers_gets_its_gradient(calls: Counter[s
     run(model, inputs)
     assert trained.grad is not None and trained.grad.abs().sum() > 0
     assert calls["modulated"] == 2, "the other block's"
+
+
+def test_a_norm_that_someone_listens_to_runs(calls: Counter[str]) -> None:
+    model, heard = make("t2v", torch.float32), list[int]()
+    model.get_submodule("blocks.1.norm3").register_forward_hook(lambda *_: heard.append(1))
+    run(model, make_inputs("t2v", torch.float32))
+    assert heard and calls["modulated"] == 2, "the other block's"
+
+
+def test_small_hidden_states_are_not_worth_it(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "SMALLEST", 2 * TOKENS * 48 + 1)
+    run(make("t2v", torch.float32), make_inputs("t2v", torch.float32))
+    assert not calls
 
 
 def test_other_processors_and_dtypes_run_as_they_are(calls: Counter[str]) -> None:

@@ -22,6 +22,9 @@ from tworeel.models.wan.lean_functions import Modulation, gated, modulated, norm
 
 SHIFT, SCALE, GATE, FF_SHIFT, FF_SCALE, FF_GATE = range(6)
 """Rows of a block's modulation, in the order of `WanTransformerBlock.forward`."""
+SMALLEST = 2**24
+"""Numbers of a hidden state that is worth it: with fewer there is little memory to save, and our functions
+take the host longer."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of hidden states whose sums and products are in fp32."""
 
@@ -44,7 +47,7 @@ class LeanBlock(Lean, WanTransformerBlock):
             temb: modulation of all tokens, (B, 6, width), or of each, (B, tokens, 6, width).
             rotary_emb: cosines and sines, (1, tokens, 1, head width).
         """
-        if not self.is_lean or hidden_states.dtype not in _DTYPES or self._trains_around(temb):
+        if not (self.is_lean and _is_worth_it(hidden_states)) or self._needs_its_norms(temb):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         modulation = Modulation.of(self.scale_shift_table, temb)
 
@@ -60,9 +63,13 @@ class LeanBlock(Lean, WanTransformerBlock):
         given = modulated(self.norm3, hidden_states, modulation, FF_SHIFT, FF_SCALE)
         return gated(hidden_states, self.ffn(given), modulation, FF_GATE)
 
-    def _trains_around(self, temb: Tensor) -> bool:
-        """Whether anything but linear layers would need a gradient."""
-        return any(one.requires_grad for one in (temb, self.scale_shift_table, *self.norm2.parameters()))
+    def _needs_its_norms(self, temb: Tensor) -> bool:
+        """Whether they or the modulation are trained, or someone listens to the norms."""
+        trained = (temb, self.scale_shift_table, *self.norm2.parameters())
+        return any(one.requires_grad for one in trained) or any(
+            norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
+            for norm in (self.norm1, self.norm2, self.norm3)
+        )
 
 
 class LeanSelfAttention(Lean, WanAttention):
@@ -79,7 +86,7 @@ class LeanSelfAttention(Lean, WanAttention):
         """As diffusers' forward; arguments as `LeanBlock`'s."""
         processor: Any = self.processor
         plain = type(processor) is WanAttnProcessor and not self.fused_projections and not kwargs
-        is_lean = self.is_lean and plain and hidden_states.dtype in _DTYPES
+        is_lean = self.is_lean and plain and _is_worth_it(hidden_states)
         if not is_lean or rotary_emb is None or encoder_hidden_states is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
         query = self.norm_q(self.to_q(hidden_states)).unflatten(2, (self.heads, -1))
@@ -97,6 +104,10 @@ class LeanSelfAttention(Lean, WanAttention):
         out, dropout = self.to_out
         result: Tensor = dropout(out(attended.flatten(2, 3).type_as(query)))
         return result
+
+
+def _is_worth_it(hidden: Tensor) -> bool:
+    return hidden.dtype in _DTYPES and hidden.numel() >= SMALLEST
 
 
 def use_lean_blocks(model: nn.Module) -> None:
