@@ -111,10 +111,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Compare them for each residency."""
     options = parse_arguments()
-    device = measuring.devices_from(options.device)[0]
-    facts = machine.facts([device])
-    measuring.print_machine(facts)
-    machine.wake([device])
+    device, facts = measuring.one_device(options)
     wan_blocks.SMALLEST = 0  # a tiny model's are compared, too
     shape, shapes = (TINY, ()) if options.tiny else (options.model, (options.shape,))
     (case,) = make_cases(shape, shapes=shapes, micro_batches=[1])

@@ -16,6 +16,7 @@ import psutil
 import torch
 from rich.console import Console
 
+from tworeel.benchmarks import machine
 from tworeel.files import write_text_atomic
 from tworeel.report.benchmark import fact_lines, plain_table
 from tworeel.units import GIB
@@ -150,6 +151,15 @@ def one_device_parser(description: str | None, *, blocks: int, figures: str) -> 
     parser.add_argument("--json", type=Path, default=Path(figures), help="file for the figures")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU")
     return parser
+
+
+def one_device(options: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """The device of `one_device_parser`'s options, awake, and what the machine is, which is told."""
+    device = devices_from(options.device)[0]
+    facts = machine.facts([device])
+    print_machine(facts)
+    machine.wake([device])
+    return device, facts
 
 
 def print_machine(facts: dict[str, Any]) -> None:

@@ -106,10 +106,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Time both."""
     options = parse_arguments()
-    device = measuring.devices_from(options.device)[0]
-    facts = machine.facts([device])
-    measuring.print_machine(facts)
-    machine.wake([device])
+    device, facts = measuring.one_device(options)
     shape, shapes = (TINY, ()) if options.tiny else (WAN_14B, ("480x832x49",))
     (case,) = make_cases(shape, shapes=shapes, micro_batches=[options.micro_batches])
     prepared = prepare(case, Settings(devices=(device,)), 2 if options.tiny else options.blocks)
