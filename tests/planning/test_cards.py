@@ -102,7 +102,7 @@ def test_a_card_without_torchs_name_is_none_but_by_its_own(tmp_path: Path) -> No
     (tmp_path / "own.toml").write_text(own, encoding="utf-8")
     cards = known_cards(tmp_path / "own.toml")
     assert card_of_device("NVIDIA", GIB, cards) is None
-    for vendor in ("NVIDIA", "GeForce"):
+    for vendor in ("NVIDIA", "GeForce", "-"):
         with pytest.raises(UserError, match=f"no card '{vendor}' is known"):
             parse_cards(vendor, cards)
     with pytest.raises(UserError, match=r"'rtx' may be RTX 3060 12GB, .*; name one of them"):

@@ -170,8 +170,9 @@ def card_of_device(name: str, memory: int, cards: Sequence[Card]) -> Card | None
 def _named(name: str, cards: Sequence[Card]) -> list[Card]:
     """The card of this name, however it is spelled; else all whose names begin with it, or contain it."""
     plain = _plain(name)
-    if not plain:  # a maker's or a series' name alone
-        return [card for card in cards if name.lower() in card.name.lower()]
+    if not plain:  # a maker's or a series' name alone, or no name at all
+        named = any(map(str.isalnum, name))
+        return [card for card in cards if named and name.lower() in card.name.lower()]
     if exact := [card for card in cards if plain == _plain(card.name)]:
         return exact[:1]
     called = [card for card in cards if plain == _plain(card.torch_name)]
