@@ -50,9 +50,11 @@ class Way:
 
     residency: str
     compile: bool
+    exact: bool = True
 
     def __str__(self) -> str:
-        return f"{self.residency}, {'compiled' if self.compile else 'eager'}"
+        kind = "eager" if not self.compile else "compiled" if self.exact else "compiled, not exact"
+        return f"{self.residency}, {kind}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Step:
             blocks=self._family.block_lists,
             residency=way.residency,
             compile=way.compile,
+            exact=way.exact,
         )
         with attention_backend(attention, self._devices):
             Pipeline(division).step(self._batches, lambda output, _: models.mean_square(output))
@@ -171,7 +174,8 @@ def measure(options: argparse.Namespace, devices: Sequence[torch.device]) -> dic
     case = Case(name="gradients", model=options.model, grid=grid, micro_batches=options.micro_batches)
     step = Step(case, options.blocks, devices)
     compiles = COMPILES[options.compile]
-    ways = [Way(residency, compile) for compile in compiles for residency in options.residency]
+    exact = not options.not_exact
+    ways = [Way(residency, compile, exact) for compile in compiles for residency in options.residency]
     found = dict(compare(step, ways))
     measuring.print_table(
         f"{case.model.name}, {options.blocks} blocks, {options.tokens} tokens: cosine of all LoRA gradients, "
@@ -180,7 +184,7 @@ def measure(options: argparse.Namespace, devices: Sequence[torch.device]) -> dic
         (row(name, comparison) for name, comparison in found.items()),
     )
     same = {}
-    for way in (Way(options.residency[0], compile) for compile in compiles):
+    for way in (Way(options.residency[0], compile, exact) for compile in compiles):
         same[str(way)] = repeats(step, way)
         words = "the same bits" if same[str(way)] else "DIFFERENT"
         console.print(f"{way}, deterministic attention, twice: {words}", soft_wrap=True)
@@ -195,6 +199,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL, help="whose widths")
     parser.add_argument("--residency", choices=[*Residency, AUTO], nargs="+", default=RESIDENCIES)
     parser.add_argument("--compile", choices=COMPILES, default="both")
+    parser.add_argument("--not-exact", action="store_true", help="compile with engine.exact = false")
     parser.add_argument("--blocks", type=int, default=8, help="of the model (8)")
     parser.add_argument("--tokens", type=int, help="of a micro-batch (7800: 480×832, 17 frames)")
     parser.add_argument("--micro-batches", type=int, default=4, help="of the step (4)")

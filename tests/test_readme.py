@@ -72,8 +72,9 @@ NOT_RUN = {
     },
     f"tworeel bench --eager {SHORT} --rounds 2": "needs GPUs",
     f"tworeel bench {SHORT} --rounds 3 --timeline steps": "needs GPUs",
-    "python bench/lean_blocks.py": "needs GPUs; tests/bench runs it with --tiny",
-    "python bench/lean_blocks.py --model wan-5b --shape 1280x704x49": "needs GPUs",
+    "python bench/block_ways.py": "needs GPUs; tests/bench runs it with --tiny",
+    "python bench/block_ways.py --model wan-5b --shape 1280x704x49": "needs GPUs",
+    "python bench/block_ways.py --model flux2-dev --shape 1024x1024 --blocks 4": "needs GPUs",
     "python bench/planning.py --cases 2": "needs GPUs",
     "python bench/planning.py --cases 19 20 21": "needs GPUs",
     **{

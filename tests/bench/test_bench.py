@@ -30,15 +30,15 @@ def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: s
     assert "ratio" in printed
 
 
-def test_blocks_that_are_not_compiled_are_compared_with_upstreams(tmp_path: Path) -> None:
-    options = ("--device", "cpu", "--rounds", "1", "--json", tmp_path / "lean.json")
-    printed = run("lean_blocks.py", *options)
-    ways = read(tmp_path / "lean.json")["lean blocks tiny 64 tokens"]["ways"]
-    assert list(ways) == ["keep", "recompute"]
-    for found in ways.values():
-        assert list(found) == ["upstream's", "ours"]
-        assert all(one["equal"] and one["seconds"] > 0 for one in found.values())
-    assert printed.count("the same bits") == 4
+def test_ways_to_run_blocks_are_compared_with_upstreams(tmp_path: Path) -> None:
+    ways = ("upstream's", "ours", "compiled, exact")
+    options = ("--device", "cpu", "--rounds", "1", "--residency", "keep", "--json", tmp_path / "ways.json")
+    printed = run("block_ways.py", *options, "--ways", *ways)
+    (found,) = read(tmp_path / "ways.json")["block ways tiny 64 tokens"]["ways"].values()
+    assert tuple(found) == ways and all(way in printed for way in ways)
+    assert all(one["seconds"] > 0 for one in found.values())
+    assert found["ours"]["equal"] == 1
+    assert found["compiled, exact"]["worst_cosine"] > 0.999
 
 
 def test_gradients_are_held_against_one_micro_batch_at_a_time_and_fp32(tmp_path: Path) -> None:

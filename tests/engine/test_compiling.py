@@ -61,8 +61,18 @@ def test_compiled_in_bf16_each_gradient_is_that_of_the_unsplit_eager_model():
         assert cosine >= 0.9999, name
 
 
-@pytest.mark.parametrize(("kind", "follows"), [(torch.bfloat16, True), (torch.float8_e4m3fn, False)])
-def test_where_weights_are_whole_it_is_rounded_where_the_block_itself_does(monkeypatch, kind, follows):
+@pytest.mark.parametrize(
+    ("kind", "exact", "from_cpp", "rounds", "sums"),
+    [
+        (torch.bfloat16, True, False, True, True),
+        (torch.bfloat16, True, True, True, False),
+        (torch.bfloat16, False, False, False, False),
+        (torch.float8_e4m3fn, True, False, False, False),
+    ],
+)
+def test_where_weights_are_whole_it_is_rounded_and_summed_where_the_block_itself_does(
+    monkeypatch, kind, exact, from_cpp, rounds, sums
+):
     found = []
 
     def backend(graph, inputs, **options):
@@ -71,9 +81,12 @@ def test_where_weights_are_whole_it_is_rounded_where_the_block_itself_does(monke
 
     monkeypatch.setattr(compiling, "BACKEND", backend)
     weight, mask = torch.ones(4, 4).to(kind), torch.ones(4, dtype=torch.bool)
-    compiling._backend(False)(None, [weight, mask, 4])
-    assert [patches.get("emulate_precision_casts", False) for patches in found] == [follows]
-    assert isinstance(torch._inductor.config.emulate_precision_casts, bool)  # torch knows it
+    graph = torch.fx.symbolic_trace(nn.LayerNorm(4))
+    compiling._backend(from_cpp, exact)(graph, [weight, mask, 4])
+    (patches,) = found
+    names = ("emulate_precision_casts", "realize_opcount_threshold", "joint_custom_post_pass")
+    assert [name in patches for name in names] == [rounds, rounds, sums]
+    assert all(hasattr(torch._inductor.config, name) for name in names), "torch knows them"
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def make_request(
         dtype=dtype,
         quantize=settings.quantize,
         compile=settings.compile,
+        exact=settings.exact,
         rank=settings.rank,
         targets=tuple(targets),
         condition_on_image=condition_on_image,

@@ -59,6 +59,7 @@ class Settings:
     residency: str = "auto"
     compile: bool = False
     cpp_wrapper: bool = False
+    exact: bool = True
     attention: AttentionBackend = "auto"
     slack: int = 1
     streamed: tuple[int, ...] | None = None

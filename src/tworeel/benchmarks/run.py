@@ -162,6 +162,7 @@ def make_pipeline(prepared: Prepared, settings: Settings) -> Pipeline:
             residency=settings.residency,
             compile=settings.compile,
             cpp_wrapper=settings.cpp_wrapper,
+            exact=settings.exact,
             streamed=settings.streamed,
             may_stream=settings.may_stream,
             host_limit=host_limit(prepared.model, prepared.placement, prepared.streamed),

@@ -113,6 +113,14 @@ CppWrapper = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact/--not-exact",
+        help="Whether compiled blocks with bf16 weights round and sum where the model's own code does.",
+        rich_help_panel=HOW,
+    ),
+]
 Attention = Annotated[
     Literal["auto", "cudnn", "flash", "efficient", "deterministic"],
     typer.Option(help="Attention kernel.", rich_help_panel=HOW),

@@ -180,6 +180,9 @@ class EngineConfig(Section):
     """What each block leaves behind for its backward; `auto` keeps as much as the devices have room for."""
     compile: bool | None = None
     """Compile the blocks: less time and memory after the first step; by default on GPUs."""
+    exact: bool = True
+    """Let compiled blocks with bf16 weights round and sum where the model's own code does: the LoRA gets the
+    gradients that it gets without compiling. `false` makes a step some 2 to 5 % shorter."""
     cpp_wrapper: bool | Literal["auto"] = "auto"
     """Launch compiled blocks from C++, for which the GPUs' threads need not take turns: takes a C++ compiler
     and a longer first step. `auto` does it on Linux, in runs of ten minutes and more that would wait for the

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
 
 from tworeel.engine.attention_layout import LaidOutGradients
+from tworeel.engine.norms import RecomputedCasts, keep_norms_whole
 
 MOST_COMPILATIONS = 64
 """Of one function, before it counts as failed; torch's own limit is 8."""
@@ -27,6 +28,10 @@ BACKEND = "inductor"
 
 TRIED_FROM_CPP = frozenset({None, "fp8", "int8"})
 """Precisions of frozen weights whose kernels are known to run launched from C++."""
+
+MOST_OPERATIONS = 60
+"""Of a kernel, before it is cut into two with a tensor between them. Twice torch's own limit: what rounds
+after each operation has about twice as many, and a gated feed-forward had a tensor in fp32 in its midst."""
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +101,7 @@ def _raise_limit() -> None:
 
 
 @cache
-def _backend(cpp_wrapper: bool) -> BlockCall:
+def _backend(cpp_wrapper: bool, exact: bool) -> BlockCall:
     """What `torch.compile` is given: torch keeps it for good, so it holds no compiler of ours."""
     launching: dict[str, Any] = {}
     if cpp_wrapper:
@@ -115,7 +120,17 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         Without AOTAutograd's cache, which would give a block another attention kernel than is asked for: the
         kernel is chosen below what it takes for its key. Inductor's own sees it, and saves most of the time.
         """
-        patches = {**launching, **_numerics(inputs)}
+        patches = dict(launching)
+        # Weights in 8 bits move the numbers far more, and a forward would hold one more hidden state for it.
+        if exact and not any(map(_is_quantized, inputs)):
+            patches |= {"emulate_precision_casts": True, "realize_opcount_threshold": MOST_OPERATIONS}
+            # From C++, PyTorch's kernels may be launched by a turn through Python.
+            if not cpp_wrapper:
+                keep_norms_whole(graph)
+                patches["joint_custom_post_pass"] = RecomputedCasts()
+        # Else timings would decide whether a product is padded, which shows in its last bits.
+        if torch.are_deterministic_algorithms_enabled():
+            patches["deterministic"] = True
         options = {"config_patches": patches} if patches else {}
         with functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False):
             compiled = lookup_backend(BACKEND)(graph, inputs, **options)
@@ -127,23 +142,6 @@ def _backend(cpp_wrapper: bool) -> BlockCall:
         return run
 
     return compile_graph
-
-
-def _numerics(inputs: Sequence[Any]) -> dict[str, bool]:
-    """Settings of Inductor on which the numbers of what it compiles depend.
-
-    Args:
-        inputs: of the graph, weights among them.
-    """
-    settings = {}
-    # Round to bf16 where the block itself does, also in the midst of a kernel. With weights in 8 bits a
-    # forward would hold one more hidden state for it, and they move the numbers far more.
-    if not any(map(_is_quantized, inputs)):
-        settings["emulate_precision_casts"] = True
-    # Else timings would decide whether a product is padded, which shows in its last bits.
-    if torch.are_deterministic_algorithms_enabled():
-        settings["deterministic"] = True
-    return settings
 
 
 def _is_quantized(value: Any) -> bool:
@@ -159,15 +157,17 @@ class BlockCompiler:
     Args:
         cpp_wrapper: let the kernels be launched from C++ (Inductor's C++ wrapper). The threads of all devices
             launch through Python by turns; this they do side by side. Takes a C++ compiler, and longer.
+        exact: let blocks whose weights are not quantized round to bf16 where they do when they are not
+            compiled, also in a kernel's midst, and launched from Python let norms sum as they do then.
 
     Raises:
         ValueError: there is no C++ compiler.
     """
 
-    def __init__(self, *, cpp_wrapper: bool = False) -> None:
+    def __init__(self, *, cpp_wrapper: bool = False, exact: bool = True) -> None:
         if cpp_wrapper:
             require_cpp_compiler()
-        self._cpp_wrapper = cpp_wrapper
+        self._cpp_wrapper, self._exact = cpp_wrapper, exact
         # It warns of in-place operations in selective checkpoints; a block that has some is not selective.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         self._compiled: dict[tuple[BlockCall, bool], BlockCall] = {}
@@ -206,7 +206,7 @@ class BlockCompiler:
                 name = f"{type(block).__name__}_{call.__name__}"
                 # The whole block or nothing: torch would run the rest as it is and say nothing of it.
                 self._compiled[key] = torch.compile(
-                    _with_own_code(call, name), fullgraph=True, backend=_backend(from_cpp)
+                    _with_own_code(call, name), fullgraph=True, backend=_backend(from_cpp, self._exact)
                 )
             return self._compiled[key]
 

@@ -52,7 +52,7 @@ class Pipeline:
         model: a model, or what `split` returned for it. A model that is not split yet needs `devices`.
         devices, at, blocks: as for `split`.
         residency: as for `split`; changes that of a model that is split already.
-        compile, cpp_wrapper, streamed: as for `split`.
+        compile, cpp_wrapper, exact, streamed: as for `split`.
         forward: how the model is run on a micro-batch; see `call_model`.
         slack: micro-batches in flight beyond what 1F1B needs; see `one_f_one_b`.
 
@@ -75,6 +75,7 @@ class Pipeline:
         residency: Residency | str | Sequence[Residency | str] | None = None,
         compile: bool = False,
         cpp_wrapper: bool = False,
+        exact: bool = True,
         streamed: Sequence[int] | None = None,
         forward: Callable[[nn.Module, Any], Any] = call_model,
         slack: int = 0,
@@ -82,10 +83,10 @@ class Pipeline:
         found = model if isinstance(model, Split) else find_split(model)
         if found is None and devices is None:
             raise ValueError("give the devices, or split the model first: tworeel.split(model, devices)")
-        if found is not None and (devices or at or blocks or compile or cpp_wrapper or streamed):
+        if found is not None and (devices or at or blocks or compile or cpp_wrapper or not exact or streamed):
             raise ValueError(
-                "the model is split already: devices, at, blocks, compile, cpp_wrapper and streamed "
-                "belong to that split"
+                "the model is split already: devices, at, blocks, compile, cpp_wrapper, exact "
+                "and streamed belong to that split"
             )
         if found is None:
             assert isinstance(model, nn.Module) and devices is not None
@@ -97,6 +98,7 @@ class Pipeline:
                 residency=residency or Residency.KEEP,
                 compile=compile,
                 cpp_wrapper=cpp_wrapper,
+                exact=exact,
                 streamed=streamed,
             )
         elif residency is not None:

@@ -47,6 +47,7 @@ def split(
     kept_ops: Collection[OpOverload[..., Any]] = (),
     compile: bool = False,
     cpp_wrapper: bool = False,
+    exact: bool = True,
     streamed: Sequence[int] | None = None,
     may_stream: bool | None = None,
     host_limit: int | None = None,
@@ -71,7 +72,7 @@ def split(
         kept_ops: operations whose results the selective residencies keep beside those of torch's attentions,
             for example `[torch.ops.flash_attn._flash_attn_forward.default]`.
         compile: run the blocks through `torch.compile`; where that fails, without, after a warning.
-        cpp_wrapper: launch what is compiled from C++, see `BlockCompiler`.
+        cpp_wrapper, exact: how blocks are compiled, see `BlockCompiler`.
         streamed: how many blocks of each stage have their frozen weights in pinned host memory and are
             brought to the device ahead of use. Such blocks have to recompute. None by default; with the
             residency `auto`, as many as are needed.
@@ -102,7 +103,7 @@ def split(
         raise ValueError("cpp_wrapper: what is not compiled cannot be launched from C++")
     # Before anything is planned: even blocks that are not compiled now may be later in this process.
     keep_gradient_layouts()
-    compiler = BlockCompiler(cpp_wrapper=cpp_wrapper) if compile else None
+    compiler = BlockCompiler(cpp_wrapper=cpp_wrapper, exact=exact) if compile else None
     placement = place(model, devices, at=at, blocks=blocks, first=first, beside=beside)
     positions = streamed_positions(placement, streamed)
     refuse_kept_streamed(one_a_block(residency, placement.boundaries[-1]), positions)

@@ -1,9 +1,10 @@
 """What a traced block costs: bytes that it holds, operations and traffic. Reads graphs, computes nothing.
 
 A graph is what `torch.compile` hands to its code generator: a forward or a backward of core operations. The
-generator fuses: a value is written to memory where a matrix product or an attention reads or writes it, where
-it leaves the graph, where a sum over many elements ends, and where it is computed from many others; what lies
-between is computed as it is read (`torch/_inductor/graph.py`, `run_node`).
+generator fuses: a value is written to memory where a matrix product, an attention or a norm that is left
+whole reads or writes it, where it leaves the graph, where a sum over many elements ends, and where it is
+computed from many others; what lies between is computed as it is read (`torch/_inductor/graph.py`,
+`run_node`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
+from tworeel.engine.norms import NORM_OPS
 from tworeel.planning.fusing import kernels_of
 
 aten = torch.ops.aten
@@ -133,7 +135,7 @@ class GraphReader:
         kernels = kernels_of(
             parts,
             self._reads,
-            may_join=lambda value: not _is_product(value),
+            may_join=lambda value: not _is_whole(_operation(value)),
             elements=_elements,
             size=_size,
         )
@@ -149,7 +151,7 @@ class GraphReader:
         kept = {self._origin(node) for node in self._output.all_input_nodes}
         live = peak = 0
         # What is made of weights alone takes little of a card, but the host launches it: casts of the LoRA's.
-        casts = [node for node in self._of_weights if any(map(_is_heavy, self._readers[node]))]
+        casts = [node for node in self._of_weights if any(map(_is_whole, self._readers[node]))]
         work = Work(kernels=sum(map(_kernels, casts)))
         # Apart, as if nothing were joined: what joined kernels read less, they lose by reading slower.
         for part in parts:
@@ -200,7 +202,7 @@ class GraphReader:
                 reads |= computed.get(origin, {origin})
             using = self._readers[node]
             many = _READS_IF_USED_AGAIN if len(using) > 1 else _READS
-            is_written = _ends_kernel(node) or node in returned or any(map(_is_heavy, using))
+            is_written = _ends_kernel(node) or node in returned or any(map(_is_whole, using))
             if is_written or (len(reads) > many and _packet(node) not in _PARTS):
                 written[node] = reads
             else:
@@ -277,8 +279,11 @@ def _computes(node: fx.Node) -> bool:
     return node.op == "call_function" and _packet(node) not in _VIEWS
 
 
-def _is_heavy(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and is_heavy(node.target)
+def _is_whole(node: Any) -> bool:
+    """Whether an operation has a kernel that is not generated."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return is_heavy(node.target) or _packet(node) in NORM_OPS
 
 
 def _operation(node: fx.Node) -> fx.Node:
@@ -288,12 +293,12 @@ def _operation(node: fx.Node) -> fx.Node:
 
 def _is_product(node: fx.Node) -> bool:
     """Whether a matrix product or an attention made a value."""
-    return _is_heavy(_operation(node))
+    return is_heavy(_operation(node).target)
 
 
 def _ends_kernel(node: fx.Node) -> bool:
     """Whether a value is written because of what makes it."""
-    return _is_product(node) or _packet(_operation(node)) in _SUMS
+    return _is_whole(_operation(node)) or _packet(_operation(node)) in _SUMS
 
 
 def _elements(node: fx.Node) -> int:

@@ -89,4 +89,6 @@ def key_of(card: str, settings: TraceSettings) -> str:
     """Card, versions, precision, and whether blocks are compiled."""
     precision = settings.quantize or str(settings.dtype).removeprefix("torch.")
     kind = "compiled" if settings.compile else "eager"
+    if settings.compile and not settings.exact:
+        kind += ", not exact"
     return " | ".join((card, f"torch {torch.__version__}", f"tworeel {__version__}", precision, kind))

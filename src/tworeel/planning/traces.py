@@ -29,6 +29,8 @@ class TraceSettings:
     mode: Mode = "rowwise"
     """How the cards multiply 8-bit weights."""
     compile: bool = True
+    exact: bool = True
+    """Whether compiled blocks take norms from PyTorch, see `tworeel.engine.compiling.BlockCompiler`."""
     rank: int = 32
     dora: bool = False
     targets: tuple[str, ...]

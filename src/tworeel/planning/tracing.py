@@ -8,7 +8,7 @@ compile.
 from __future__ import annotations
 
 import operator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.keeping import ATTENTION_OPS
 from tworeel.engine.lean import upstream_forwards
+from tworeel.engine.norms import RecomputedCasts, WholeNorms
 from tworeel.engine.probing import Forward, Head, as_in_training, own_copies, shared_bytes
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
@@ -64,7 +65,9 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
     with FakeTensorMode(allow_non_fake_inputs=True), assumed_mode(settings.mode):
         _materialize(model, family, settings.dtype)
         calls, head = _record(model, family, source, bucket, settings)
-        trace = _trace_compiled if settings.compile else _trace_eager
+        trace = _trace_eager
+        if settings.compile:
+            trace = partial(_trace_compiled, whole_norms=settings.exact and settings.quantize is None)
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
     return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)
 
@@ -166,10 +169,16 @@ def _hidden_bytes(call: _Call) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor))
 
 
-def _trace_compiled(block: nn.Module, call: _Call) -> BlockTrace:
-    """From the forward and backward graphs that `torch.compile` would be given for the block."""
+def _trace_compiled(block: nn.Module, call: _Call, *, whole_norms: bool) -> BlockTrace:
+    """From the forward and backward graphs that `torch.compile` would be given for the block.
+
+    Args:
+        block: what is compiled.
+        call: what it is called with.
+        whole_norms: norms are PyTorch's own kernels, as where weights are not quantized.
+    """
     with upstream_forwards(block):
-        plain, selective = _compiled_graphs(block, call)
+        plain, selective = _compiled_graphs(block, call, whole_norms=whole_norms)
     hidden = _hidden_bytes(call)
     num_weights = len(list(block.parameters())) + len(list(block.buffers()))
 
@@ -225,7 +234,7 @@ class _Graphs:
     backward: fx.Graph
 
 
-def _compiled_graphs(block: nn.Module, call: _Call) -> tuple[_Graphs, _Graphs]:
+def _compiled_graphs(block: nn.Module, call: _Call, *, whole_norms: bool) -> tuple[_Graphs, _Graphs]:
     """Of a block that keeps everything, and of one under a checkpoint that keeps attentions."""
     args, kwargs = as_in_training((call.args, call.kwargs), call.outputs)
     leaves, spec = tree_flatten((args, kwargs))
@@ -238,12 +247,14 @@ def _compiled_graphs(block: nn.Module, call: _Call) -> tuple[_Graphs, _Graphs]:
         for place, tensor in zip(places, tensors, strict=True):
             merged[place] = tensor
         inner_args, inner_kwargs = tree_unflatten(merged, spec)
-        return torch.func.functional_call(block, state, inner_args, inner_kwargs)
+        with WholeNorms() if whole_norms else nullcontext():
+            return torch.func.functional_call(block, state, inner_args, inner_kwargs)
 
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         """Into forward and backward, as the compiler would: both ways from one trace."""
         divide = partial(min_cut_rematerialization_partition, compiler="inductor", **options)
         copy = _copied(joint)
+        RecomputedCasts()(joint.graph)
         _mark_recomputed(copy.graph)
         plain, selective = divide(joint, inputs), divide(copy, inputs)
         found.extend(_Graphs(forward.graph, backward.graph) for forward, backward in (plain, selective))

@@ -147,6 +147,7 @@ def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
             residency=engine.residency,
             compile=compile,
             cpp_wrapper=compile and job.cpp_wrapper,
+            exact=engine.exact,
             streamed=job.streamed_counts,
             may_stream=engine.streamed_blocks is None,
             host_limit=host_limit(model, job.placement, job.streamed),

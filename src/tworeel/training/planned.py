@@ -51,6 +51,7 @@ def trace_settings(config: RunConfig, job: Job) -> TraceSettings:
         dtype=torch_dtype(config.model.dtype),
         quantize=settled(config).model.quantize,
         compile=config.engine.compile is not False,
+        exact=config.engine.exact,
         rank=config.lora.rank,
         dora=config.lora.dora,
         targets=job.targets,
