@@ -7,6 +7,7 @@ import torch
 
 from tworeel.engine.schedule import (
     Action,
+    at_work,
     ideal_efficiency,
     in_flight,
     interleaved,
@@ -141,6 +142,15 @@ def test_the_stages_of_a_cpu_run_side_by_side():
 def test_in_flight_is_counted_from_the_orders():
     assert most_in_flight(one_f_one_b(3, 8, slack=1), 3) == [in_flight(3, s, slack=1) for s in range(3)]
     assert most_in_flight(interleaved(2, 2, 8), 4) == [4, 3, 2, 1]
+
+
+def test_at_each_action_it_is_known_what_is_held_and_who_works():
+    (order,) = make_orders(["cuda:0", "cuda:0"], 1)
+    found = [(dict(held), stage) for held, stage in at_work(order)]
+    assert found == [({0: 1, 1: 0}, 0), ({0: 1, 1: 1}, 1), ({0: 1, 1: 1}, 1), ({0: 1, 1: 0}, 0)]
+    order = interleaved(2, 2, 8)[0]
+    together = [held[0] + held[2] for held, _ in at_work(order)]
+    assert max(together) == 5 < sum(most_in_flight(interleaved(2, 2, 8), 4)[::2])
 
 
 def test_a_stage_holds_the_inputs_of_all_micro_batches_that_the_stage_before_is_not_through_with():

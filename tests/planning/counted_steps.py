@@ -71,8 +71,9 @@ class _OneAtATime:
 
 
 def counted_peaks(request: Request, residency: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The most bytes that the request's step makes on each stage's device: no weights; not compiled."""
-    family, trace, num_stages = request.family, request.trace, len(request.budgets)
+    """The most bytes that the request's step makes on each device: no weights; not compiled."""
+    family, trace = request.family, request.trace
+    num_stages = len(request.budgets) * request.stages_per_device
     model = family.build_transformer(request.source.transformer)
     inject_lora(
         model, rank=trace.rank, alpha=trace.rank, targets=trace.targets, block_lists=family.block_lists
@@ -81,7 +82,8 @@ def counted_peaks(request: Request, residency: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys.modules["tworeel.engine.split"], "move", lambda *_: None)
     blocks, at = family.block_lists, request.split_at
     division = split(model, ["cpu"] * num_stages, at=at, blocks=blocks, residency=residency)
-    devices = tuple(torch.device(f"cpu:{number}") for number in range(1, num_stages + 1))
+    numbers = list(range(1, len(request.budgets) + 1)) * request.stages_per_device
+    devices = tuple(torch.device(f"cpu:{number}") for number in numbers)
     object.__setattr__(division.placement, "devices", devices)
     fakes, held, peaks, known = FakeTensorMode(), Counter[str](), Counter[str](), set[int]()
     carry, turns = pipeline._Step.carry, _OneAtATime(monkeypatch)
@@ -105,7 +107,7 @@ def counted_peaks(request: Request, residency: str, monkeypatch: pytest.MonkeyPa
     with fused_norms(model):
         step = Pipeline(division, slack=request.slack).step
         step(batches, lambda output, _: output.sample.float().square().mean())
-    return [peaks[str(device)] for device in devices]
+    return [peaks[str(device)] for device in dict.fromkeys(devices)]
 
 
 def _micro_batches(request: Request, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -333,3 +333,15 @@ def test_longer_clips_take_more() -> None:
 def test_a_plan_is_plain_values_as_json() -> None:
     found = plan(request_of()).as_json()
     assert found["fits"] is True and found["split_at"] and set(found["peaks"]) == {"cuda:0", "cuda:1"}
+
+
+def test_a_device_of_several_stages_holds_less_than_they_would_each_at_its_own_peak() -> None:
+    wide = plan(request_of(budgets=budgets_of("2x H200"), stages_per_device=2))
+    together = dict.fromkeys(wide.devices, 0)
+    for stage in wide.stages:
+        together[stage.device] += stage.peak
+    assert wide.fits and set(wide.apart) == set(together)
+    for device, peak in wide.peaks.items():
+        workspace = min(s.parts["workspace"] for s in wide.stages if s.device == device)
+        assert workspace < together[device] - peak < 0.5 * together[device], "one works at a time"
+    assert not plan(request_of(budgets=budgets_of("2x H200"))).apart

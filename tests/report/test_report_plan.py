@@ -20,6 +20,7 @@ FIRST = StagePlan(
     streamed=4,
     in_flight=3,
     parts={"weights": 13 * GIB, "activations": 8 * GIB},
+    of_each=2 * GIB,
     spare=GIB,
     free=23 * GIB,
     forward=4.1,
@@ -193,3 +194,10 @@ def test_what_was_clear_without_a_plan_has_no_figures() -> None:
 )
 def test_durations_have_a_unit_that_fits(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_what_a_device_of_several_stages_holds_is_told() -> None:
+    stages = tuple(replace(stage, device="cuda:0") for stage in PLAN.stages)
+    text = " ".join(verdict_lines(replace(PLAN, stages=stages, apart={"cuda:0": 12 * GIB})))
+    assert "cuda:0 holds 30.0 GiB at most: its stages' peaks do not come together" in text
+    assert "at most" not in " ".join(verdict_lines(PLAN))

@@ -6,7 +6,7 @@ Interleaved 1F1B: https://arxiv.org/abs/2104.04473, section 2.2.2.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -57,6 +57,15 @@ def most_in_flight(orders: Sequence[Order], num_stages: int) -> list[int]:
             held[action.stage] += 1 if action.kind == "F" else -1
             most[action.stage] = max(most[action.stage], held[action.stage])
     return most
+
+
+def at_work(order: Order) -> Iterator[tuple[Mapping[int, int], int]]:
+    """At each action: the micro-batches whose activations each of the order's stages holds, and who works."""
+    held = {action.stage: 0 for action in order}
+    for action in order:
+        held[action.stage] += action.kind == "F"
+        yield held, action.stage
+        held[action.stage] -= action.kind == "B"
 
 
 def most_holding(in_flight: Sequence[int]) -> list[int]:

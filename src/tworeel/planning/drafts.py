@@ -137,8 +137,12 @@ class StageDraft:
         kept = min(fit.num_kept, memory.may_keep)
         blocks = self._as_run(fit.fallback)
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
-        rest = needed(replace(memory, head=0), StageFootprints(resting), kept, fit.fallback)
-        footprints = StageFootprints(blocks)
+        at_rest, footprints = StageFootprints(resting), StageFootprints(blocks)
+        rest = needed(replace(memory, head=0), at_rest, kept, fit.fallback)
+        # The first stage makes what it is given itself, the others may have it ahead of their turn.
+        holding = self.holding - (self.blocks[0] == 0)
+        fewer = replace(memory, head=0, in_flight=self.in_flight - 1, holding=holding)
+        less = needed(fewer, at_rest, kept, fit.fallback)
         working = needed(memory, footprints, kept, fit.fallback) - rest
         crossing, inputs = crossing_buffers(memory, footprints.hidden), self.holding * self.inputs
         forward, backward = self._seconds(kept, fit.fallback, streamed)
@@ -161,6 +165,8 @@ class StageDraft:
                 "crossing buffers": crossing,
                 "inputs": inputs,
             },
+            # Gradients may wait all the same.
+            of_each=rest - less - footprints.hidden,
             spare=self.spare,
             free=self.free,
             context=self.context,

@@ -15,7 +15,7 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import Order, make_orders, most_holding, most_in_flight
+from tworeel.engine.schedule import Order, at_work, make_orders, most_holding, most_in_flight
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
@@ -216,7 +216,37 @@ class Planner:
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
             measured_bytes=self.trace.measured,
+            apart=self._apart(stages, made, hidden),
         )
+
+    def _apart(self, stages: Sequence[Budget], made: Sequence[StagePlan], hidden: int) -> dict[str, int]:
+        """By how much less the devices of several stages hold than these would each at its own peak.
+
+        One works at a time, and they do not all hold the most micro-batches then. What a micro-batch brings
+        is there once, from the first of them on. One hidden state more is there until it has left.
+        """
+        found = {}
+        for order in self._orders_of(stages):
+            own = {action.stage for action in order}
+            device = made[order[0].stage].device
+            # Stages with orders of their own work side by side.
+            if len(own) == 1 or len(own) < sum(stage.device == device for stage in made):
+                continue
+            workspaces, inputs = (
+                {stage: made[stage].parts[part] for stage in own} for part in ("workspace", "inputs")
+            )
+            found[device] = (
+                sum(workspaces.values())
+                + sum(inputs.values())
+                - inputs[min(own)]
+                - hidden
+                + min(
+                    sum((made[stage].in_flight - held[stage]) * made[stage].of_each for stage in own)
+                    - workspaces[working]
+                    for held, working in at_work(order)
+                )
+            )
+        return found
 
     def _launching(self, stages: Sequence[StagePlan]) -> tuple[bool, float]:
         """Whether each device's threads launch by themselves, without Python's lock; seconds of a kernel."""

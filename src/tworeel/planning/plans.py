@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tworeel.engine.residency import Residency
@@ -35,6 +35,8 @@ class StagePlan:
     """Bytes of pinned host memory, for what is parked and streamed."""
     parts: Mapping[str, int]
     """What the peak is made of."""
+    of_each: int
+    """What one micro-batch in flight less would spare: its activations, and what waits for them."""
     spare: int
     """Left alone beside them: the allocator's rounding and gaps."""
     free: int
@@ -126,6 +128,8 @@ class Plan:
     """Whether times rest on what was measured on these cards."""
     measured_bytes: bool = False
     """Whether what blocks take does."""
+    apart: Mapping[str, int] = field(default_factory=dict)
+    """Bytes by which a device's peak is less than its stages' together, which do not come at one time."""
     alternatives: tuple[Alternative, ...] = ()
     changes: tuple[Alternative, ...] = ()
     """The smallest changes with which it would fit, if it does not."""
@@ -184,7 +188,7 @@ class Plan:
         found: dict[str, int] = {}
         for stage in self.stages:
             found[stage.device] = found.get(stage.device, 0) + stage.peak
-        return found
+        return {device: peak - self.apart.get(device, 0) for device, peak in found.items()}
 
     @property
     def bubble(self) -> float:

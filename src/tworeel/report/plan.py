@@ -84,6 +84,10 @@ def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
         f"A clip takes {short_seconds(per_clip)}, a step {short_seconds(plan.seconds_per_step)} ({source}); "
         f"the cards wait {100 * plan.bubble:.0f} % of it",
         f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
+        *(
+            f"{device} holds {gibibytes(plan.peaks[device])} at most: its stages' peaks do not come together"
+            for device in plan.apart
+        ),
         f"Pinned host memory: {gibibytes(plan.host_memory)} of {gibibytes(plan.host_free)} that may be",
         *(["What blocks take is as measured on these cards"] if plan.measured_bytes else []),
         *([f"What limits: {plan.limit}"] if plan.fits else []),
