@@ -87,6 +87,15 @@ def test_each_device_gets_as_many_stages_as_are_asked_for() -> None:
     assert len(settings.split_at or ()) == 3 and set(found.peaks) == {"cuda:0", "cuda:1"}
 
 
+def test_two_stages_a_device_peak_where_two_h200s_did() -> None:
+    """As docs/benchmarks.md has it: 84.1 and 68.8 GiB."""
+    (case,) = make_cases(WAN_14B, shapes=("832x480x49",), micro_batches=[4])
+    twice = Settings(devices=PAIR, stages_per_device=2, split_at=(3, 8, 13), residency="keep", compile=True)
+    found = Planners().planner(request_of_case(case, twice, 16, cards("2x H200")))
+    peaks = planned.figures_of(found, found.best()).peaks
+    assert list(peaks.values()) == [pytest.approx(peak * GIB, rel=0.025) for peak in (84.1, 68.8)]
+
+
 def test_peaks_are_those_of_steps_without_an_optimizer() -> None:
     request = request_of_case(case_of(), SETTINGS, BLOCKS, cards("2x RTX 4090"))
     found = Planners().planner(request)

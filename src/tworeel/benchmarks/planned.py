@@ -187,10 +187,9 @@ def followed(settings: Settings, plan: Plan) -> Settings:
 
 def figures_of(planner: Planner, plan: Plan) -> Planned:
     """What the plan says, to be held against what is measured."""
-    optimizer = _of_optimizer(planner, plan)
-    peaks = dict.fromkeys(plan.devices, 0)
-    for stage, size in zip(plan.stages, optimizer, strict=True):
-        peaks[stage.device] += stage.peak - size
+    peaks = plan.peaks
+    for device, size in zip(plan.devices, _of_optimizer(planner, plan), strict=True):
+        peaks[device] -= size
     return Planned(
         fits=plan.fits,
         limit=plan.limit,
