@@ -70,6 +70,15 @@ NOT_RUN = {
             f"{IMAGE_BENCH} 512x512 --split-at 25 --precision fp8 --cap-gib 30",
         )
     },
+    **{
+        f"tworeel bench --shapes {options}": "needs GPUs; others of its kind are run without"
+        for options in (
+            "480x832x49 --precision fp8 --rounds 1 --compare naive",
+            "480x832x49 --precision int8 --rounds 1 --compare naive",
+            "480x832x49 --blocks 16 --micro-batches 4 --rounds 2",
+            "image-1024 --rounds 3 --compare naive",
+        )
+    },
     f"tworeel bench --eager {SHORT} --rounds 2": "needs GPUs",
     f"tworeel bench {SHORT} --rounds 3 --timeline steps": "needs GPUs",
     "python bench/block_ways.py": "needs GPUs; tests/bench runs it with --tiny",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from real_models import CLIP, settings_of, source_of
@@ -10,6 +12,7 @@ from tworeel.models.wan.family import WAN
 from tworeel.planning.cards import known_cards, parse_cards
 from tworeel.planning.graphs import Work
 from tworeel.planning.timing import StepTime, rates_of, simulate
+from tworeel.planning.traces import BlockTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
 
 (H100,) = parse_cards("H100 80GB", known_cards())
@@ -90,6 +93,13 @@ def test_a_slowed_card_takes_so_much_longer() -> None:
     assert rates.slowed(1.5).backward(work) == pytest.approx(1.5 * rates.backward(work))
 
 
+@cache
+def traced(settings: TraceSettings) -> BlockTrace:
+    """Of a block of A14B."""
+    (block,) = trace_model(WAN, source_of("wan2.2-t2v-a14b"), CLIP, settings).blocks.values()
+    return block
+
+
 # Milliseconds of one block, forward and backward, of a 14B model at 20,280 tokens (docs/benchmarks.md).
 @pytest.mark.parametrize(
     ("residency", "forward", "backward"),
@@ -99,7 +109,7 @@ def test_a_compiled_block_takes_what_it_took_on_an_h100(
     residency: Residency, forward: float, backward: float
 ) -> None:
     settings = settings_of("wan2.2-t2v-a14b", exact=False)
-    (block,) = trace_model(WAN, source_of("wan2.2-t2v-a14b"), CLIP, settings).blocks.values()
+    block = traced(settings)
     rates = rates_of(H100)
     assert 1e3 * rates.forward(block.forward) == pytest.approx(forward, rel=0.05)
     again = rates.forward(block.recomputed[residency])
@@ -121,7 +131,7 @@ def test_two_blocks_take_what_two_took_on_an_h200(
     compile: bool, exact: bool, residency: Residency, seconds: float
 ) -> None:
     settings = settings_of("wan2.2-t2v-a14b", compile=compile, exact=exact)
-    (block,) = trace_model(WAN, source_of("wan2.2-t2v-a14b"), CLIP, settings).blocks.values()
+    block = traced(settings)
     rates = rates_of(H200)
     again = rates.forward(block.recomputed[residency])
     one = rates.forward(block.forward) + again + rates.backward(block.backward)

@@ -96,7 +96,7 @@ def test_norms_that_are_left_whole_move_more_and_hold_no_more() -> None:
 
 def test_norms_are_left_whole_where_weights_are_not_quantized() -> None:
     assert traced(quantize="fp8") == traced(quantize="fp8", exact=False)
-    assert traced(quantize=None) != traced(quantize=None, exact=False)
+    assert traced() != traced(exact=False)
 
 
 @pytest.mark.parametrize("compile", [True, False])

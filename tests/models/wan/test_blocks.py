@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_wan import (
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from tworeel.engine import split
+from tworeel.engine import compiling, split
 from tworeel.engine.lean import upstream_forwards
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
@@ -147,7 +147,8 @@ def test_without_gradients_the_output_is_the_same(calls: Counter[str]) -> None:
     assert torch.equal(found, expected)
 
 
-def test_compiled_blocks_are_diffusers_own(calls: Counter[str]) -> None:
+def test_compiled_blocks_are_diffusers_own(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     model, inputs = make("t2v", torch.float32), make_inputs("t2v", torch.float32)
     division = split(model, ["cpu"], blocks=BLOCK_LISTS, compile=True)
     compiled = run(model, inputs)
