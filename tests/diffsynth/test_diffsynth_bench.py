@@ -55,9 +55,7 @@ def test_every_way_to_run_the_script_is_timed_and_trains(tmp_path: Path) -> None
 
 
 def test_with_encoders_in_the_run_all_networks_may_be_fp8(tmp_path: Path) -> None:
-    cases = ("one card, fp8", "split, overlapping, fp8")
-    _, results = run(tmp_path, "script.py", "--task", "sft", "--cases", *cases)
-    assert results["one card, fp8"]["seconds"] > 0
+    _, results = run(tmp_path, "script.py", "--task", "sft", "--cases", "split, overlapping, fp8")
     assert_trains(results["split, overlapping, fp8"], 4 * BLOCK_LAYERS)
 
 

@@ -223,7 +223,7 @@ class Planner:
         """By how much less the devices of several stages hold than these would each at its own peak.
 
         One works at a time, and they do not all hold the most micro-batches then. What a micro-batch brings
-        is there once, from the first of them on. One hidden state more is there until it has left.
+        is there once, from the first of them on. A hidden state of each stage is there until it has left.
         """
         found = {}
         for order in self._orders_of(stages):
@@ -239,7 +239,7 @@ class Planner:
                 sum(workspaces.values())
                 + sum(inputs.values())
                 - inputs[min(own)]
-                - hidden
+                - len(own) * hidden
                 + min(
                     sum((made[stage].in_flight - held[stage]) * made[stage].of_each for stage in own)
                     - workspaces[working]
