@@ -42,9 +42,10 @@ def assert_trains(result: dict[str, Any], layers: int) -> None:
     assert result["lora_file"] == {"keys": 2 * layers, "layers": layers}
 
 
-def test_every_way_to_run_the_script_is_timed_and_trains(tmp_path: Path) -> None:
-    printed, results = run(tmp_path, "script.py", "--blocks", "2")
-    assert len(results) == 5
+def test_each_way_to_run_the_script_is_timed_and_trains(tmp_path: Path) -> None:
+    cases = ("one card, fp8", "per-block hooks", "split, overlapping")
+    printed, results = run(tmp_path, "script.py", "--blocks", "2", "--cases", *cases)
+    assert tuple(results) == cases
     one_card = results.pop("one card, fp8")
     assert one_card["seconds"] > 0
     # test_defects.py says why.

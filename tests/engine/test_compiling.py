@@ -28,9 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("residency", "backend"), [("keep", "aot_eager"), ("selective", "inductor"), ("offload", "aot_eager")]
-)
+@pytest.mark.parametrize(("residency", "backend"), [("selective", "inductor"), ("offload", "aot_eager")])
 def test_compiled_equals_the_unsplit_eager_model(residency, backend, monkeypatch):
     # Whole runs whose blocks keep all go through inductor in tests/training/test_run_engine.py.
     monkeypatch.setattr(compiling, "BACKEND", backend)

@@ -36,7 +36,6 @@ def previews_of(config: RunConfig) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
-        (T2V, {}),
         (T2V, {"lora": {"dora": True}}),
         (T2V, {"model": {"quantize": "fp8"}, "engine": {"streamed_blocks": (1, 2), "residency": "offload"}}),
         ("wan2.2-ti2v-5b", {"engine": {"devices": ("cpu",)}}),
