@@ -42,10 +42,9 @@ def assert_trains(result: dict[str, Any], layers: int) -> None:
     assert result["lora_file"] == {"keys": 2 * layers, "layers": layers}
 
 
-def test_each_way_to_run_the_script_is_timed_and_trains(tmp_path: Path) -> None:
-    cases = ("one card, fp8", "per-block hooks", "split, overlapping")
-    printed, results = run(tmp_path, "script.py", "--blocks", "2", "--cases", *cases)
-    assert tuple(results) == cases
+def test_every_way_to_run_the_script_is_timed_and_trains(tmp_path: Path) -> None:
+    printed, results = run(tmp_path, "script.py", "--blocks", "2")
+    assert len(results) == 5
     one_card = results.pop("one card, fp8")
     assert one_card["seconds"] > 0
     # test_defects.py says why.
@@ -56,7 +55,9 @@ def test_each_way_to_run_the_script_is_timed_and_trains(tmp_path: Path) -> None:
 
 
 def test_with_encoders_in_the_run_all_networks_may_be_fp8(tmp_path: Path) -> None:
-    _, results = run(tmp_path, "script.py", "--task", "sft", "--cases", "split, overlapping, fp8")
+    cases = ("one card, fp8", "split, overlapping, fp8")
+    _, results = run(tmp_path, "script.py", "--task", "sft", "--cases", *cases)
+    assert results["one card, fp8"]["seconds"] > 0
     assert_trains(results["split, overlapping, fp8"], 4 * BLOCK_LAYERS)
 
 

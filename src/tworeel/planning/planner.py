@@ -191,7 +191,8 @@ class Planner:
         alone, launch = self._launching(made)
         forward = [max(stage.forward, launch * stage.forward_kernels) for stage in made]
         backward = [max(stage.backward, launch * stage.backward_kernels) for stage in made]
-        time = simulate(self._orders_of(stages), forward, backward, crossing, devices=devices)
+        orders = self._orders_of(stages)
+        time = simulate(orders, forward, backward, crossing, devices=devices)
         # What all threads wait for in turns has no bubble.
         together = 0.0 if alone else launch * sum(stage.kernels for stage in made)
         step = time.at_least(request.micro_batches * together)
@@ -216,37 +217,8 @@ class Planner:
             steps_per_epoch=request.clips_per_epoch / request.micro_batches,
             calibrated=all(budget.measured for budget in stages),
             measured_bytes=self.trace.measured,
-            apart=self._apart(stages, made, hidden),
+            apart=_apart(orders, made, hidden),
         )
-
-    def _apart(self, stages: Sequence[Budget], made: Sequence[StagePlan], hidden: int) -> dict[str, int]:
-        """By how much less the devices of several stages hold than these would each at its own peak.
-
-        One works at a time, and they do not all hold the most micro-batches then. What a micro-batch brings
-        is there once, from the first of them on. A hidden state of each stage is there until it has left.
-        """
-        found = {}
-        for order in self._orders_of(stages):
-            own = {action.stage for action in order}
-            device = made[order[0].stage].device
-            # Stages with orders of their own work side by side.
-            if len(own) == 1 or len(own) < sum(stage.device == device for stage in made):
-                continue
-            workspaces, inputs = (
-                {stage: made[stage].parts[part] for stage in own} for part in ("workspace", "inputs")
-            )
-            found[device] = (
-                sum(workspaces.values())
-                + sum(inputs.values())
-                - inputs[min(own)]
-                - len(own) * hidden
-                + min(
-                    sum((made[stage].in_flight - held[stage]) * made[stage].of_each for stage in own)
-                    - workspaces[working]
-                    for held, working in at_work(order)
-                )
-            )
-        return found
 
     def _launching(self, stages: Sequence[StagePlan]) -> tuple[bool, float]:
         """Whether each device's threads launch by themselves, without Python's lock; seconds of a kernel."""
@@ -333,6 +305,36 @@ class Planner:
         largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
         shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
+
+
+def _apart(orders: Sequence[Order], made: Sequence[StagePlan], hidden: int) -> dict[str, int]:
+    """By how much less the devices of several stages hold than these would each at its own peak.
+
+    One works at a time, and they do not all hold the most micro-batches then. What a micro-batch brings
+    is there once, from the first of them on. A hidden state of each stage is there until it has left.
+    """
+    found = {}
+    for order in orders:
+        own = {action.stage for action in order}
+        device = made[order[0].stage].device
+        # Stages with orders of their own work side by side.
+        if len(own) == 1 or len(own) < sum(stage.device == device for stage in made):
+            continue
+        workspaces, inputs = (
+            {stage: made[stage].parts[part] for stage in own} for part in ("workspace", "inputs")
+        )
+        found[device] = (
+            sum(workspaces.values())
+            + sum(inputs.values())
+            - inputs[min(own)]
+            - len(own) * hidden
+            + min(
+                sum((made[stage].in_flight - held[stage]) * made[stage].of_each for stage in own)
+                - workspaces[working]
+                for held, working in at_work(order)
+            )
+        )
+    return found
 
 
 def _list_of(block: UnitBytes) -> str:
