@@ -42,17 +42,18 @@ def test_ways_to_run_blocks_are_compared_with_upstreams(tmp_path: Path) -> None:
 
 
 def test_gradients_are_held_against_one_micro_batch_at_a_time_and_fp32(tmp_path: Path) -> None:
-    ways = ("--residency", "recompute", "--compile", "yes")
+    ways = ("--residency", "recompute", "--compile", "both")
     options = ("--blocks", "2", "--micro-batches", "2", "--devices", "cpu,cpu")
     printed = run("gradients.py", *ways, *options, "--json", tmp_path / "gradients.json")
     found = read(tmp_path / "gradients.json")["gradients tiny"]
     nudged = "the same, every 1000th number of the inputs in another last bit"
-    assert list(found["ways"]) == ["one at a time, bf16", nudged, "recompute, compiled"]
+    assert list(found["ways"]) == ["one at a time, bf16", nudged, "recompute, eager", "recompute, compiled"]
     assert 0.9 < found["ways"][nudged]["naive"]["worst_cosine"] < found["ways"][nudged]["naive"]["cosine"] < 1
+    assert found["ways"]["recompute, eager"]["naive"]["worst_cosine"] == pytest.approx(1)
     assert found["ways"]["recompute, compiled"]["naive"]["worst_cosine"] > 0.9999
     assert found["ways"]["recompute, compiled"]["fp32"]["cosine"] > 0.99
-    assert found["repeats"] == {"recompute, compiled": True}
-    assert printed.count("deterministic attention, twice: the same bits") == 1
+    assert found["repeats"] == {"recompute, eager": True, "recompute, compiled": True}
+    assert printed.count("deterministic attention, twice: the same bits") == 2
 
 
 def test_gradients_of_flux2_are_compared_for_each_residency(tmp_path: Path) -> None:

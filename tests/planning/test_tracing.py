@@ -79,10 +79,10 @@ def assert_holds(block: BlockTrace, measured: dict[Residency, tuple[float, float
 
 
 def test_a_block_that_is_not_compiled_moves_more_and_holds_as_much() -> None:
-    compiled, eager = traced(), traced(compile=False)
+    compiled, eager = traced(exact=False), traced(compile=False)
     held = [trace.footprints[Residency.KEEP].kept for trace in (eager, compiled)]
     assert held[0] == pytest.approx(held[1], rel=0.02)
-    assert eager.forward.traffic > 1.9 * compiled.forward.traffic
+    assert eager.forward.traffic > 2 * compiled.forward.traffic
 
 
 def test_norms_that_are_left_whole_move_more_and_hold_no_more() -> None:
