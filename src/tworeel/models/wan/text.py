@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -63,6 +62,8 @@ class WanTextEncoder:
 
 def clean_caption(caption: str) -> str:
     """Mend mojibake, resolve HTML entities (twice: some are escaped twice) and collapse white space."""
+    import ftfy  # takes a quarter of a second, and most commands read no caption
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(caption))).split())
 
 
