@@ -20,6 +20,7 @@ def test_remove_gives_the_model_back_as_it_was():
     with pytest.raises(ValueError, match="split already"):
         split(model, ["cpu"])
     division.remove()
+    division.remove()  # a second time does nothing
     assert find_split(model) is None
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert list(model.state_dict()) == names

@@ -215,6 +215,50 @@ def test_a_failing_micro_batch_ends_the_step_with_its_own_error_and_leaves_no_th
     assert_close(gradients(model), grads, 1e-5)
 
 
+def test_a_thread_that_cannot_be_started_ends_the_step(monkeypatch):
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if thread.name.startswith("tworeel") and not thread.name.endswith("_0"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(3)]
+    _, grads = run_unsplit(make_wan("t2v", torch.float32), batches)
+    model = make_wan("t2v", torch.float32)
+    pipeline = Pipeline(model, ["cpu", "cpu"])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", start_one)
+        pipeline.step(batches, square_loss)
+    model.zero_grad()
+    pipeline.step(batches, square_loss)
+    assert_close(gradients(model), grads, 1e-5)
+
+
+def test_a_trained_parameter_that_several_stages_read_has_the_same_gradient_each_time():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(64))
+            self.blocks = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * self.scale
+            for block in self.blocks:
+                x = block(x)
+            return x * self.scale
+
+    torch.manual_seed(0)
+    batches, model = [torch.randn(8, 64) for _ in range(6)], Scaled()
+    pipeline = Pipeline(model, ["cpu"] * 3)
+    found = []
+    for _ in range(10):
+        model.zero_grad()
+        pipeline.step(batches, lambda output, _: output.square().mean())
+        found.append(model.scale.grad)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_the_autocast_of_the_caller_holds_in_the_carrying_threads():
     batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(2)]
     with torch.autocast("cpu", torch.bfloat16):

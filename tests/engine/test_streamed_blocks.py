@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_wan import make_wan
+from toy_wan import make_micro_batch, make_wan
 
 from tworeel import split
 from tworeel.engine import place
@@ -48,6 +48,25 @@ def test_streamed_weights_leave_less_host_memory_to_activations():
     assert division.host_pool.limit == 10**6
     division.stream(0, 3)
     assert division.host_pool.limit == 10**6 - division.streamed_bytes
+
+
+def test_after_a_plain_loop_the_state_dict_has_each_blocks_own_weights():
+    model = make_wan("t2v", torch.float32)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    split(model, ["cpu", "cpu"], residency="recompute", streamed=(2, 3))
+    model(**make_micro_batch("t2v", torch.float32, 0)).sample.sum().backward()
+    for found in (model.state_dict(), model.to("cpu").state_dict()):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_model_that_checkpoints_blocks_whose_weights_are_streamed_is_refused():
+    """What it runs again would have another block's weights."""
+    model = make_wan("t2v", torch.float32)
+    split(model, ["cpu", "cpu"], residency="recompute", streamed=(2, 3))
+    model.enable_gradient_checkpointing()
+    model.train()
+    with pytest.raises(RuntimeError, match=r"blocks\.\d has its weights streamed .* checkpointing off"):
+        model(**make_micro_batch("t2v", torch.float32, 0)).sample.sum().backward()
 
 
 def test_more_than_host_memory_may_hold_is_refused_before_anything_is_moved():

@@ -7,6 +7,7 @@ queued next, however far the host runs ahead.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -146,17 +147,22 @@ class Departures:
 
     def __init__(self) -> None:
         self._under_way: dict[torch.device, list[weakref.ref[Berth]]] = defaultdict(list)
+        self._lock = threading.Lock()
+        """Two stages of one device run in threads of their own."""
 
     def begin(self, device: torch.device, berth: Berth | None) -> None:
         """A block was queued, and what it has parked begins to leave, during the next block."""
         self.settle(device)
         if berth is not None:
             # Not held: if a step fails, what it has parked goes with its graph.
-            self._under_way[device].append(weakref.ref(berth))
+            with self._lock:
+                self._under_way[device].append(weakref.ref(berth))
 
     def settle(self, device: torch.device, but: Berth | None = None) -> None:
         """Work that is queued from now on may have the memory of what has left, but for one block's."""
-        for reference in self._under_way.pop(device, ()):
+        with self._lock:
+            leaving = self._under_way.pop(device, [])
+        for reference in leaving:
             berth = reference()
             if berth is not None and berth is not but:
                 berth.let_go()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -157,7 +157,8 @@ class Passage:
             if isinstance(given, torch.device) and given in self._devices:
                 return self._devices[self.stage]
             if isinstance(given, Tensor) and (given.device in self._devices or given.requires_grad):
-                self._owner.setdefault(given, self.stage)
+                # A parameter of several stages has its gradient from one: in one order.
+                self._owner.setdefault(given, 0 if isinstance(given, nn.Parameter) else self.stage)
                 return self._bring(given, self.stage)
             return given
 

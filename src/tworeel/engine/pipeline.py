@@ -143,10 +143,13 @@ class Pipeline:
                 pool.submit(copy_context().run, run.carry, i, batch) for i, batch in enumerate(micro_batches)
             ]
             _wait_for_all(futures, run.turnstile)
-        except BaseException:
+        except BaseException as error:
             self._compiled_for.clear()  # who knows how far compilation came
-            self._threads.shutdown()
             self._num_threads = 0
+            run.turnstile.abort(
+                error
+            )  # where not all have begun, the others wait for a turn that never comes
+            self._threads.shutdown()
             raise
         finally:
             self.split.rest()
@@ -313,15 +316,15 @@ class _Carrier:
         self.enter(Action("F", self.number, to))
 
 
-def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, torch.dtype]]:
+def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, torch.dtype, bool]]:
     """The caller's autocast: thread-local, so each carrying thread has to be told."""
-    kinds = {device.type for device in devices}
-    return [(k, torch.get_autocast_dtype(k)) for k in sorted(kinds) if torch.is_autocast_enabled(k)]
+    kinds, cached = {device.type for device in devices}, torch.is_autocast_cache_enabled()
+    return [(k, torch.get_autocast_dtype(k), cached) for k in sorted(kinds) if torch.is_autocast_enabled(k)]
 
 
 @contextmanager
-def _autocast(state: list[tuple[str, torch.dtype]]) -> Iterator[None]:
+def _autocast(state: list[tuple[str, torch.dtype, bool]]) -> Iterator[None]:
     with ExitStack() as stack:
-        for kind, dtype in state:
-            stack.enter_context(torch.autocast(kind, dtype))
+        for kind, dtype, cached in state:
+            stack.enter_context(torch.autocast(kind, dtype, cache_enabled=cached))
         yield

@@ -190,6 +190,8 @@ class Split:
         self.block_runs = BlockRuns(self)
         self._forwards = Forwards(self)
         keep_spread(model, self._homes)
+        # Between two blocks, parameters of streamed ones show a slot, with whatever weights are in it.
+        self._at_state_dict = model.register_state_dict_pre_hook(lambda *_: self.rest())
         model.hf_device_map = self.device_map  # type: ignore[assignment]
 
     @property
@@ -263,8 +265,11 @@ class Split:
 
     def remove(self) -> None:
         """Let the model's modules run as they did before; they stay on their devices."""
+        if "_apply" not in self.model.__dict__:
+            return  # it was removed before
         self.rest()
         self._forwards.give_back()
+        self._at_state_dict.remove()
         del self.model._apply, self.model.hf_device_map
 
     def place_adapters(self) -> None:
@@ -299,6 +304,7 @@ class Split:
 
     def _homes(self) -> dict[int, torch.device]:
         """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
+        self.rest()
         homes = {}
         for tensor, device in lodgers(self.model, self.placement, self.streamed.positions):
             homes[id(tensor)] = device
