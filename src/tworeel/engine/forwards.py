@@ -90,7 +90,7 @@ class Forwards:
         def staged(*args: Any, **kwargs: Any) -> Any:
             passage = split.under_way.current()
             if passage is None:
-                if position in split.streamed:
+                if position is not None and position in split.streamed:
                     raise RuntimeError(
                         f"{unit.name} has its weights streamed and runs in its model's forward alone: leave "
                         "recomputation to the residency, turn the model's own checkpointing off"

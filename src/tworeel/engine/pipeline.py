@@ -146,9 +146,7 @@ class Pipeline:
         except BaseException as error:
             self._compiled_for.clear()  # who knows how far compilation came
             self._num_threads = 0
-            run.turnstile.abort(
-                error
-            )  # where not all have begun, the others wait for a turn that never comes
+            run.turnstile.abort(error)  # if not all have begun, the others would wait for them
             self._threads.shutdown()
             raise
         finally:
