@@ -7,6 +7,7 @@ from same_case import RANK, Case, Trained, noise_of, schedule, source_of
 from torch import nn
 
 from tworeel.config.schema import RunConfig
+from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline
 from tworeel.lora.files import load_lora
 from tworeel.lora.inject import inject_lora
@@ -72,4 +73,6 @@ def _micro_batch(case: Case, config: RunConfig, source: ModelSource) -> MicroBat
         dtype=torch.float32,
         condition_on_image="first_latent" in case.cached or case.kind.family == "flux2",
     )
-    return MicroBatch(clip="clip", sigma=sigma, sample=sample, weight=weight)
+    return MicroBatch(
+        clip="clip", bucket=Bucket(frames=5, height=64, width=64), sigma=sigma, sample=sample, weight=weight
+    )

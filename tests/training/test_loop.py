@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig, TrainConfig
+from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, split
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters, lora_state
@@ -194,7 +195,9 @@ def test_a_signal_stops_within_a_step_and_leaves_the_weights_of_the_step_before(
     optimizer = make_optimizer(lora_parameters(model).values(), config)
     trainer = Trainer(pipeline, optimizer, config, StopsAfter(3))
     sample = TrainingSample(inputs={"x": torch.ones(1, 4)}, target=torch.zeros(1, 4))
-    batch = MicroBatch(clip="a.mp4", sigma=0.5, sample=sample, weight=0.5)
+    batch = MicroBatch(
+        clip="a.mp4", bucket=Bucket(frames=5, height=64, width=64), sigma=0.5, sample=sample, weight=0.5
+    )
     trainer.step(0, [batch, batch])
     before = lora_state(model)
     with pytest.raises(Stopped):

@@ -10,6 +10,7 @@ import torch
 from tiny_runs import tiny_config, tiny_model
 
 from tworeel.config.schema import RunConfig
+from tworeel.data.clips import Bucket
 from tworeel.demo.clips import write_clips
 from tworeel.engine import Split
 from tworeel.engine.compiling import BlockCompiler
@@ -38,6 +39,11 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, Job]:
     return config, preflight(config, SilentRun())
 
 
+IMAGE = Bucket(frames=1, height=64, width=64)
+ONE_OF_EACH = (Bucket(5, 48, 80), Bucket(5, 80, 48), Bucket(5, 64, 64), IMAGE)
+"""Buckets of the job's clips."""
+
+
 def report(step: int, seconds: float) -> StepReport:
     return StepReport(
         step=step,
@@ -47,6 +53,7 @@ def report(step: int, seconds: float) -> StepReport:
         seconds=seconds,
         memory={"cuda:0": 3 * GIB, "cuda:1": 2 * GIB},
         busy=(0.5, 0.5),
+        buckets=ONE_OF_EACH,
     )
 
 
@@ -217,13 +224,20 @@ def test_where_the_host_limits_that_is_learnt_of_it_and_nothing_of_the_cards(job
     assert not again.plan.calibrated
 
 
-def slowdown_after(config: RunConfig, job: Job, times: tuple[float, float], **changes: object) -> float:
+def slowdown_after(
+    config: RunConfig,
+    job: Job,
+    times: tuple[float, float],
+    buckets: tuple[Bucket, ...] = ONE_OF_EACH,
+    **changes: object,
+) -> float:
     """What is known of a card after a run on two of it.
 
     Args:
         config: of the run.
         job: what it works on.
         times: by stage, how many times as long as planned it works.
+        buckets: of the clips that it has worked on.
         changes: of the plan's second stage.
     """
     alike = pair("RTX 4090", "RTX 4090")
@@ -235,7 +249,7 @@ def slowdown_after(config: RunConfig, job: Job, times: tuple[float, float], **ch
     worked = [factor * seconds for factor, seconds in zip(times, planned, strict=True)]
     for step in range(1, 6):
         busy = tuple(seconds / sum(worked) for seconds in worked)
-        run.heard(replace(report(step, sum(worked)), busy=busy))
+        run.heard(replace(report(step, sum(worked)), busy=busy, buckets=buckets))
     return make_request(config, job, alike).budgets[0].slowdown
 
 
@@ -246,6 +260,15 @@ def test_the_next_plan_rests_on_what_was_measured(job) -> None:
     # A run that was planned with it, and took as long as planned, changes nothing.
     assert slowdown_after(config, found, (1.0, 1.0)) == pytest.approx(3.0, rel=1e-3)
     assert slowdown_after(config, found, (2.0, 2.0)) == pytest.approx(6.0, rel=1e-3)
+
+
+def test_steps_that_had_small_clips_by_chance_make_no_card_faster(job) -> None:
+    config, found = job
+    planner = plan_on(config, found, pair("RTX 4090", "RTX 4090"))[2].planner
+    assert planner.longer_than_average(dict.fromkeys(ONE_OF_EACH, 1)) == pytest.approx(1.0)
+    shorter = planner.longer_than_average({IMAGE: 1})
+    assert shorter < 0.9
+    assert slowdown_after(config, found, (shorter, shorter), (IMAGE, IMAGE)) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_of_like_cards_both_count_by_their_work(job) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from tworeel.config.schema import TrainConfig
+from tworeel.data.clips import Bucket
 from tworeel.engine import Pipeline, split
 from tworeel.lora.inject import base_weight, inject_lora, lora_layers
 from tworeel.lora.state import lora_parameters
@@ -64,7 +65,9 @@ def batch(step: int, weight: float = 1.0) -> MicroBatch:
     generator = torch.Generator().manual_seed(step)
     inputs = {"x": torch.randn(3, 6, generator=generator)}
     sample = TrainingSample(inputs=inputs, target=torch.randn(3, 6, generator=generator))
-    return MicroBatch(clip="a.mp4", sigma=0.5, sample=sample, weight=weight)
+    return MicroBatch(
+        clip="a.mp4", bucket=Bucket(frames=5, height=64, width=64), sigma=0.5, sample=sample, weight=weight
+    )
 
 
 def refused(trainer: Trainer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -301,9 +301,22 @@ class Planner:
     @cached_property
     def means(self) -> Means:
         """The average clip of the data, relative to the largest."""
+        return self._means_of(self.request.buckets)
+
+    def longer_than_average(self, buckets: Mapping[Bucket, float]) -> float:
+        """How many times as long as with the data's average clip the blocks compute with that of these."""
+        rates, traces = self.request.budgets[0].rates, [self.trace.blocks[_list_of(b)] for b in self._blocks]
+
+        def seconds(means: Means) -> float:
+            forward = sum(rates.forward(means.of(trace.forward)) for trace in traces)
+            return forward + sum(rates.backward(means.of(trace.backward)) for trace in traces)
+
+        return seconds(self._means_of(buckets)) / seconds(self.means)
+
+    def _means_of(self, buckets: Mapping[Bucket, float]) -> Means:
         traits = self.request.source.traits
-        largest, total = tokens(self.largest, traits), sum(self.request.buckets.values())
-        shares = [(tokens(b, traits) / largest, w / total) for b, w in self.request.buckets.items()]
+        largest, total = tokens(self.largest, traits), sum(buckets.values())
+        shares = [(tokens(b, traits) / largest, w / total) for b, w in buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
 
 

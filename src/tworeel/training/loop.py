@@ -77,6 +77,7 @@ class Trainer:
             seconds=time.perf_counter() - begin,
             memory=peak_memory(self._devices),
             busy=tuple(busy_shares(result.spans, len(self._devices))),
+            buckets=tuple(batch.bucket for batch in batches),
         )
 
     def _tell_residency(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tworeel.cache.build import CacheIndex
 from tworeel.config.schema import TrainConfig
-from tworeel.data.clips import Clip
+from tworeel.data.clips import Bucket, Clip
 from tworeel.models.family import Family, TrainingSample, Traits
 from tworeel.training.objective import NoiseLevels, flow_loss
 from tworeel.training.order import Order, generator_for
@@ -25,6 +25,7 @@ class MicroBatch:
     """One clip, noised, and how its loss counts."""
 
     clip: str
+    bucket: Bucket
     sigma: float
     sample: TrainingSample
     weight: float
@@ -83,7 +84,11 @@ class MicroBatches:
             condition_on_image=self.config.condition_on_image,
         )
         return MicroBatch(
-            clip=clip.name, sigma=sigma, sample=sample, weight=weight / self.config.micro_batches
+            clip=clip.name,
+            bucket=clip.bucket,
+            sigma=sigma,
+            sample=sample,
+            weight=weight / self.config.micro_batches,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -176,7 +176,8 @@ class PlannedRun:
             for device, peak in found.peaks.items()
             if device in held
         )
-        planned = found.seconds_per_step / found.micro_batches
+        longer = 1.0 if found.host_bound else self._longer(reports)
+        planned = longer * found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
 
     def keep_bytes(self, split: Split) -> None:
@@ -196,15 +197,20 @@ class PlannedRun:
         Waiting for the host says nothing of a card, nor do copies to host memory and back.
         """
         budgets = {budget.device: budget for budget in self.planner.request.budgets}
+        longer = self._longer(reports)
         worked: dict[str, float] = defaultdict(float)
         by_figures: dict[str, float] = defaultdict(float)
         for number, stage in enumerate(() if self.plan.host_bound else self.plan.stages):
             if stage.only_computes:
                 step = fmean(report.busy[number] * report.seconds for report in reports)
                 worked[stage.card] += step / self.plan.micro_batches
-                planned = stage.forward + stage.backward
+                planned = longer * (stage.forward + stage.backward)
                 by_figures[stage.card] += planned / budgets[stage.device].slowdown
         return {card: seconds / by_figures[card] for card, seconds in worked.items()}
+
+    def _longer(self, reports: Sequence[StepReport]) -> float:
+        """How many times as long as the data's average clip those of these steps take, which chance drew."""
+        return self.planner.longer_than_average(Counter(b for report in reports for b in report.buckets))
 
     def _launching(self, reports: Sequence[StepReport]) -> dict[str, float]:
         """How much longer than by the figures the host took to launch, if that is what the run waits for."""

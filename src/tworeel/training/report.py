@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tworeel.data.clips import Bucket
 from tworeel.workers import Observer, SilentObserver
 
 
@@ -24,6 +25,8 @@ class StepReport:
     """Peak bytes by device."""
     busy: tuple[float, ...]
     """Share of the step in which each stage computed."""
+    buckets: tuple[Bucket, ...]
+    """Of its clips."""
 
 
 @dataclass(frozen=True, kw_only=True)

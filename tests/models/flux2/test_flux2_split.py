@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from tworeel.data.clips import Bucket
 from tworeel.demo.tiny_flux2 import tiny_transformer
 from tworeel.engine import Pipeline, fitter, split
 from tworeel.engine.fitting import StageMemory
@@ -61,7 +62,12 @@ def make_batches(variant: str = "flux2-dev") -> list[MicroBatch]:
     """Without, with one and with two reference images."""
     references = ((), ((32, 80),), ((32, 80), (64, 64)))
     samples = [make_sample_of(variant, seed, some) for seed, some in enumerate(references)]
-    return [MicroBatch(clip=str(i), sigma=0.5, sample=s, weight=1 / 3) for i, s in enumerate(samples)]
+    return [
+        MicroBatch(
+            clip=str(i), bucket=Bucket(frames=5, height=64, width=64), sigma=0.5, sample=s, weight=1 / 3
+        )
+        for i, s in enumerate(samples)
+    ]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
