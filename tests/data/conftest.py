@@ -16,12 +16,13 @@ from tworeel.models.family import Traits
 def traits() -> Traits:
     return Traits(
         family="wan",
-        variant="wan2.2-i2v-a14b",
+        variant="wan2.2-ti2v-5b",
         frame_rate=16.0,
         spatial_multiple=16,
         temporal_stride=4,
         tokens_per_pixel_area=256,
         image_inputs=("first_image",),
+        image_optional=True,
     )
 
 

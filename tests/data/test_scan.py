@@ -13,6 +13,7 @@ from media_files import encode_video
 from PIL import Image
 
 from tworeel.config.schema import DataConfig
+from tworeel.data.buckets import usable_lengths
 from tworeel.data.scan import scan
 from tworeel.demo.clips import write_clips
 from tworeel.errors import UserError
@@ -170,13 +171,25 @@ def test_only_the_window_at_the_head_takes_the_first_image(
     assert [sorted(clip.images) for clip in found.clips] == [["first_image"], []]
 
 
-def test_an_image_dataset_is_fine_for_an_image_to_video_model(
+def test_an_image_dataset_is_fine_for_a_model_that_can_do_without_an_image(
     tmp_path: Path, data_config: MakeConfig, traits: Traits
 ) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")
     [clip] = scan(data_config(tmp_path, frames=(81,)), traits).clips
     assert clip.bucket.frames == 1 and clip.frame_indices == (0,)
+
+
+def test_what_an_image_to_video_model_would_be_given_whole_is_refused(
+    demo: Path, data_config: MakeConfig, traits: Traits
+) -> None:
+    """It would be shown what it has to make, and learn to copy it."""
+    needs_image = replace(traits, variant="wan2.2-i2v-a14b", image_optional=False)
+    found = scan(data_config(demo), needs_image)
+    [problem] = found.problems
+    assert problem.startswith(f"{demo / 'image.png'}: an image, but wan2.2-i2v-a14b is trained on clips")
+    assert len(found.clips) == 6 and all(clip.bucket.frames > 1 for clip in found.clips)
+    assert usable_lengths((1, 17), needs_image) == (17,)
 
 
 def test_an_observer_that_raises_stops_the_scan(demo: Path, data_config: MakeConfig, traits: Traits) -> None:

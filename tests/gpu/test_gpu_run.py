@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import T2V, Watcher, losses_of, tiny_config, tiny_model
+from tiny_runs import ITS_CLIPS, T2V, Watcher, losses_of, tiny_config, tiny_model
 from torch import Tensor
 
 from tworeel.cache.build import build_cache
@@ -35,7 +35,7 @@ def config_of(folder: Path, name: str, devices: list[torch.device], variant: str
     """Four steps of two micro-batches on these devices."""
     model = tiny_model(folder / "model", variant)
     engine: dict[str, Any] = {"devices": tuple(map(str, devices))}
-    return tiny_config(model, folder / "clips", folder / name, engine=engine)
+    return tiny_config(model, folder / "clips", folder / name, data=ITS_CLIPS, engine=engine)
 
 
 def lora_of(config: RunConfig) -> dict[str, Tensor]:

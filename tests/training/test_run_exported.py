@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from peft.tuners.lora.layer import Linear as LoraLinear
-from tiny_runs import T2V, lora_of
+from tiny_runs import ITS_CLIPS, T2V, lora_of
 from torch import Tensor, nn
 
 from tworeel.config.schema import ModelConfig, RunConfig
@@ -76,7 +76,7 @@ def test_diffusers_gives_the_trainers_own_output(
     if subfolder == "transformer_2":
         model_config = model_config.model_copy(update={"expert": "low"})
     # A rate at which the LoRA counts for far more than rounding
-    config = make_config(model=model_config, lora=lora, train={"learning_rate": 2e-2})
+    config = make_config(model=model_config, data=ITS_CLIPS, lora=lora, train={"learning_rate": 2e-2})
     path = train(config).lora
     ours, inputs = trained_model(config)
     pipeline = WanImageToVideoPipeline if "i2v" in variant and "ti2v" not in variant else WanPipeline

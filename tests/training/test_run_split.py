@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import T2V, lora_of, losses_of
+from tiny_runs import ITS_CLIPS, T2V, lora_of, losses_of
 from torch import Tensor, nn
 
 from tworeel.config.schema import ModelConfig, RunConfig
@@ -51,7 +51,10 @@ def test_split_training_is_plain_training(
 ) -> None:
     def one(stages: int | None, residency: str = "keep") -> Any:
         config = make_config(
-            model=make_model(variant), train={"micro_batches": 6}, engine={"residency": residency}
+            model=make_model(variant),
+            data=ITS_CLIPS,
+            train={"micro_batches": 6},
+            engine={"residency": residency},
         )
         return gradients(config, stages=stages)
 

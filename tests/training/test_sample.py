@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
-from tiny_runs import T2V, Watcher
+from tiny_runs import ITS_CLIPS, T2V, Watcher
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
@@ -108,7 +108,10 @@ def test_what_is_rendered_on_1_2_and_3_stages_is_what_diffusers_renders_with_the
     loras: dict[str | None, Path] = {}
     for expert in ("high", "low") if "a14b" in variant else (None,):
         trained = make_config(
-            f"run-{expert}", model=model.model_copy(update={"expert": expert}), train={"steps": 2, **LOUD}
+            f"run-{expert}",
+            model=model.model_copy(update={"expert": expert}),
+            data=ITS_CLIPS,
+            train={"steps": 2, **LOUD},
         )
         loras[expert] = train(trained).lora
     config = make_config("run-high", model=model, sample={**SAMPLE, "image": given, "strengths": (0, 1)})

@@ -41,6 +41,10 @@ def tiny_model(folder: Path, variant: str = T2V, layout: Layout = "native", **op
     return ModelConfig(path=str(path), expert="high" if "a14b" in variant else None, dtype="float32")
 
 
+ITS_CLIPS = {"skip_broken": True}
+"""For a model that is always given an image: it is not trained on images."""
+
+
 def tiny_config(model: ModelConfig, clips: Path, output: Path, **sections: Mapping[str, Any]) -> RunConfig:
     """A run of four steps of two micro-batches; the cache lies beside `clips`.
 

@@ -22,8 +22,8 @@ class _Rule:
 _RULES = (
     _Rule(
         ("data.min_aspect", "data.max_aspect"),
-        lambda low, high: low < high,
-        "min_aspect must be less than max_aspect",
+        lambda low, high: low <= high,
+        "min_aspect must not exceed max_aspect",
     ),
     _Rule(
         ("train.warmup_steps", "train.steps"),

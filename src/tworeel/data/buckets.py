@@ -74,10 +74,14 @@ def bucket_problems(data: DataConfig, traits: Traits) -> list[str]:
 
 
 def usable_lengths(frames: Sequence[int], traits: Traits) -> tuple[int, ...]:
-    """Return the configured lengths that the model takes, sorted; a model of images takes single frames."""
+    """Return the configured lengths that the model takes, sorted.
+
+    A model of images takes single frames; one that is always given the first takes more than that.
+    """
     if traits.images_only:
         return (1,)
-    return tuple(sorted({length for length in frames if is_length(length, traits.temporal_stride)}))
+    least = 2 if traits.needs_image else 1
+    return tuple(sorted({n for n in frames if n >= least and is_length(n, traits.temporal_stride)}))
 
 
 def _length_problem(frames: int, traits: Traits) -> str:

@@ -165,6 +165,9 @@ def _read_task(task: _Task, plan: _Plan) -> _Outcome:
     if plan.traits.images_only and not is_image(task.entry.path):
         broken.append(_not_an_image(task.entry.path, plan))
         return _Outcome(broken=tuple(broken))
+    if plan.traits.needs_image and is_image(task.entry.path):
+        broken.append(_an_image(task.entry.path, plan))
+        return _Outcome(broken=tuple(broken))
     try:
         info = probe(task.entry.path)
     except MediaError as error:
@@ -230,6 +233,13 @@ def _not_an_image(path: Path, plan: _Plan) -> str:
     return (
         f"{path}: a video, but {plan.traits.variant} is trained on images; leave it out, or save the frames "
         "of it that you want as images"
+    )
+
+
+def _an_image(path: Path, plan: _Plan) -> str:
+    return (
+        f"{path}: an image, but {plan.traits.variant} is trained on clips of several frames: it would be given "
+        "all that it has to make; leave it out"
     )
 
 

@@ -67,6 +67,11 @@ class Traits:
     reference_area: int = 1024 * 1024
     """Larger reference images are made smaller, to this area in pixels."""
 
+    @property
+    def needs_image(self) -> bool:
+        """Whether every clip is conditioned on its images (I2V, FLF2V)."""
+        return bool(self.image_inputs) and not self.image_optional
+
 
 @dataclass(frozen=True, kw_only=True)
 class Component:

@@ -35,7 +35,7 @@ def cached_shapes(
         "latents": (config["out_channels"], *size),
         "text": (TEXT_TOKENS, config["text_dim"]),
     }
-    if traits.image_inputs and not traits.image_optional:
+    if traits.needs_image:
         shapes["image_latents"] = shapes["latents"]
         images = len(traits.image_inputs)
         if width_of_images := config.get("image_dim"):
