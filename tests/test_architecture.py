@@ -32,6 +32,7 @@ ROOMS = (
 SHARED = {
     "tworeel.errors",
     "tworeel.files",
+    "tworeel.host_memory",
     "tworeel.signals",
     "tworeel.units",
     "tworeel.workers",
@@ -104,7 +105,7 @@ def test_diffsynths_training_needs_the_engine_and_the_planner_alone(path: Path) 
     assert rooms <= {"diffsynth", "engine", "quant", "planning"}
 
 
-@pytest.mark.parametrize("name", ["errors", "files", "signals", "workers"])
+@pytest.mark.parametrize("name", ["errors", "files", "host_memory", "signals", "workers"])
 def test_what_belongs_to_no_room_uses_no_room(name: str) -> None:
     assert all(is_shared(imported) for imported in imports_of(PACKAGE / f"{name}.py"))
 

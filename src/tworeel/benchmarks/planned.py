@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import psutil
 import torch
 
 from tworeel.benchmarks import machine, models
@@ -13,6 +12,7 @@ from tworeel.benchmarks.preparing import Observer, Settings
 from tworeel.benchmarks.results import Planned
 from tworeel.benchmarks.shapes import Case
 from tworeel.data.clips import Bucket
+from tworeel.host_memory import available_memory
 from tworeel.lora.targets import find_targets
 from tworeel.models.family import ModelSource
 from tworeel.models.registry import FAMILIES
@@ -153,7 +153,7 @@ def make_request(
         split_at=settings.split_at,
         residency=settings.residency,
         streamed=settings.streamed,
-        host_free=int(HOST_SHARE * psutil.virtual_memory().available),
+        host_free=int(HOST_SHARE * available_memory()),
         steps=settings.rounds,
         clips_per_epoch=micro_batches,
         cpp_wrapper=settings.cpp_wrapper,

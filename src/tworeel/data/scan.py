@@ -238,8 +238,8 @@ def _not_an_image(path: Path, plan: _Plan) -> str:
 
 def _an_image(path: Path, plan: _Plan) -> str:
     return (
-        f"{path}: an image, but {plan.traits.variant} is trained on clips of several frames: it would be given "
-        "all that it has to make; leave it out"
+        f"{path}: an image, but {plan.traits.variant} is trained on clips of several frames: it would be "
+        "given all that it has to make; leave it out"
     )
 
 

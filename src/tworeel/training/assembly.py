@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -14,6 +13,7 @@ from tworeel.cache.build import CacheIndex, build_cache
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Placement, Split, split
+from tworeel.host_memory import available_memory
 from tworeel.lora.inject import inject_lora
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
@@ -126,7 +126,7 @@ def host_limit(model: nn.Module, placement: Placement, streamed: Sequence[int]) 
     """
     waiting = [model.get_submodule(placement.block_names[i]) for i in streamed]
     weights = sum(parameter.nbytes for block in waiting for parameter in block.parameters())
-    return int(HOST_SHARE * (psutil.virtual_memory().available + weights))
+    return int(HOST_SHARE * (available_memory() + weights))
 
 
 def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:

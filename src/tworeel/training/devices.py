@@ -9,6 +9,7 @@ import torch
 
 from tworeel.engine.fitting import total_and_free
 from tworeel.errors import raise_if_any
+from tworeel.host_memory import available_memory
 
 
 def available_devices() -> list[str]:
@@ -63,7 +64,7 @@ def room(devices: Sequence[torch.device]) -> dict[str, int]:
     found = {}
     for device in dict.fromkeys(devices):
         if device.type == "cpu":
-            found["cpu"] = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+            found["cpu"] = available_memory() + psutil.Process().memory_info().rss
         else:
             _, free = total_and_free(device)
             found[str(device)] = free + torch.accelerator.memory_allocated(device)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-import psutil
 import torch
 
 from tworeel.config.schema import RunConfig
@@ -17,6 +16,7 @@ from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
 from tworeel.engine.footprints import Footprints
 from tworeel.errors import raise_if_any
+from tworeel.host_memory import available_memory
 from tworeel.planning.budgets import Budget, budget_of_card
 from tworeel.planning.cards import Card
 from tworeel.planning.changing import changes
@@ -83,7 +83,7 @@ def make_request(
     buckets: dict[Bucket, float] = defaultdict(float)
     for clip in job.clips:
         buckets[clip.bucket] += weights[clip.source]
-    host = psutil.virtual_memory().available if host_memory is None else host_memory
+    host = available_memory() if host_memory is None else host_memory
     settings = trace_settings(config, job)
     engine = config.engine
     request = Request(

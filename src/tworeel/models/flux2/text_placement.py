@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import psutil
 import torch
 
 from tworeel.engine.fitting import SPARE, total_and_free
 from tworeel.errors import UserError
+from tworeel.host_memory import available_memory
 from tworeel.models.family import ModelSource, TextOptions, TextWorker
 from tworeel.models.flux2.text import known_network, open_spread, open_streamed, open_text_encoder, text_parts
 from tworeel.models.flux2.text_networks import LAYERS, parameter_name
@@ -61,7 +61,7 @@ class Sizes:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that an encoder may take on a device."""
     if device.type == "cpu":
-        return int(HOST_SHARE * psutil.virtual_memory().available)
+        return int(HOST_SHARE * available_memory())
     total, free = total_and_free(device)
     return int(free - SPARE * total)
 
