@@ -119,7 +119,7 @@ def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
         ("[train]\nlearning_rate = nan", "train.learning_rate = nan: must be a number > 0"),
         ("[train]\nlearning_rate = inf", "train.learning_rate = inf: must be a number > 0"),
         ("[train]\nname = 2024-01-01", "train.name = 2024-01-01: must be a string"),
-        ("[train]\nbetas = [0.9]", "train.betas = [0.9]: must be a list of two numbers from 0 to 1"),
+        ("[train]\nbetas = [0.9]", "train.betas = [0.9]: must be a list of two numbers >= 0 and < 1"),
         ("[lora]\ndora = 1", "lora.dora = 1: must be true or false"),
         ("[lora]\ntargets = 4", "lora.targets = 4: must be a list of strings or a string"),
         ("[engine]\ndevices = []", 'engine.devices = []: must be a list of one or more strings or "none"'),

@@ -103,3 +103,9 @@ def test_the_lora_stays_in_the_folder(run: RunFolder, name: str) -> None:
     with pytest.raises(UserError, match=r"train\.name = "):
         run.lora(name)
     assert run.lora("cat v1.5") == run.path / "cat v1.5.safetensors"
+
+
+def test_a_name_that_no_file_system_takes_is_refused(run: RunFolder) -> None:
+    assert run.lora("é" * 100).name == "é" * 100 + ".safetensors"
+    with pytest.raises(UserError, match="must be of 200 bytes at most"):
+        run.lora("é" * 101)

@@ -59,5 +59,13 @@ def test_whatever_the_system_refuses_to_write_is_told_with_what_is_kept(tmp_path
         raise OSError(errno.EFBIG, "File too large")
 
 
-def test_one_checkpoint_more_than_is_kept_needs_room() -> None:
-    assert space_of_results(10, keep=2) == 3 * 30 + 10
+def test_one_checkpoint_more_than_is_kept_needs_room(tmp_path: Path) -> None:
+    assert space_of_results(10, 2, tmp_path / "none") == 3 * 30 + 10
+
+
+def test_a_run_that_goes_on_has_the_room_of_its_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / "lora.safetensors").write_bytes(bytes(25))
+    assert space_of_results(10, 2, tmp_path) == 3 * 30 + 10 - 25
+    (tmp_path / "more").write_bytes(bytes(1000))
+    assert space_of_results(10, 2, tmp_path) == 30 + 10, "one is written before the oldest goes"

@@ -129,6 +129,18 @@ def test_options_that_change_the_course_are_named_and_no_others(
     ]
 
 
+def test_more_steps_are_a_change_where_the_learning_rate_follows_them(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    fill(store, make_config(train={"lr_schedule": "cosine"}), 1)
+    watcher = Watcher()
+    find_checkpoint(store, True, make_config(train={"lr_schedule": "cosine", "steps": 9}), watcher)
+    assert watcher.lines[0] == (
+        "changed since the checkpoint: train.steps: 4 -> 9: "
+        "from here on the learning rate is that of a cosine schedule of so many"
+    )
+
+
 def test_later_checkpoints_are_set_aside_only_when_the_run_goes_on(
     store: CheckpointStore, make_config: MakeConfig
 ) -> None:

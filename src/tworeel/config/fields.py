@@ -190,7 +190,7 @@ def _bounds(limits: Iterable[Any]) -> str:
             case Ge(ge):
                 low, closed[Ge] = f">= {ge:g}", ge
             case Lt(lt):
-                high = f"< {lt:g}"
+                high = f"< {lt:.12g}"
             case Le(le):
                 high, closed[Le] = f"<= {le:g}", le
     if len(closed) == 2:

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 FrameCount = Annotated[int, Field(ge=1, le=4093)]
 Pixels = Annotated[int, Field(ge=16, le=16384)]
 Precision = Literal["bfloat16", "float32", "float64"]
@@ -135,7 +136,7 @@ class TrainConfig(Section):
     """Peak learning rate."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW (fused where the device has it), or with 8-bit state (needs the extra `eightbit`)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the moments."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's weight decay."""
@@ -211,7 +212,7 @@ class SampleConfig(Section):
     """First frame, for models that start from an image; a reference image for FLUX.2."""
     last_image: Path | None = None
     """Last frame, for Wan 2.1 FLF2V."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the noise; the same for each picture."""
     steps: PositiveInt = 20
     """Denoising steps."""

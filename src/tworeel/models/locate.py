@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tworeel.errors import UserError
 from tworeel.models.family import Family, ModelRequest, ModelSource
 from tworeel.models.registry import FAMILIES
@@ -17,5 +19,10 @@ def locate_model(request: ModelRequest) -> tuple[Family, ModelSource]:
         source = family.locate(request)
         if source is not None:
             return family, source
+    if Path(request.path).suffix.lower() == ".gguf":
+        raise UserError(
+            f"model.path = '{request.path}': GGUF files are not read; allowed: .safetensors of the model, in "
+            "bf16 or fp8, which are quantized while they are loaded (model.quantize)"
+        )
     known = ", ".join(FAMILIES)
     raise UserError(f"model.path = '{request.path}': not a model of a known family ({known})")

@@ -193,9 +193,8 @@ def _survey_model(
         problems += _form_problems(config, family, targets)
         raise_if_any(_rank_problems(config.lora.rank, transformer, targets))
         if devices is None:
-            needed = space_of_results(
-                _lora_bytes(config, transformer, targets), config.train.keep_checkpoints
-            )
+            lora, keep = _lora_bytes(config, transformer, targets), config.train.keep_checkpoints
+            needed = space_of_results(lora, keep, RunFolder(config.train.output).checkpoints)
             require_space(config.train.output, needed, RESULTS)
         if init_from is not None:
             raise_if_any(_start_problems(init_from, config, transformer, targets))

@@ -177,7 +177,8 @@ class _Run:
 
     def require_space(self) -> None:
         """Raise `OutOfSpace` unless this run's checkpoints and its LoRA will fit on the disk."""
-        needed = space_of_results(self._checkpoint_size // 3, self.config.train.keep_checkpoints)
+        lora, keep = self._checkpoint_size // 3, self.config.train.keep_checkpoints
+        needed = space_of_results(lora, keep, self.folder.checkpoints)
         require_space(self.folder.path, needed, RESULTS)
 
     @property

@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 from tworeel.errors import UserError
 from tworeel.files import write_text_atomic
 
+LONGEST_NAME = 200
+"""Bytes: file systems take 255, and what is exported on the way has a number and an ending."""
+
 
 class RunFolder:
     """Paths of a run.
@@ -43,10 +46,12 @@ class RunFolder:
         """Return where the LoRA `name` goes.
 
         Raises:
-            UserError: `name` is empty or leads out of the folder.
+            UserError: `name` is empty, too long, or leads out of the folder.
         """
         if not name or Path(name).name != name or "\\" in name:
             raise UserError(f"train.name = {name!r}: must be a plain file name without folders or ending")
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(f"train.name = {name!r}: must be of {LONGEST_NAME} bytes at most")
         return self.path / f"{name}.safetensors"
 
     def loras(self, name: str) -> list[Path]:

@@ -43,15 +43,17 @@ def require_space(path: Path, needed: int, what: str) -> None:
         )
 
 
-def space_of_results(lora: int, keep: int) -> int:
-    """Return the bytes that a run's checkpoints and its LoRA take.
+def space_of_results(lora: int, keep: int, checkpoints: Path) -> int:
+    """Return the bytes that a run's checkpoints and its LoRA take beside what is there already.
 
     Args:
         lora: Bytes of the LoRA's weights.
         keep: Checkpoints that are kept.
+        checkpoints: Their folder; those of a run that goes on make room for its own.
     """
+    there = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
     # With two moments; and one more than is kept stands while it is written.
-    return (keep + 1) * 3 * lora + lora
+    return 3 * lora + max(0, keep * 3 * lora - there) + lora
 
 
 @contextlib.contextmanager

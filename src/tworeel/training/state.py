@@ -124,6 +124,11 @@ def find_checkpoint(
         observer.say(f"skipped a damaged checkpoint: {line}")
     for line in _changes(before, as_before(config, before).model_dump(mode="json")):
         observer.say(f"changed since the checkpoint: {line}")
+    if config.train.lr_schedule != "constant" and before["train"]["steps"] != config.train.steps:
+        observer.say(
+            f"changed since the checkpoint: train.steps: {before['train']['steps']} -> {config.train.steps}: "
+            f"from here on the learning rate is that of a {config.train.lr_schedule} schedule of so many"
+        )
     observer.say(f"resuming after step {checkpoint.step}: {checkpoint.path}")
     return checkpoint
 

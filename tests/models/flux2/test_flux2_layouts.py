@@ -165,6 +165,13 @@ def test_a_file_of_something_else_is_not_recognized(tmp_path):
         locate_model(ModelRequest(path=str(tmp_path / "x.safetensors")))
 
 
+def test_a_gguf_file_is_refused_with_what_is_read_instead(tmp_path):
+    path = tmp_path / "flux2-dev-Q4_K_M.gguf"
+    path.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(UserError, match=r"Q4_K_M\.gguf': GGUF files are not read; allowed: \.safetensors"):
+        locate_model(ModelRequest(path=str(path)))
+
+
 def test_a_missing_shard_is_named(tmp_path):
     path = write(tmp_path)
     shard = sorted((path / "transformer").glob("*.safetensors"))[0]
