@@ -39,6 +39,18 @@ def test_settings_that_fit_only_together_are_named_together() -> None:
     assert next(changes(planner)).name == "engine.residency = 'auto' and engine.streamed_blocks not set"
 
 
+def test_a_card_that_holds_the_others_up_may_be_left_out() -> None:
+    """Its own share and the optimizer's do not fit the small one, whatever the split."""
+    large, small = budgets_of("RTX 4090, RTX 3060 12GB")
+    small = replace(small, total=2 * GIB, free=int(1.2 * GIB))
+    request = request_of(budgets=(large, small), micro_batches=2)
+    request = replace(request, trace=replace(request.trace, quantize="fp8"))
+    planner = Planner(request)
+    assert not planner.best().fits and Planner(replace(request, budgets=(large,))).best().fits
+    first = next(changes(planner))
+    assert first.name == "without RTX 3060 12GB: engine.devices = ['cuda:0']" and first.fits
+
+
 def changed(**changes_: Any) -> dict[str, Alternative]:
     planner = Planner(request_of(**changes_))
     assert not planner.best().fits

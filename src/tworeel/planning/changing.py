@@ -34,7 +34,15 @@ def changes(planner: Planner) -> Iterator[Alternative]:
     Devices stay in the order that is nearest to fitting.
     """
     planner = Planner(planner.request.in_order(planner.best().devices), planner.trace, planner)
-    for change in (_released, _more_host_memory, _smaller_clips, _less_precise, _one_more_device):
+    ways = (
+        _released,
+        _fewer_devices,
+        _more_host_memory,
+        _smaller_clips,
+        _less_precise,
+        _one_more_device,
+    )
+    for change in ways:
         if found := change(planner):
             yield found
 
@@ -65,6 +73,23 @@ def _settings(request: Request) -> dict[str, dict[str, Any]]:
         for names in tried
         if names
     }
+
+
+def _fewer_devices(planner: Planner) -> Alternative | None:
+    """The fastest of those without a card that holds the others up: each stage has to hold a block."""
+    plans = {name: Planner(request, like=planner).best() for name, request in with_fewer(planner.request)}
+    fitting = [(name, plan) for name, plan in plans.items() if plan.fits]
+    return alternative_of(*min(fitting, key=lambda one: one[1].seconds_per_step)) if fitting else None
+
+
+def with_fewer(request: Request) -> Iterator[tuple[str, Request]]:
+    """The request without each kind of card that there is beside others, and what has to be set for it."""
+    for card in dict.fromkeys(budget.card for budget in request.budgets):
+        left = tuple(budget for budget in request.budgets if budget.card != card)
+        if left:
+            devices = ", ".join(f"'{budget.device}'" for budget in left)
+            name = f"without {card}: engine.devices = [{devices}]"
+            yield name, replace(request, budgets=left, split_at=None, streamed=None)
 
 
 def _more_host_memory(planner: Planner) -> Alternative | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tworeel.planning.boundaries import neighbours
-from tworeel.planning.changing import changes
+from tworeel.planning.changing import changes, with_fewer
 from tworeel.planning.choosing import STAGES, Choice, choose
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
@@ -49,6 +49,9 @@ def _alternatives(planner: Planner, best: Plan) -> Iterator[Alternative]:
     """Other ways, and why they are not the plan."""
     yield from _other_splits(planner, best)
     yield from _other_settings(planner, best)
+    for name, request in with_fewer(planner.request):
+        why = "all GPUs are used where engine.devices names none"
+        yield _weighed(name, Planner(request, like=planner).best(), best, why)
     if planner.request.trace.quantize is None:
         kind = eight_bit_kind(planner.request.budgets)
         found = Planner(in_precision(planner.request, kind), like=planner).best()
