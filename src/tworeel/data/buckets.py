@@ -95,7 +95,3 @@ def _length_problem(frames: int, traits: Traits) -> str:
 
 def _round_to(value: float, multiple: int) -> int:
     return max(multiple, int(value / multiple + 0.5) * multiple)
-
-
-def _fits(size: Size, min_aspect: float, max_aspect: float) -> bool:
-    return min_aspect <= size[0] / size[1] <= max_aspect

@@ -35,10 +35,7 @@ from tworeel.training.manifest import (
     read_manifest,
     write_files,
 )
-from tworeel.training.optimizer_state import optimizer_tensors, restore_optimizer
 from tworeel.training.space import require_space, write_errors_in_words
-
-__all__ = ["Checkpoint", "CheckpointError", "CheckpointStore", "optimizer_tensors", "restore_optimizer"]
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _GROUP_NAME = re.compile(r"[a-z0-9_]+")
