@@ -79,6 +79,18 @@ def test_a_tensor_comes_back_with_its_values_and_its_strides(tensor):
 
 
 @pytest.mark.usefixtures("everything_is_worth_it")
+@pytest.mark.parametrize("then", [Parked.let_go, Parked.fetch, Parked.get])
+def test_what_is_written_into_while_it_leaves_is_refused(monkeypatch, then):
+    """Of another device the copy is made later, by a stream of its own."""
+    monkeypatch.setattr(parking, "copy_out", lambda *_: object())
+    monkeypatch.setattr(parking, "still_used", lambda *_: None)
+    pool, tensor = HostPool(None), torch.ones(4)
+    parked = Parked(tensor, pool, pool.take(tensor.nbytes, pinned=False))
+    tensor.add_(1)
+    with pytest.raises(RuntimeError, match="was written into: it needs another residency"):
+        then(parked)
+
+
 def test_a_view_with_gaps_stays_where_it_is():
     gaps = torch.arange(24.0).view(4, 6)[:, :3]
     assert Berth(HostPool()).park(gaps) is gaps

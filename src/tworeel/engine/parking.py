@@ -36,11 +36,15 @@ class Parked:
         self._leaving: Tensor | None = None
         self._last = copy_out(tensor, self._host, place.reads)
         if self._last is not None:
-            self._leaving = tensor
+            self._leaving, self._version = tensor, tensor._version
 
     def let_go(self) -> None:
-        """Free the device's memory for work that is queued from now on, which waits until it is copied."""
-        leaving, self._leaving = self._leaving, None
+        """Free the device's memory for work that is queued from now on, which waits until it is copied.
+
+        Raises:
+            RuntimeError: it was written into meanwhile; `fetch` and `get` raise it, too.
+        """
+        leaving = self._take_leaving()
         if leaving is not None and self._last is not None:
             torch.accelerator.current_stream(self.device).wait_event(self._last)
 
@@ -48,8 +52,7 @@ class Parked:
         """Begin to bring it back, unless it is still there."""
         if self._fetched is not None:
             return
-        # At once: another thread of the device may let it go meanwhile.
-        leaving, self._leaving = self._leaving, None
+        leaving = self._take_leaving()
         if leaving is not None:
             still_used(leaving, "out")
             self._fetched = Arrival(leaving)
@@ -72,6 +75,15 @@ class Parked:
         self._fetched = None
         self._leave()
         return tensor
+
+    def _take_leaving(self) -> Tensor | None:
+        """What is on its way; at once, as another thread of the device may let it go meanwhile."""
+        leaving, self._leaving = self._leaving, None
+        # With hooks of its own autograd does not look.
+        if leaving is not None and leaving._version != self._version:
+            self._leaving = leaving  # its copy is still under way
+            raise RuntimeError("what a block parks was written into: it needs another residency")
+        return leaving
 
     def _leave(self) -> None:
         # Not only when it is collected: the graph hangs in cycles.
