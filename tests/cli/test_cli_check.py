@@ -53,3 +53,11 @@ def test_a_file_where_the_run_or_the_cache_shall_be_is_told_and_nothing_is_made(
         f"error: {tmp_path / 'file' / 'cache'}: {tmp_path / 'file'} is a file; the cache needs a folder",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_clips_of_files_that_are_too_slow_are_counted(run: Run, small_run: list[str]) -> None:
+    done = run("check", *small_run, "--set", "data.frame_rate=32")
+    assert (
+        "2 clips with frames more than once: a file has fewer than 32 a second (data.frame_rate)" in done.out
+    )
+    assert "more than once" not in run("check", *small_run).out

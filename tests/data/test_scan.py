@@ -192,6 +192,16 @@ def test_what_an_image_to_video_model_would_be_given_whole_is_refused(
     assert usable_lengths((1, 17), needs_image) == (17,)
 
 
+def test_clips_of_slower_videos_are_those_that_repeat_frames(
+    tmp_path: Path, data_config: MakeConfig, traits: Traits
+) -> None:
+    for rate in (8, 16, 24):
+        encode_video(tmp_path / f"at_{rate:02}.mp4", frames=2 * rate, rate=rate)
+        (tmp_path / f"at_{rate:02}.txt").write_text("x")
+    found = scan(data_config(tmp_path), traits)
+    assert [clip.path.name for clip in found.repeating] == ["at_08.mp4"]
+
+
 def test_an_observer_that_raises_stops_the_scan(demo: Path, data_config: MakeConfig, traits: Traits) -> None:
     class Stopping(SilentObserver):
         def advance(self) -> None:

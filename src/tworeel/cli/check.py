@@ -64,6 +64,12 @@ def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
     enlarged = sum(file.enlarged for file in scan.files)
     say(f"{_count(len(scan.clips), 'clip')} of {_count(len(scan.files), 'file')}")
     say(f"{len(scan.truncated):,} files are longer than their clips; {enlarged:,} are enlarged")
+    if scan.repeating:
+        rate = config.data.frame_rate or traits.frame_rate
+        say(
+            f"{_count(len(scan.repeating), 'clip')} with frames more than once: a file has fewer than "
+            f"{rate:g} a second (data.frame_rate), and its motion is learnt as it stutters"
+        )
     weights = [source.weight * source.repeats for source in config.data.sources]
     mean, most = step_tokens(scan.clips, weights, traits, config.train.micro_batches)
     count = config.train.micro_batches

@@ -73,6 +73,11 @@ class Scan:
         """Files of which a part is not used."""
         return tuple(file for file in self.files if file.truncated)
 
+    @property
+    def repeating(self) -> tuple[Clip, ...]:
+        """Clips that show a frame more than once, as of a file with fewer frames a second than are taken."""
+        return tuple(clip for clip in self.clips if len(set(clip.frame_indices)) < len(clip.frame_indices))
+
     def raise_problems(self) -> None:
         """Raise one `UserError` with all problems, if there are any."""
         raise_if_any(self.problems)
