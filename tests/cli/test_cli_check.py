@@ -55,6 +55,16 @@ def test_a_file_where_the_run_or_the_cache_shall_be_is_told_and_nothing_is_made(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_what_train_would_refuse_to_write_beside_is_told(
+    run: Run, small_run: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "lora.safetensors").touch()
+    done = run("check", *small_run)
+    assert done.code == 0
+    assert "holds lora.safetensors: 'tworeel train' needs another --output" in done.out.replace("\n", " ")
+
+
 def test_clips_of_files_that_are_too_slow_are_counted(run: Run, small_run: list[str]) -> None:
     done = run("check", *small_run, "--set", "data.frame_rate=32")
     assert (

@@ -42,6 +42,13 @@ def test_a_run_is_trained_kept_from_being_overwritten_and_resumed(
     assert "resuming after step 2" in more.out
     assert len((tmp_path / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
+    moved = tmp_path / "moved"
+    (tmp_path / "output").rename(moved)
+    astray = run("train", moved / "config.toml", "--resume", "--steps", "4")
+    assert astray.code == 2 and "lies with a run's checkpoints" in astray.err
+    assert f"--set train.output={moved}" in astray.err and not (tmp_path / "output").exists()
+    moved.rename(tmp_path / "output")
+
     earlier = run("convert", lora, tmp_path / "kohya.safetensors", "--to", "kohya")
     assert earlier.code == 0, earlier.err
     assert "(comfyui) ->" in earlier.out and "rank 2" in earlier.out

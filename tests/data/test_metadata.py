@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -197,6 +198,18 @@ def test_paths_that_cannot_be_opened_are_one_line(folder: Path, written: str) ->
         os.symlink("loop.mp4", folder / "loop.mp4")
     listing = read_source(write(folder / "meta.jsonl", json.dumps({"path": written, "caption": "x"})))
     assert not listing.entries and len(listing.broken) == 1 and "\n" not in listing.broken[0]
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refused(path: str) -> object:
+        if Path(path).name == "sub":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert read_source(folder).broken == [f"{folder.resolve() / 'sub'}: cannot be read: Permission denied"]
 
 
 def test_links_that_lead_outside_are_refused(folder: Path) -> None:

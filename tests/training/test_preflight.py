@@ -67,7 +67,8 @@ def test_all_problems_come_at_once(
         data={"sources": (SourceConfig(path=broken), SourceConfig(path=tmp_path / "missing"))},
         lora={"targets": ("attn1.to_q", "attn9.to_z"), "init_from": lora},
         engine={"devices": ("cpu", "cuda:77"), "cpp_wrapper": True, "compile": True},
-        train={"name": "../outside"},
+        train={"name": "../outside", "output": broken / "run"},
+        cache={"devices": ("cuda:78",)},
     )
     found = problems_of(config)
     for words in (
@@ -75,6 +76,8 @@ def test_all_problems_come_at_once(
         "attn9.to_z",
         "start.safetensors",
         "engine.devices: 'cuda:77' does not exist",
+        "cache.devices: 'cuda:78' does not exist",
+        f"lies in the dataset's folder {broken}, where a run's pictures would be taken for clips",
         "engine.cpp_wrapper = true: launching from C++ needs a C++ compiler",
         "missing",
         "clip_0.mp4",

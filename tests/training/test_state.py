@@ -17,7 +17,13 @@ from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters, lora_state
 from tworeel.training.checkpoint import CheckpointStore
 from tworeel.training.manifest import CheckpointError
-from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
+from tworeel.training.state import (
+    find_checkpoint,
+    leave_course,
+    require_same_model,
+    restore_state,
+    save_state,
+)
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -45,7 +51,7 @@ def fill(store: CheckpointStore, config: RunConfig, *steps: int, clips: str = "t
         for k, parameter in enumerate(lora_parameters(model).values()):
             parameter.grad = torch.full_like(parameter, 0.1 * (step + k))
         optimizer.step()
-        save_state(store, step, model, optimizer, config=config, clips=clips)
+        save_state(store, step, model, optimizer, config=config, clips=clips, variant="wan2.1-t2v-1.3b")
     return model
 
 
@@ -139,6 +145,29 @@ def test_more_steps_are_a_change_where_the_learning_rate_follows_them(
         "changed since the checkpoint: train.steps: 4 -> 9: "
         "from here on the learning rate is that of a cosine schedule of so many"
     )
+
+
+def test_another_lora_or_model_than_the_checkpoints_is_refused(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    config = make_config()
+    fill(store, config, 1)
+    other = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"expert": "low"}),
+            "lora": config.lora.model_copy(update={"targets": "attention"}),
+        }
+    )
+    with pytest.raises(UserError) as caught:
+        find_checkpoint(store, True, other, Watcher())
+    expert, targets = caught.value.problems
+    assert expert.startswith('model.expert = "low": ') and "was trained with null; leave it" in expert
+    assert targets.startswith('lora.targets = "attention": ') and 'was trained with "all-linear"' in targets
+    checkpoint = find_checkpoint(store, True, config, Watcher())
+    assert checkpoint is not None
+    require_same_model(checkpoint, config, "wan2.1-t2v-1.3b")
+    with pytest.raises(UserError, match=r"is wan2.2-t2v-a14b, and .* was trained with wan2.1-t2v-1.3b"):
+        require_same_model(checkpoint, config, "wan2.2-t2v-a14b")
 
 
 def test_later_checkpoints_are_set_aside_only_when_the_run_goes_on(

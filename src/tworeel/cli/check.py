@@ -99,5 +99,8 @@ def _show_what_to_do(config: RunConfig) -> None:
             f"Nothing is wrong, but {folder.path} holds a run: 'tworeel train' needs --resume to go on "
             "with it, or another --output."
         )
+    elif results := folder.loras(config.train.name):
+        names = ", ".join(path.name for path in results)
+        say(f"Nothing is wrong, but {folder.path} holds {names}: 'tworeel train' needs another --output.")
     else:
         say("Nothing is wrong: 'tworeel train' can start.")

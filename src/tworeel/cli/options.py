@@ -75,8 +75,19 @@ def read_config(config: Path | None, settings: list[str] | None, **options: Any)
             overrides[name.replace("__", ".")] = given
     with collected(problems):
         loaded = load_config(config, overrides)
+        if config is not None and "train.output" not in overrides:
+            _refuse_moved(config.resolve().parent, loaded.train.output)
     raise_if_any(problems)
     return loaded
+
+
+def _refuse_moved(folder: Path, output: Path) -> None:
+    """Raise where the file is that of a run which lies in another folder than the file says."""
+    if output.resolve() != folder and any(folder.glob("checkpoints/step-*/state.json")):
+        raise UserError(
+            f"train.output = '{output}': but the file lies with a run's checkpoints in {folder}, which was moved "
+            f"or copied; say which is meant: --set train.output={folder} or --set train.output={output}"
+        )
 
 
 def datasets(paths: list[Path] | None) -> list[dict[str, Path]] | None:

@@ -59,9 +59,9 @@ class SourceConfig(Section):
 
     path: Path
     """Folder of videos and images with `.txt` captions, or a `.csv` / `.jsonl` with paths and captions."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each of its clips is drawn, relative to those of the other datasets; may be a fraction."""
-    repeats: PositiveInt = 1
+    repeats: Annotated[int, Field(ge=1, le=10000)] = 1
     """How many times each of its clips counts in an epoch."""
 
 

@@ -70,8 +70,17 @@ def read_source(path: Path) -> Listing:
     return _read_table(path)
 
 
+def is_read_whole(path: Path) -> bool:
+    """Whether all that lies below a path are clips of the dataset: a folder without a table."""
+    return path.is_dir() and not _tables(path)
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [folder / name for name in TABLES if (folder / name).is_file()]
+
+
 def _read_folder_or_table(folder: Path) -> Listing:
-    tables = [folder / name for name in TABLES if (folder / name).is_file()]
+    tables = _tables(folder)
     if len(tables) > 1:
         found = " and ".join(table.name for table in tables)
         return Listing(problems=[f"{folder}: {found} are both there; give the path of the one that counts"])
@@ -98,7 +107,11 @@ def _read_folder(folder: Path) -> Listing:
 def _walk(root: Path, listing: Listing) -> Iterator[Path]:
     """Yield the media files below a folder, sorted the same way everywhere; hidden ones are left out."""
     found: list[Path] = []
-    for folder, names, files in os.walk(root):
+
+    def cannot_read(error: OSError) -> None:
+        listing.broken.append(f"{error.filename}: cannot be read: {error.strerror}")
+
+    for folder, names, files in os.walk(root, onerror=cannot_read):
         here = Path(folder)
         for name in sorted(names):
             if (here / name).is_symlink() and not name.startswith("."):

@@ -32,7 +32,9 @@ HOST_SHARE = 0.8
 
 def encoding_devices(config: RunConfig) -> list[torch.device]:
     """The devices that encode, each once."""
-    return list(dict.fromkeys(resolve_devices(config.cache.devices or config.engine.devices)))
+    own = config.cache.devices
+    named = resolve_devices(own, "cache.devices") if own else resolve_devices(config.engine.devices)
+    return list(dict.fromkeys(named))
 
 
 def cache_clips(config: RunConfig, job: Job, observer: RunObserver) -> CacheIndex:

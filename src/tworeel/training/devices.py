@@ -21,8 +21,12 @@ def available_devices() -> list[str]:
     return [f"{kind.type}:{i}" for i in range(torch.accelerator.device_count())]
 
 
-def resolve_devices(names: Sequence[str] | None) -> tuple[torch.device, ...]:
+def resolve_devices(names: Sequence[str] | None, key: str = "engine.devices") -> tuple[torch.device, ...]:
     """Turn names into devices; all that there are by default.
+
+    Args:
+        names: as torch has them.
+        key: option that they come from.
 
     Raises:
         UserError: lists every name that is no device of this machine.
@@ -30,7 +34,7 @@ def resolve_devices(names: Sequence[str] | None) -> tuple[torch.device, ...]:
     there = [*available_devices(), "cpu"]
     wanted = available_devices() if names is None else list(names)
     raise_if_any(
-        f"engine.devices: '{name}' does not exist; there are {', '.join(dict.fromkeys(there))}"
+        f"{key}: '{name}' does not exist; there are {', '.join(dict.fromkeys(there))}"
         for name in wanted
         if _full_name(name) not in there
     )

@@ -12,7 +12,7 @@ from torch import nn
 from tworeel.cache.text_workers import text_option_problems
 from tworeel.config.schema import RunConfig, TrainConfig
 from tworeel.data.clips import Clip
-from tworeel.data.metadata import read_source
+from tworeel.data.metadata import is_read_whole, read_source
 from tworeel.data.scan import Scan, scan
 from tworeel.engine import Placement
 from tworeel.errors import UserError, collected, raise_if_any
@@ -147,13 +147,28 @@ def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device
     for folder, what in ((config.train.output, "a run"), (cache_folder(config), "the cache")):
         with collected(problems):
             require(folder, what)
+    problems += _problems_of_place(config)
     with collected(problems):
         RunFolder(config.train.output).lora(config.train.name)
+    with collected(problems):
+        if devices is None and config.cache.devices:
+            resolve_devices(config.cache.devices, "cache.devices")
     with collected(problems):
         found = locate_model(model_request(config))
         return _survey_model(config, *found, problems, observer, devices)
     problems += _problems_without_model(config, devices)
     return Survey(problems=tuple(problems))
+
+
+def _problems_of_place(config: RunConfig) -> list[str]:
+    """A run's own pictures and previews are no clips."""
+    output = config.train.output.resolve()
+    return [
+        f"train.output = '{config.train.output}': lies in the dataset's folder {source.path}, where a run's "
+        "pictures would be taken for clips; choose another --output"
+        for source in config.data.sources
+        if is_read_whole(source.path) and output.is_relative_to(source.path.resolve())
+    ]
 
 
 def _problems_of_installation(config: RunConfig) -> list[str]:

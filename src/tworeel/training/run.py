@@ -46,7 +46,13 @@ from tworeel.training.space import (
     space_of_results,
     write_errors_in_words,
 )
-from tworeel.training.state import find_checkpoint, leave_course, restore_state, save_state
+from tworeel.training.state import (
+    find_checkpoint,
+    leave_course,
+    require_same_model,
+    restore_state,
+    save_state,
+)
 
 
 def train(
@@ -89,10 +95,13 @@ def train(
         with collected(problems):
             known = known_cards(cards)
         job = preflight(config, watched, problems)
+        if checkpoint is not None:
+            require_same_model(checkpoint, config, job.source.traits.variant)
         config, job, planned = plan_job(config, job, watched.say, known)
         if planned is not None:
             _tell(planned.plan, anyway, watched)
-        write_text_atomic(folder.config, dump_config(config))
+        if checkpoint is None:
+            write_text_atomic(folder.config, dump_config(config))
         if planned is not None:
             write_text_atomic(folder.plan, json.dumps(planned.plan.as_json(), indent=1) + "\n")
         with _memory_told(job.placement.devices, folder, planned):
@@ -133,6 +142,8 @@ def _train(
     if checkpoint is not None:
         restore_state(checkpoint, model, optimizer)
         leave_course(store, checkpoint, batches.fingerprint, observer)
+        # Not before: what is refused leaves the run as it was.
+        write_text_atomic(folder.config, dump_config(config))
     pipeline = Pipeline(division, forward=run_transformer, slack=config.engine.slack)
     trainer = Trainer(pipeline, optimizer, config.train, observer)
     run = _Run(
@@ -236,6 +247,7 @@ class _Run:
             self.trainer.optimizer,
             config=self.config,
             clips=self.batches.fingerprint,
+            variant=self.job.source.traits.variant,
         )
 
     def _export_if_due(self, step: int) -> None:

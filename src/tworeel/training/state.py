@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ _FREE_TO_CHANGE = {
     "train": {"output", "name", "steps", "save_every", "keep_checkpoints", "export_every", "tensorboard"},
 }
 """Options that may differ on resume without changing the course of the training."""
+_FIXED = {"model": ("expert",), "lora": ("rank", "dora", "targets")}
+"""Options that may not."""
+_LEAVE_IT = "leave it at that, or start a new run with another --output"
 
 
 def save_state(
@@ -37,6 +41,7 @@ def save_state(
     *,
     config: RunConfig,
     clips: str,
+    variant: str,
 ) -> Path:
     """Write a checkpoint after `step` steps. Noise and order need none: they follow from seed and step.
 
@@ -47,12 +52,18 @@ def save_state(
         optimizer: of the LoRA.
         config: of the run.
         clips: what was trained on, as a hash (`MicroBatches.fingerprint`).
+        variant: of the model, for example `wan2.2-t2v-a14b`.
 
     Raises:
         OutOfSpace: the disk is full; earlier checkpoints are intact.
     """
     tensors, settings = optimizer_tensors(optimizer, list(lora_parameters(model)))
-    state = {"optimizer": settings, "config": config.model_dump(mode="json"), "clips": clips}
+    state = {
+        "optimizer": settings,
+        "config": config.model_dump(mode="json"),
+        "clips": clips,
+        "variant": variant,
+    }
     return store.save(step, {"lora": lora_state(model), "optimizer": tensors}, state)
 
 
@@ -160,16 +171,27 @@ def leave_course(store: CheckpointStore, checkpoint: Checkpoint, clips: str, obs
         observer.say("changed since the checkpoint: the clips, their captions or the encoders")
 
 
+def require_same_model(checkpoint: Checkpoint, config: RunConfig, variant: str) -> None:
+    """Raise `UserError` unless a checkpoint is of this kind of model."""
+    before = checkpoint.state.get("variant", variant)
+    if before != variant:
+        raise UserError(
+            f"model.path = '{config.model.path}': is {variant}, and {checkpoint.path} was trained with "
+            f"{before}; {_LEAVE_IT}"
+        )
+
+
 def _unfit(checkpoint: Checkpoint, config: RunConfig) -> Iterable[str]:
-    """Options that give the LoRA other tensors than the checkpoint has: said before a model is read."""
-    before, now = checkpoint.state["config"]["lora"], config.lora.model_dump(mode="json")
-    for name in ("rank", "dora"):
-        if before[name] != now[name]:
-            shown = str(before[name]).lower()
-            yield (
-                f"lora.{name} = {str(now[name]).lower()}: {checkpoint.path} was trained with {shown}; "
-                f"leave it at that, or start a new run with another --output"
-            )
+    """Options that make the LoRA another one than the checkpoint has: said before a model is read."""
+    before, now = checkpoint.state["config"], config.model_dump(mode="json")
+    for section, names in _FIXED.items():
+        for name in names:
+            then, asked = before[section][name], now[section][name]
+            if then != asked:
+                yield (
+                    f"{section}.{name} = {json.dumps(asked)}: {checkpoint.path} was trained with "
+                    f"{json.dumps(then)}; {_LEAVE_IT}"
+                )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

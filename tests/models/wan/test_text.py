@@ -88,6 +88,12 @@ def test_a_folder_or_file_without_a_tokenizer_is_refused(tiny_vae: OpenComponent
         open_tokenizer(tiny_vae("comfyui").files[0])
 
 
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("x")
+    with pytest.raises(UserError, match=r"the tokenizer cannot be read \(.*Error"):
+        open_tokenizer(tmp_path)
+
+
 def test_a_caption_that_is_too_long_is_cut_with_a_warning(
     tiny_text_encoder: OpenComponent, tiny_tokenizer: OpenPath, caplog: pytest.LogCaptureFixture
 ) -> None:

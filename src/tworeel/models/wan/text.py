@@ -132,7 +132,7 @@ def open_tokenizer(path: Path) -> T5Tokenizer:
     """Open the tokenizer in a folder, or the sentencepiece model inside a ComfyUI text encoder file.
 
     Raises:
-        UserError: the folder or the file holds no tokenizer.
+        UserError: the folder or the file holds no tokenizer, or a damaged one.
     """
     if path.is_dir():
         return _open_tokenizer_folder(path)
@@ -152,4 +152,10 @@ def embedded_sentencepiece(path: Path) -> bytes:
 def _open_tokenizer_folder(folder: Path) -> T5Tokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer here (looked for {' and '.join(TOKENIZER_FILES)})")
-    return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library that reads it raises no narrower one
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {reason})"
+        ) from error
