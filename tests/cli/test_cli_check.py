@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ def test_what_train_would_refuse_to_write_beside_is_told(
     done = run("check", *small_run)
     assert done.code == 0
     assert "holds lora.safetensors: 'tworeel train' needs another --output" in done.out.replace("\n", " ")
+
+
+def test_what_is_neither_a_clip_nor_a_caption_is_named(
+    run: Run, small_run: list[str], clips: Path, tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(clips, mixed)
+    for name in ("a.mpeg", "b.heic", "orphan.txt", ".hidden", *(f"{n}.json" for n in range(4))):
+        (mixed / name).touch()
+    done = run("check", *small_run, "--data", mixed)
+    expected = "captions of clips: 0.json, 1.json, 2.json, 3.json, a.mpeg and 2 more"
+    assert expected in " ".join(done.out.split())
 
 
 def test_clips_of_files_that_are_too_slow_are_counted(run: Run, small_run: list[str]) -> None:

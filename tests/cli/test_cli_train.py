@@ -45,7 +45,7 @@ def test_a_run_is_trained_kept_from_being_overwritten_and_resumed(
     moved = tmp_path / "moved"
     (tmp_path / "output").rename(moved)
     astray = run("train", moved / "config.toml", "--resume", "--steps", "4")
-    assert astray.code == 2 and "lies with a run's checkpoints" in astray.err
+    assert astray.code == 2 and "with a run's checkpoints; it was moved or copied" in astray.err
     assert f"--set train.output={moved}" in astray.err and not (tmp_path / "output").exists()
     moved.rename(tmp_path / "output")
 

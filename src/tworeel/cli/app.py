@@ -74,5 +74,8 @@ def main() -> None:
         for problem in error.problems:
             complain("error", problem)
         sys.exit(USER_ERROR)
+    except PermissionError as error:
+        complain("error", f"{error.filename}: {error.strerror}")
+        sys.exit(USER_ERROR)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)

@@ -57,6 +57,10 @@ def check(
     _show_what_to_do(run_config)
 
 
+_SHOWN = 5
+"""Names of files in a line."""
+
+
 def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
     from tworeel.report.tables import bucket_table, step_tokens
 
@@ -64,6 +68,10 @@ def _show_data(config: RunConfig, scan: Scan, traits: Traits) -> None:
     enlarged = sum(file.enlarged for file in scan.files)
     say(f"{_count(len(scan.clips), 'clip')} of {_count(len(scan.files), 'file')}")
     say(f"{len(scan.truncated):,} files are longer than their clips; {enlarged:,} are enlarged")
+    if scan.passed_over:
+        first = ", ".join(path.name for path in scan.passed_over[:_SHOWN])
+        more = f" and {len(scan.passed_over) - _SHOWN:,} more" if len(scan.passed_over) > _SHOWN else ""
+        say(f"Passed over, as neither clips nor captions of clips: {first}{more}")
     if scan.repeating:
         rate = config.data.frame_rate or traits.frame_rate
         say(

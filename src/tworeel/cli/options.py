@@ -85,8 +85,9 @@ def _refuse_moved(folder: Path, output: Path) -> None:
     """Raise where the file is that of a run which lies in another folder than the file says."""
     if output.resolve() != folder and any(folder.glob("checkpoints/step-*/state.json")):
         raise UserError(
-            f"train.output = '{output}': but the file lies with a run's checkpoints in {folder}, which was moved "
-            f"or copied; say which is meant: --set train.output={folder} or --set train.output={output}"
+            f"train.output = '{output}': is not {folder}, where the file lies with a run's checkpoints; "
+            "it was moved or copied: say which is meant, "
+            f"--set train.output={folder} or --set train.output={output}"
         )
 
 

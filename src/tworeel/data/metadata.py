@@ -54,6 +54,8 @@ class Listing:
     """Problems of single clips."""
     problems: list[str] = field(default_factory=list)
     """Problems of the dataset as a whole."""
+    passed_over: list[Path] = field(default_factory=list)
+    """Files of a folder that are neither clips nor their captions."""
 
 
 def read_source(path: Path) -> Listing:
@@ -117,7 +119,12 @@ def _walk(root: Path, listing: Listing) -> Iterator[Path]:
             if (here / name).is_symlink() and not name.startswith("."):
                 listing.broken.append(f"{here / name}: a link to a folder; links to folders are not followed")
         names[:] = [name for name in names if not name.startswith(".")]
-        found += [here / f for f in files if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES]
+        shown = sorted(here / name for name in files if not name.startswith("."))
+        media = [path for path in shown if path.suffix.lower() in SUFFIXES]
+        captions = {path.with_suffix(".txt") for path in media}
+        others = (path for path in shown if path.suffix.lower() not in SUFFIXES)
+        listing.passed_over += [path for path in others if path not in captions]
+        found += media
     yield from sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 

@@ -67,6 +67,8 @@ class Scan:
     """What must be put right before training."""
     skipped: tuple[str, ...]
     """Clips left out because of `data.skip_broken`, and why."""
+    passed_over: tuple[Path, ...] = ()
+    """Files of the datasets' folders that are neither clips nor their captions."""
 
     @property
     def truncated(self) -> tuple[ScannedFile, ...]:
@@ -136,7 +138,13 @@ def scan(data: DataConfig, traits: Traits, *, observer: Observer | None = None) 
     if not data.skip_broken:
         problems, broken = problems + broken, []
     files = tuple(outcome.file for outcome in outcomes if outcome.file)
-    return Scan(clips=clips, files=files, problems=tuple(problems), skipped=tuple(broken))
+    return Scan(
+        clips=clips,
+        files=files,
+        problems=tuple(problems),
+        skipped=tuple(broken),
+        passed_over=tuple(path for listing in listings for path in listing.passed_over),
+    )
 
 
 def _plan(data: DataConfig, traits: Traits) -> _Plan:
