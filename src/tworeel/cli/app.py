@@ -75,7 +75,7 @@ def main() -> None:
             complain("error", problem)
         sys.exit(USER_ERROR)
     except PermissionError as error:
-        complain("error", f"{error.filename}: {error.strerror}")
+        complain("error", f"{error.filename}: {error.strerror}" if error.filename else str(error))
         sys.exit(USER_ERROR)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
