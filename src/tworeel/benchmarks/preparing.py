@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from tworeel.benchmarks.widths import ModelShape
 from tworeel.engine import Placement
 from tworeel.engine.attention import AttentionBackend
 from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
-from tworeel.engine.releasing import release_memory
+from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.engine.residency import one_a_block
 from tworeel.engine.streamed_blocks import refuse_kept_streamed, streamed_positions
 from tworeel.errors import UserError, collected
@@ -213,6 +212,6 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
         return work()
     except torch.OutOfMemoryError as error:
         # The error's frames hold tensors
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error)
     release_memory()
     return None

@@ -12,7 +12,10 @@ from tworeel.errors import UserError, collected, raise_if_any
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(help="TOML file with the run's options; 'tworeel config' writes one.", metavar="CONFIG"),
+    typer.Argument(
+        help="TOML file with the run's options; 'tworeel config' writes one. Of a run's folder its own.",
+        metavar="CONFIG",
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -57,7 +60,7 @@ def read_config(config: Path | None, settings: list[str] | None, **options: Any)
     """Load the configuration that a command's options make.
 
     Args:
-        config: the TOML file, if one was given.
+        config: the TOML file, or a run's folder, if one was given.
         settings: `key=value` each; weaker than options of their own.
         options: values by dotted key with `__` for the dot; None is not given.
 
@@ -74,11 +77,22 @@ def read_config(config: Path | None, settings: list[str] | None, **options: Any)
         if given is not None:
             overrides[name.replace("__", ".")] = given
     with collected(problems):
-        loaded = load_config(config, overrides)
-        if config is not None and "train.output" not in overrides:
-            _refuse_moved(config.resolve().parent, loaded.train.output)
+        file = _file_of(config)
+        loaded = load_config(file, overrides)
+        if file is not None and "train.output" not in overrides:
+            _refuse_moved(file.resolve().parent, loaded.train.output)
     raise_if_any(problems)
     return loaded
+
+
+def _file_of(run: Path | None) -> Path | None:
+    """The TOML file; of a run's folder its own."""
+    if run is None or not run.is_dir():
+        return run
+    file = run / "config.toml"
+    if not file.is_file():
+        raise UserError(f"{run}: holds no config.toml; give the folder of a run, or a TOML file")
+    return file
 
 
 def _refuse_moved(folder: Path, output: Path) -> None:

@@ -68,14 +68,13 @@ def sample(
 
     tworeel sample output --prompt "a red ball rolls over a green hill"
     """
-    file = _file_of(config)
     run_config = options.read_config(
-        file,
+        config,
         settings,
         model__path=model,
         model__expert=expert,
         # Nothing is trained, so there need not be a dataset.
-        data__sources=[{"path": "."}] if file is None else None,
+        data__sources=[{"path": "."}] if config is None else None,
         engine__devices=options.device_list(devices),
         sample__prompts=prompt or None,
         sample__image=image,
@@ -97,16 +96,6 @@ def sample(
         sheet = render(run_config, folder=folder, loras=loras, single_expert=single_expert, observer=observer)
     say(f"Contact sheet: {sheet.path}")
     say(f"  {len(sheet.takes)} {'picture' if len(sheet.takes) == 1 else 'pictures'} beside it")
-
-
-def _file_of(run: Path | None) -> Path | None:
-    """The TOML file; of a run's folder its own."""
-    if run is None or not run.is_dir():
-        return run
-    file = run / "config.toml"
-    if not file.is_file():
-        raise UserError(f"{run}: holds no config.toml; give the folder of a run, or a TOML file")
-    return file
 
 
 def _width_and_height(text: str | None) -> list[int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from tworeel.engine.fitting import (
 )
 from tworeel.engine.footprints import TOO_LARGE, StageFootprints
 from tworeel.engine.probing import Probe
-from tworeel.engine.releasing import release_memory
+from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import most_holding
 from tworeel.engine.split import Split
@@ -87,7 +86,7 @@ def _measure(
     except torch.OutOfMemoryError as error:
         if not _can_stream(split, _accelerated(split)):
             raise
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error)
         return None
     return probe
 

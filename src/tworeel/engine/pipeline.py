@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from tworeel.engine.fitter import fit
 from tworeel.engine.passage import Passage
+from tworeel.engine.releasing import clear_frames
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Action, Order, make_orders, most_in_flight, one_by_one_first
 from tworeel.engine.split import Split, find_split, split
@@ -265,7 +265,7 @@ class _Step:
         except BaseException as error:
             # An error keeps the frames it came through, and these the activations. In torch 2.11 an open
             # checkpoint is among them, which only its own thread can close.
-            traceback.clear_frames(error.__traceback__)
+            clear_frames(error)
             self.turnstile.abort(error)
             raise
 

@@ -5,7 +5,6 @@ On the largest micro-batch, beside a forward of the model without gradients.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tworeel.engine.fitting import StageMemory, needs_fallback
 from tworeel.engine.footprints import TOO_LARGE, Footprint
-from tworeel.engine.releasing import release_memory
+from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.engine.residency import Residency
 
 Run = Callable[[Residency, tuple[Any, ...], dict[str, Any]], Any]
@@ -159,7 +158,7 @@ def _after_warm_up(measure: Callable[[], Footprint]) -> Footprint:
             measure()
             return measure()
     except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)
+        clear_frames(error)
     release_memory()
     return TOO_LARGE
 

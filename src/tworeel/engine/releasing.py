@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import gc
+import traceback
 
 import torch
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of what the frames hold that an error came through, and those of what it came from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
 
 
 def release_memory() -> None:

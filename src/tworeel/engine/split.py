@@ -227,6 +227,8 @@ class Split:
                 yield
         finally:
             self.rest()
+            # Under the caller's autocast it may hold casts that were made without gradients.
+            torch.clear_autocast_cache()
 
     def streamed_on(self, stage: int) -> list[int]:
         """Positions of the stage's blocks whose weights are streamed."""

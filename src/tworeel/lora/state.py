@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -140,20 +140,20 @@ def start_problems(
         problems.append(
             f"{len(foreign)} of its layers are not among the run's targets, the first is '{foreign[0]}'"
         )
-    for name, part in modules.items():
-        if name in sizes:
-            problems += _obstacles_of(name, part, sizes[name], rank, dora)
+    own = {name: part for name, part in modules.items() if name in sizes}
+    for other in sorted({part.rank for part in own.values()} - {rank}):
+        names = [name for name, part in own.items() if part.rank == other]
+        problems.append(f"{_layers(names)} has rank {other}, the run has lora.rank = {rank}")
+    if not dora and (names := [name for name, part in own.items() if part.magnitude is not None]):
+        problems.append(f"{_layers(names)} has DoRA's magnitude, the run has lora.dora = false")
+    for name, part in own.items():
+        problems += layer_problems(name, part, sizes[name])
     return [f"{source}: {problem}" for problem in problems]
 
 
-def _obstacles_of(
-    name: str, part: LoraTensors, needed: tuple[int, int], rank: int, dora: bool
-) -> Iterable[str]:
-    if part.rank != rank:
-        yield f"'{name}' has rank {part.rank}, the run has lora.rank = {rank}"
-    if part.magnitude is not None and not dora:
-        yield f"'{name}' has DoRA's magnitude, the run has lora.dora = false"
-    yield from layer_problems(name, part, needed)
+def _layers(names: Sequence[str]) -> str:
+    more = f", as {len(names) - 1} more," if len(names) > 1 else ""
+    return f"'{names[0]}'{more}"
 
 
 def layer_problems(name: str, part: LoraTensors, needed: tuple[int, int]) -> Iterable[str]:
