@@ -39,7 +39,7 @@ def test_a_run_is_trained_kept_from_being_overwritten_and_resumed(
 
     more = run(
         "train", tmp_path / "output", "--resume", "--steps", "3"
-    )  # a run's folder is its configuration
+    )  # of a folder its own
     assert more.code == 0, more.err
     assert "resuming after step 2" in more.out
     assert len((tmp_path / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
