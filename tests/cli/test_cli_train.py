@@ -37,9 +37,7 @@ def test_a_run_is_trained_kept_from_being_overwritten_and_resumed(
     assert wider.code == 2 and line.startswith("error: lora.rank = 4: ") and "was trained with 2" in line
     assert "Reading" not in wider.out
 
-    more = run(
-        "train", tmp_path / "output", "--resume", "--steps", "3"
-    )  # of a folder its own
+    more = run("train", tmp_path / "output", "--resume", "--steps", "3")  # of a folder its own
     assert more.code == 0, more.err
     assert "resuming after step 2" in more.out
     assert len((tmp_path / "output" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 3
