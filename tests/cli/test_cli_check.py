@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from tworeel.training import preflight
 
 Run = Callable[..., Any]
 
@@ -84,3 +89,14 @@ def test_clips_of_files_that_are_too_slow_are_counted(run: Run, small_run: list[
         "2 clips with frames more than once: a file has fewer than 32 a second (data.frame_rate)" in done.out
     )
     assert "more than once" not in run("check", *small_run).out
+
+
+def test_a_file_without_permission_is_one_line(
+    run: Run, small_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "vae/config.json")
+
+    monkeypatch.setattr(preflight, "survey", refused)
+    done = run("check", *small_run)
+    assert done.code == 2 and done.err == "error: vae/config.json: Permission denied\n"
