@@ -67,5 +67,8 @@ def test_a_run_that_goes_on_has_the_room_of_its_checkpoints(tmp_path: Path) -> N
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1" / "lora.safetensors").write_bytes(bytes(25))
     assert space_of_results(10, 2, tmp_path) == 3 * 30 + 10 - 25
-    (tmp_path / "more").write_bytes(bytes(1000))
+    (tmp_path / "set-aside-step-9").mkdir()
+    (tmp_path / "set-aside-step-9" / "lora.safetensors").write_bytes(bytes(1000))
+    assert space_of_results(10, 2, tmp_path) == 3 * 30 + 10 - 25, "what is set aside is not removed"
+    (tmp_path / "step-1" / "more").write_bytes(bytes(1000))
     assert space_of_results(10, 2, tmp_path) == 30 + 10, "one is written before the oldest goes"

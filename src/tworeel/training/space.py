@@ -49,9 +49,10 @@ def space_of_results(lora: int, keep: int, checkpoints: Path) -> int:
     Args:
         lora: Bytes of the LoRA's weights.
         keep: Checkpoints that are kept.
-        checkpoints: Their folder; those of a run that goes on make room for its own.
+        checkpoints: Their folder; those of a run that goes on make room for its own, but not what was set
+            aside.
     """
-    there = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in checkpoints.glob("step-*/*"))
     # With two moments; and one more than is kept stands while it is written.
     return 3 * lora + max(0, keep * 3 * lora - there) + lora
 
