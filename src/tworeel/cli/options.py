@@ -87,17 +87,21 @@ def read_config(config: Path | None, settings: list[str] | None, **options: Any)
 
 def _file_of(run: Path | None) -> Path | None:
     """The TOML file; of a run's folder its own."""
+    from tworeel.training.run_folder import RunFolder
+
     if run is None or not run.is_dir():
         return run
-    file = run / "config.toml"
+    file = RunFolder(run).config
     if not file.is_file():
-        raise UserError(f"{run}: holds no config.toml; give the folder of a run, or a TOML file")
+        raise UserError(f"{run}: holds no {file.name}; give the folder of a run, or a TOML file")
     return file
 
 
 def _refuse_moved(folder: Path, output: Path) -> None:
     """Raise where the file is that of a run which lies in another folder than the file says."""
-    if output.resolve() != folder and any(folder.glob("checkpoints/step-*/state.json")):
+    from tworeel.training.run_folder import RunFolder
+
+    if output.resolve() != folder and any(RunFolder(folder).checkpoints.glob("step-*/state.json")):
         raise UserError(
             f"train.output = '{output}': is not {folder}, where the file lies with a run's checkpoints; "
             "it was moved or copied: say which is meant, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, fields, is_dataclass
@@ -142,12 +142,14 @@ class Pipeline:
             futures = [
                 pool.submit(copy_context().run, run.carry, i, batch) for i, batch in enumerate(micro_batches)
             ]
-            _wait_for_all(futures, run.turnstile)
-        except BaseException as error:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            if run.turnstile.error is not None:
+                raise run.turnstile.error
+        except BaseException as error:  # also Ctrl-C here, or a thread that cannot start
             self._compiled_for.clear()  # who knows how far compilation came
             self._num_threads = 0
-            run.turnstile.abort(error)  # if not all have begun, the others would wait for them
-            self._threads.shutdown()
+            run.turnstile.abort(error)  # those that have begun may wait for others
+            self._threads.shutdown(cancel_futures=True)
             raise
         finally:
             self.split.rest()
@@ -223,19 +225,6 @@ def _bytes(micro_batch: Any) -> int:
 def _shapes(micro_batch: Any) -> Hashable:
     """What a compilation depends on: shapes and dtypes of all tensors."""
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in _tensors(micro_batch))
-
-
-def _wait_for_all(futures: list[Future[Tensor]], turnstile: Turnstile) -> None:
-    """Wait until every micro-batch is through; the first error, also Ctrl-C here, ends all of them."""
-    try:
-        wait(futures, return_when=FIRST_EXCEPTION)
-        if turnstile.error is not None:
-            raise turnstile.error
-    except BaseException as error:
-        turnstile.abort(error)
-        for future in futures:
-            future.cancel()
-        raise
 
 
 class _Step:

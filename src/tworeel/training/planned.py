@@ -165,7 +165,9 @@ class PlannedRun:
 
     def _compared(self, reports: Sequence[StepReport]) -> str:
         found = self.plan
-        for card, slowdown in self._slowdowns(reports).items():
+        # What the host limits does not depend on the clips.
+        longer = 1.0 if found.host_bound else self._longer(reports)
+        for card, slowdown in self._slowdowns(reports, longer).items():
             keep(card, self.planner.request.trace, slowdown)
         for card, launching in self._launching(reports).items():
             keep_launching(card, self.planner.request.trace, launching)
@@ -176,7 +178,6 @@ class PlannedRun:
             for device, peak in found.peaks.items()
             if device in held
         )
-        longer = 1.0 if found.host_bound else self._longer(reports)
         planned = longer * found.seconds_per_step / found.micro_batches
         return f"A clip takes {seconds:.2f} s (planned {planned:.2f}); peaks: {memory}"
 
@@ -191,13 +192,16 @@ class PlannedRun:
         stages = [budgets[stage.device] for stage in self.plan.stages]
         keep_bytes(self.planner.request, list(zip(stages, split.footprints, strict=True)))
 
-    def _slowdowns(self, reports: Sequence[StepReport]) -> dict[str, float]:
+    def _slowdowns(self, reports: Sequence[StepReport], longer: float) -> dict[str, float]:
         """How much longer than by its figures each card worked, over all of its stages that only compute.
 
         Waiting for the host says nothing of a card, nor do copies to host memory and back.
+
+        Args:
+            reports: of the steps.
+            longer: how many times as long as the data's average clip theirs take.
         """
         budgets = {budget.device: budget for budget in self.planner.request.budgets}
-        longer = self._longer(reports)
         worked: dict[str, float] = defaultdict(float)
         by_figures: dict[str, float] = defaultdict(float)
         for number, stage in enumerate(() if self.plan.host_bound else self.plan.stages):
