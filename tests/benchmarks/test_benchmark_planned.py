@@ -187,12 +187,14 @@ def test_a_clip_is_traced_once_for_all_its_cases(monkeypatch: pytest.MonkeyPatch
 def test_what_runs_have_measured_on_a_card_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(measuring, "launching", lambda device: 1.5)
+    monkeypatch.setattr(measuring, "link_rate", lambda device: 2e10)
     request = request_of_case(case_of(), SETTINGS, BLOCKS, cards("RTX 4090, RTX 3060 12GB"))
     for budget, slowdown in zip(request.budgets, (1.5, 2.0), strict=True):
         keep(budget.card, request.trace, slowdown)
     found = Plans(Listener())._as_fast(request)
     assert [(budget.measured, budget.slowdown) for budget in found.budgets] == [(True, 1.5), (True, 2.0)]
     assert [budget.launching for budget in found.budgets] == [1.5, 1.5]
+    assert [budget.rates.host for budget in found.budgets] == [2e10, 2e10]
 
 
 def test_on_cpus_there_is_no_plan(case: Case, settings: Settings) -> None:

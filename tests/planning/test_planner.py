@@ -218,6 +218,33 @@ def test_parking_takes_time_of_the_host() -> None:
     assert parked.host_bound and kept.host_bound and parked.seconds_per_step > kept.seconds_per_step
 
 
+def test_a_slow_link_makes_each_block_that_parks_wait_for_its_copy_and_no_other() -> None:
+    link, count = 1e9, 20
+    budgets = [replace(budget, rates=budget.rates.linked(link)) for budget in H100S]
+    some = request_of(budgets=budgets)
+    draft = Planner(some).drafts(budgets, (count,))[0]
+    computing = draft.decide(Fit(5, Residency.SELECTIVE))
+    everything = draft.decide(Fit(count, Residency.SELECTIVE))
+    parking = draft.decide(Fit(5, Residency.OFFLOAD_SELECTIVE))
+    block, copies = draft.traces[0], count - 5
+    copy = block.footprints[Residency.SELECTIVE].kept / link
+    assert computing.forward < 0.5 * copies * copy
+    assert parking.forward == pytest.approx(copies * copy + 5 / count * everything.forward)
+    assert parking.backward == pytest.approx(copies * copy + 5 / count * everything.backward)
+
+
+def test_weights_come_while_activations_leave_and_wait_where_these_come_too() -> None:
+    link, count = 1e9, 20
+    budgets = [replace(budget, rates=budget.rates.linked(link)) for budget in H100S]
+    draft = Planner(request_of(budgets=budgets)).drafts(budgets, (count,))[0]
+    copies = count * draft.traces[0].footprints[Residency.SELECTIVE].kept / link
+    for streamed in (2, count):
+        weights = streamed * draft.block / link
+        found = draft.decide(Fit(0, Residency.OFFLOAD_SELECTIVE, streamed))
+        assert found.forward == pytest.approx(max(copies, weights))
+        assert found.backward == pytest.approx(copies + weights)
+
+
 def test_an_optimizer_that_keeps_less_takes_less() -> None:
     trace = settings_of("wan2.2-t2v-a14b", rank=128)
     usual, small = (plan(request_of(trace=trace, moments=moments)) for moments in (2.0, 0.5))

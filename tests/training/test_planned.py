@@ -178,6 +178,7 @@ def test_a_card_is_timed_once_for_all_that_is_weighed(job, monkeypatch: pytest.M
     monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
     monkeypatch.setattr(measuring, "measured", measured)
     monkeypatch.setattr(measuring, "launching", lambda device: 1.0)
+    monkeypatch.setattr(measuring, "link_rate", lambda device: 2e10)
     _, _, run = plan_job(left_open(config), on_gpus(found), print)
     assert timed == ["cuda:0", "cuda:1"] and run is not None and run.plan.calibrated
 
@@ -362,6 +363,7 @@ def test_a_card_too_full_to_be_timed_is_planned_by_its_figures(job, monkeypatch:
     monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
     monkeypatch.setattr(measuring, "measured", measured)
     monkeypatch.setattr(measuring, "launching", lambda device: 1.0)
+    monkeypatch.setattr(measuring, "link_rate", lambda device: 2e10)
     _, _, run = plan_job(config, on_gpus(found), print)
     assert run is not None and not run.plan.calibrated
 
@@ -381,6 +383,7 @@ def test_streamed_blocks_that_even_shares_do_not_have_go_where_the_plan_has_them
     monkeypatch.setattr(planned, "budgets_of_devices", lambda *_: pair())
     monkeypatch.setattr(measuring, "measured", lambda budget: budget)
     monkeypatch.setattr(measuring, "launching", lambda device: 1.0)
+    monkeypatch.setattr(measuring, "link_rate", lambda device: 2e10)
     _, placed, run = plan_job(config, replace(on_gpus(found), streamed=streamed), print)
     assert run is not None and placed.placement.boundaries[1:-1] == (3,)
     assert placed.streamed_counts == (3, 1)

@@ -191,16 +191,24 @@ class StageDraft:
         ]
 
     def _seconds(self, kept: int, fallback: Residency, streamed: int) -> tuple[float, float]:
-        """Forward and backward of the average clip; copies beside the work count where they take longer."""
+        """Forward and backward of the average clip.
+
+        What a block parks travels beside its neighbour's work, streamed weights beside the work of all; what
+        takes longer counts. Both directions of a link are used at a time.
+        """
         rates, kind, means = self.budget.rates, _traced_as(fallback), self.means
-        forward = sum(rates.forward(means.of(trace.forward)) for trace in self.traces)
-        backward = sum(rates.backward(means.of(trace.backward)) for trace in self.traces)
-        again = self._again(kept)
-        backward += sum(rates.forward(means.of(trace.recomputed[kind])) for trace in again)
-        parked = sum(t.footprints[kind].kept for t in again) * means.linear if fallback.is_parked else 0.0
-        brought = sum(self.sizes[i] for i in spread(range(len(self.blocks)), streamed))
-        copies = (parked + brought) / rates.host
-        return max(forward, copies), max(backward, copies)
+        forward = backward = parked = 0.0
+        for i, trace in enumerate(self.traces):
+            ahead = rates.forward(means.of(trace.forward))
+            back = rates.backward(means.of(trace.backward))
+            if i < len(self.traces) - kept:
+                back += rates.forward(means.of(trace.recomputed[kind]))
+                copy = trace.footprints[kind].kept * means.linear / rates.host if fallback.is_parked else 0.0
+                ahead, back, parked = max(ahead, copy), max(back, copy), parked + copy
+            forward += ahead
+            backward += back
+        brought = sum(self.sizes[i] for i in spread(range(len(self.blocks)), streamed)) / rates.host
+        return max(forward, brought), max(backward, brought + parked)
 
     def _kernels(self, kept: int, fallback: Residency) -> tuple[int, int]:
         """Launched for a micro-batch's forward and backward, and what else the host does, in as many."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -26,6 +27,8 @@ LAUNCH = 5.5e-6
 and 1.22 times as long for an image of Wan 14B as they say."""
 _LAUNCHES = 500
 """In a row: fewer than a card queues."""
+_COPIED = 2**26
+"""Bytes of a copy between card and host: as many as a large tensor that is parked."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._known: dict[str, Budget] = {}
+        self._links: dict[str, float] = {}
         self._launching: float | None = None
 
     def timed(self, budget: Budget) -> Budget:
@@ -56,6 +60,10 @@ class Stopwatch:
                 if self._launching is None:
                     self._launching = launching(torch.device(budget.device))
                 budget = replace(budget, launching=self._launching)
+            if budget.device not in self._links:
+                self._links[budget.device] = link_rate(torch.device(budget.device))
+            link = self._links[budget.device]
+            budget = replace(budget, rates=budget.rates.linked(link))
             if budget.measured:
                 return budget
             if budget.device not in self._known:
@@ -66,6 +74,14 @@ class Stopwatch:
             release_memory()
         known = self._known[budget.device]
         return replace(known, total=budget.total, free=budget.free, launching=budget.launching)
+
+
+def link_rate(device: torch.device) -> float:
+    """Bytes a second between a card and pinned host memory, the slower way: a slot may have fewer lanes."""
+    here = torch.empty(_COPIED, dtype=torch.uint8, device=device)
+    there = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type != "cpu")
+    ways = (here, there), (there, here)
+    return _COPIED / max(_time(device, 0.02, partial(to.copy_, of, non_blocking=True)) for to, of in ways)
 
 
 def launching(device: torch.device) -> float:

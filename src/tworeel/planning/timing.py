@@ -63,6 +63,11 @@ class Rates:
         products = sum(count / self.products.get(dtype, self.bf16) for dtype, count in work.products.items())
         return products + (work.traffic + work.weights) / self.traffic
 
+    def linked(self, host: float) -> Rates:
+        """The same card in a slot that moves so many bytes; without a link of its own all crosses there."""
+        crossing = host if self.crossing == self.host else self.crossing
+        return replace(self, host=host, crossing=crossing)
+
     def slowed(self, factor: float) -> Rates:
         """The same card where everything takes `factor` times as long."""
         return replace(
