@@ -51,7 +51,7 @@ class Case:
     """All by default."""
     steps: int = 3
     """The first one compiles and decides what blocks leave behind, in the second each thread still makes
-    plans for its kernels; the last one is timed."""
+    plans for its kernels; the others are timed."""
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from tworeel.planning.measuring import Stopwatch
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
-from tworeel.training.planned import budgets_of_cards
+from tworeel.training.planned import UNMEASURED, budgets_of_cards
 from tworeel.units import GIB
 
 MOST_FRAMES = 1001
@@ -41,7 +42,7 @@ class Measured:
     """What some steps took; sizes in bytes."""
 
     seconds: float | None
-    """Of the last step; None if a device ran out of memory."""
+    """Of a step; None if a device ran out of memory."""
     peaks: dict[str, int]
     """In tensors by accelerator, also where it ran out."""
     reserved: dict[str, int]
@@ -69,11 +70,20 @@ class Bench:
         self._stopwatch = Stopwatch()
         self._compiled_for: tuple[Any, ...] = ()
 
-    def planner(self, case: Case) -> Planner:
-        """Plans a case for its devices as they are now, limited as the case says."""
+    def planner(self, case: Case, *, host_factor: float = 1.0) -> Planner:
+        """Plans a case for its devices as they are now, limited as the case says.
+
+        Args:
+            case: what is planned.
+            host_factor: how many times as long as by its small launches the host takes.
+        """
         devices = self.devices[: case.stages]
         _limit(case, devices)
-        settings, budgets = _settings(case, devices), self._budgets(case, devices)
+        settings = _settings(case, devices)
+        budgets = [
+            replace(budget, launching=host_factor * (budget.launching or 1.0))
+            for budget in self._budgets(case, devices)
+        ]
         request = make_request(case.source, case.bucket, settings, budgets, micro_batches=case.micro_batches)
         return self._planners.planner(request)
 
@@ -162,7 +172,7 @@ class _Trained:
     """Some steps that did not run out of memory."""
 
     seconds: float
-    """Of the last one."""
+    """Of those that tell of a run's speed, in the mean; of the last one where there are none."""
     residency: str
     first: dict[str, machine.Peak]
     """Peaks of the first one."""
@@ -202,7 +212,7 @@ def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: 
     )
     pipeline = Pipeline(division, slack=request.slack)
     batches = list(_batches(case, request, family))
-    seconds = 0.0
+    times: list[float] = []
     first: dict[str, machine.Peak] = {}
     with attention_backend("auto", devices):
         for number in range(case.steps):
@@ -212,12 +222,12 @@ def _train(case: Case, request: Request, devices: Sequence[torch.device], plan: 
             pipeline.step(batches, lambda output, _: models.mean_square(output))
             optimizer.step()
             machine.synchronize(devices)
-            seconds = time.perf_counter() - begin
+            times.append(time.perf_counter() - begin)
             if number == 0:
                 first = machine.peaks(devices)
                 for device in machine.accelerators(devices):
                     torch.accelerator.reset_peak_memory_stats(device)
-    return _Trained(seconds, division.residency_in_words(), first)
+    return _Trained(fmean(times[UNMEASURED:] or times[-1:]), division.residency_in_words(), first)
 
 
 def _batches(case: Case, request: Request, family: Family) -> Iterator[dict[str, Any]]:
