@@ -14,6 +14,7 @@ from tworeel.cli import bench_options as given
 from tworeel.cli import options
 from tworeel.cli.bench_figures import measure, output_problems
 from tworeel.cli.bench_options import PrecisionName
+from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.report.console import say
@@ -87,12 +88,13 @@ def bench(
         # Before torch is imported: so tiny a model is slowed by more threads than one a stage.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with watching() as observer:
-        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
-        import torch
+        # After what needs none of them; a Ctrl-C is heard meanwhile
+        with importing():
+            import torch
 
-        from tworeel.benchmarks.machine import devices_of
-        from tworeel.benchmarks.preparing import Settings, launched, settings_problems
-        from tworeel.engine.attention import before_first_product
+            from tworeel.benchmarks.machine import devices_of
+            from tworeel.benchmarks.preparing import Settings, launched, settings_problems
+            from tworeel.engine.attention import before_first_product
 
         before_first_product(attention)
         with collected(problems):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tworeel.cli import options
+from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.report.console import complain, say
 
@@ -33,9 +34,10 @@ def cache(
         train__output=output,
     )
     with watching() as observer:
-        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
-        from tworeel.training.assembly import cache_clips
-        from tworeel.training.preflight import preflight
+        # After what needs none of them; a Ctrl-C is heard meanwhile
+        with importing():
+            from tworeel.training.assembly import cache_clips
+            from tworeel.training.preflight import preflight
 
         job = preflight(run_config, observer)
         index = cache_clips(run_config, job, observer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tworeel.cli import options
+from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import raise_if_any
 from tworeel.report.console import complain, console, say
@@ -42,9 +43,10 @@ def check(
         train__output=output,
     )
     with watching() as observer:
-        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
-        from tworeel.report.tables import model_lines
-        from tworeel.training.preflight import survey
+        # After what needs none of them; a Ctrl-C is heard meanwhile
+        with importing():
+            from tworeel.report.tables import model_lines
+            from tworeel.training.preflight import survey
 
         found = survey(run_config, observer)
     for line in model_lines(found.source) if found.source else []:

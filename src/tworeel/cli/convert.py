@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tworeel.cli.importing import importing
 from tworeel.errors import UserError, collected, did_you_mean, raise_if_any
 from tworeel.report.console import say
 
@@ -25,10 +26,11 @@ def convert(
 
     The form of the source is recognized; converting back restores every value to the bit.
     """
-    from tworeel.lora.convert import convert_lora, family_of
-    from tworeel.lora.files import form_named
-    from tworeel.lora.naming import Naming
-    from tworeel.models.registry import FAMILIES
+    with importing():
+        from tworeel.lora.convert import convert_lora, family_of
+        from tworeel.lora.files import form_named
+        from tworeel.lora.naming import Naming
+        from tworeel.models.registry import FAMILIES
 
     problems: list[str] = []
     if family is not None and family not in FAMILIES:

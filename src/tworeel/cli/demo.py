@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tworeel.cli.importing import importing
 from tworeel.errors import UserError
 
 
@@ -26,8 +27,9 @@ def demo(
     """
     # Before torch is imported: so tiny a model is slowed by more threads than one a stage.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from tworeel.demo.kinds import DEMOS
-    from tworeel.demo.run import run_demo
+    with importing():
+        from tworeel.demo.kinds import DEMOS
+        from tworeel.demo.run import run_demo
 
     name = family or next(iter(DEMOS))
     if name not in DEMOS:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tworeel.cli import options
+from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError, collected, raise_if_any
 from tworeel.report.console import console, say
@@ -72,15 +73,16 @@ def plan(
     )
     problems = _option_problems(gpus, memory_gib, host_memory_gib, devices)
     with watching() as observer:
-        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
-        import torch
+        # After what needs none of them; a Ctrl-C is heard meanwhile
+        with importing():
+            import torch
 
-        from tworeel.engine.compiling import may_launch_from_cpp
-        from tworeel.planning.choosing import choose
-        from tworeel.planning.explaining import explained
-        from tworeel.training.loadable import of_options
-        from tworeel.training.planned import make_request
-        from tworeel.training.preflight import survey
+            from tworeel.engine.compiling import may_launch_from_cpp
+            from tworeel.planning.choosing import choose
+            from tworeel.planning.explaining import explained
+            from tworeel.training.loadable import of_options
+            from tworeel.training.planned import make_request
+            from tworeel.training.preflight import survey
 
         budgets: tuple[Budget, ...] = ()
         with collected(problems):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tworeel.cli import options
+from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError
 from tworeel.report.console import say
@@ -90,8 +91,9 @@ def sample(
         loras[None] = lora
     folder = out or _new_folder(run_config.train.output / "samples")
     with watching() as observer:
-        # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
-        from tworeel.training.sample import sample as render
+        # After what needs none of them; a Ctrl-C is heard meanwhile
+        with importing():
+            from tworeel.training.sample import sample as render
 
         sheet = render(run_config, folder=folder, loras=loras, single_expert=single_expert, observer=observer)
     say(f"Contact sheet: {sheet.path}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tworeel.cli import options
+from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.report.console import say
 from tworeel.signals import Stopped
@@ -72,8 +73,9 @@ def _run(config: RunConfig, resume: bool | Path, anyway: bool, cards: Path | Non
     """Train; when a signal stops it, say how to go on."""
     try:
         with watching() as observer:
-            # Slow imports, after what needs none of them; a Ctrl-C is heard meanwhile
-            from tworeel.training.run import train as train_lora
+            # After what needs none of them; a Ctrl-C is heard meanwhile
+            with importing():
+                from tworeel.training.run import train as train_lora
 
             return train_lora(config, resume=resume, anyway=anyway, cards=cards, observer=observer)
     except Stopped:
