@@ -18,6 +18,8 @@ from functorch.compile import aot_function, make_boxed_func, min_cut_remateriali
 from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -260,23 +262,20 @@ def _compiled_graphs(block: nn.Module, call: _Call, *, whole_norms: bool) -> tup
         found.extend(_Graphs(forward.graph, backward.graph) for forward, backward in (plain, selective))
         return plain
 
-    def as_it_is(graph: fx.GraphModule, _inputs: Any) -> Any:
-        return make_boxed_func(graph)
+    def as_traced(module: fx.GraphModule, _inputs: Any) -> Any:
+        """What it returns is known: it need not run."""
+        returned = map_arg(module.graph.output_node().args[0], lambda node: node.meta["val"])
+        return make_boxed_func(lambda *_: returned)
 
     compiled = aot_function(
         run,
-        fw_compiler=as_it_is,
+        fw_compiler=as_traced,
         partition_fn=partition,
         decompositions=select_decomp_table(),
     )
-    outputs = compiled(state, *(leaves[i] for i in places))
-    wanted = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    torch.autograd.grad(
-        wanted,
-        [leaf for leaf in (*state.values(), *leaves) if isinstance(leaf, Tensor) and leaf.requires_grad],
-        [torch.ones_like(leaf) for leaf in wanted],
-        allow_unused=True,
-    )
+    # Graphs that are only read need no Python code.
+    with _use_lazy_graph_module(True):
+        compiled(state, *(leaves[i] for i in places))
     plain, selective = found
     return plain, selective
 
@@ -286,7 +285,7 @@ def _copied(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     returned = graph.graph_copy(module.graph, {})
     graph.output(returned).meta = dict(module.graph.output_node().meta)
-    return fx.GraphModule(module, graph)
+    return _make_graph_module(module, graph)
 
 
 def _mark_recomputed(joint: fx.Graph) -> None:
