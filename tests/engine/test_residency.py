@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from toy_wan import make_micro_batch, make_wan, square_loss
 
 from tworeel import Pipeline, split
 from tworeel.engine import compiling, parking
+from tworeel.engine.host_pool import HostPool
 from tworeel.engine.residency import Residency, run_block
 
 
@@ -48,6 +51,30 @@ def test_constants_are_captured_once_and_not_held_per_block():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run_block(Scale(), (x,), {"text": text}, residency=Residency.RECOMPUTE)
     assert held == [x.shape]
+
+
+class Trained(torch.nn.Module):
+    """A block with a weight that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, h: torch.Tensor, *, text: torch.Tensor) -> torch.Tensor:
+        return h * self.weight * text.sum()
+
+
+def test_the_first_blocks_hidden_state_is_parked_although_it_needs_no_gradient():
+    pool, text = HostPool(), torch.randn(5, 64)
+    hidden = torch.randn(512, 64)
+    expected = text.sum() * hidden.sum(0)
+    gone = weakref.ref(hidden)
+    berth, block = parking.Berth(pool), Trained()
+    output = run_block(block, (hidden,), {"text": text}, residency=Residency.OFFLOAD, berth=berth)
+    del hidden
+    assert gone() is None and pool.held >= 512 * 64 * 4
+    output.sum().backward()
+    torch.testing.assert_close(block.weight.grad, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_recompute_runs_each_block_twice_and_keep_once():

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from fake_tensors import make_fake
-from tworeel.engine import Pipeline, pipeline, split
+from tworeel.engine import Pipeline, parking, pipeline, split
+from tworeel.engine import residency as residency_
 from tworeel.engine.schedule import Action
+from tworeel.engine.streams import Arrival
 from tworeel.lora.inject import inject_lora
 from tworeel.planning.requests import Request
 from tworeel.planning.watching import Watch, fused_norms
@@ -96,6 +98,10 @@ def counted_peaks(request: Request, residency: str, monkeypatch: pytest.MonkeyPa
                 turns.end()
 
     monkeypatch.setattr(pipeline._Step, "carry", counted)
+    for user in (parking, residency_):
+        # Without data there are no addresses.
+        monkeypatch.setattr(user, "storage_of", lambda tensor: tensor.untyped_storage()._cdata)
+    monkeypatch.setattr(parking, "copy_in", _come_back)
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         precise = tensor.requires_grad or {*name.split(".")} & {*family.keep_fp32}
@@ -108,6 +114,11 @@ def counted_peaks(request: Request, residency: str, monkeypatch: pytest.MonkeyPa
         step = Pipeline(division, slack=request.slack).step
         step(batches, lambda output, _: output.sample.float().square().mean())
     return [peaks[str(device)] for device in dict.fromkeys(devices)]
+
+
+def _come_back(host: Tensor, device: torch.device, _ready: torch.Event | None) -> Arrival:
+    """From host memory to a device that only stands for one."""
+    return Arrival(torch.empty_like(host, device=device))
 
 
 def _micro_batches(request: Request, device: torch.device) -> Iterator[dict[str, Any]]:

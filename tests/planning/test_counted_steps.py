@@ -62,6 +62,15 @@ def test_a_step_holds_what_is_planned(variant: str, monkeypatch: pytest.MonkeyPa
     assert_held(request(variant), monkeypatch)
 
 
+@pytest.mark.parametrize("variant", ["wan2.2-t2v-a14b", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize("residency", ["offload", "offload-selective"])
+def test_a_step_that_parks_holds_what_is_planned(
+    residency: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden state that the first block is given among it, which needs no gradient."""
+    assert_held(replace(request(variant), residency=residency), monkeypatch)
+
+
 def test_inputs_that_were_sent_far_ahead_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     some = replace(request("wan2.2-t2v-a14b"), micro_batches=6, slack=4)
     assert_held(some, monkeypatch, over=0.1)  # how far ahead is the threads' affair

@@ -144,11 +144,11 @@ class Berth:
         """Park what autograd saves inside.
 
         Args:
-            shared: storages (by address) that are not this block's alone: weights and constants.
+            shared: storages (see `storage_of`) that are not this block's alone: weights and constants.
         """
 
         def pack(tensor: Tensor) -> Parked | Tensor:
-            return tensor if tensor.untyped_storage().data_ptr() in shared else self.park(tensor)
+            return tensor if storage_of(tensor) in shared else self.park(tensor)
 
         with saved_tensors_hooks(pack, self.get):
             yield
@@ -178,6 +178,11 @@ class Departures:
             berth = reference()
             if berth is not None and berth is not but:
                 berth.let_go()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells a tensor's storage from all others that are held."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.keeping import ATTENTION_OPS, keeping_contexts
-from tworeel.engine.parking import Berth
+from tworeel.engine.parking import Berth, storage_of
 
 _LEAST_KEYS = 4
 """An attention is kept if it has at least one key for so many queries; over a short text it is cheap."""
@@ -114,13 +114,12 @@ def is_kept(op: Any, args: Sequence[Any], kept_ops: Collection[Any] = ()) -> boo
 
 
 def _recomputing(forward: Callable[..., Any], block: nn.Module, args: Any, kwargs: Any, **how: Any) -> Any:
-    """Run a block under a checkpoint that holds only the inputs that need a gradient.
+    """Run a block under a checkpoint that holds only the inputs that change from block to block.
 
-    Inputs without one (text, RoPE tables, modulation) are shared by all blocks: the recomputation captures
-    them, and only what changes from block to block is kept per block.
+    What all blocks share (text, RoPE tables, modulation) the recomputation captures.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    changing = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    changing = _changing(leaves)
 
     def rerun(*tensors: Tensor) -> Any:
         merged = list(leaves)
@@ -133,6 +132,14 @@ def _recomputing(forward: Callable[..., Any], block: nn.Module, args: Any, kwarg
     for i in changing:
         leaves[i] = None
     return checkpoint(rerun, *inputs, use_reentrant=False, **{"preserve_rng_state": False, **how})
+
+
+def _changing(leaves: Sequence[Any]) -> list[int]:
+    """Which of a block's arguments are not shared by all blocks: those that need a gradient, and the first.
+
+    That is the hidden state, which needs none where the first block is given it.
+    """
+    return [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and (i == 0 or leaf.requires_grad)]
 
 
 def run_block(
@@ -181,10 +188,11 @@ def run_block(
 
 
 def _shared_storages(block: nn.Module, args: Any, kwargs: Any) -> set[int]:
-    """Addresses of what is held anyway: the block's weights, and inputs that all blocks share."""
-    shared = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    constants = [tensor for tensor in shared if not tensor.requires_grad]
-    return {t.untyped_storage().data_ptr() for t in (*constants, *block.parameters(), *block.buffers())}
+    """Storages that are held anyway: of the block's weights, and of inputs that all blocks share."""
+    leaves = tree_leaves((args, kwargs))
+    changing = _changing(leaves)
+    constants = [leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in changing]
+    return set(map(storage_of, (*constants, *block.parameters(), *block.buffers())))
 
 
 def refuse_dropout(name: str, block: nn.Module) -> None:
