@@ -139,6 +139,19 @@ def test_every_variant_is_traced(variant: str) -> None:
     assert 15 * keep.hidden < keep.kept < 30 * keep.hidden
 
 
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize(
+    ("quantize", "mode"),
+    [("fp8", "rowwise"), ("fp8", "weight-only"), ("int8", "fused"), ("int8", "weight-only")],
+)
+def test_dora_beside_quantized_weights_is_traced(quantize: str, mode: str, compile: bool) -> None:
+    trace, plain = (
+        traced(quantize=quantize, mode=mode, compile=compile, dora=dora) for dora in (True, False)
+    )
+    assert trace.footprints[Residency.KEEP].kept >= plain.footprints[Residency.KEEP].kept
+    assert trace.forward.kernels > plain.forward.kernels
+
+
 def test_dora_and_rank_change_what_is_computed() -> None:
     plain, wide, dora = (traced(**changes) for changes in ({}, {"rank": 128}, {"dora": True}))
     assert sum(wide.forward.products.values()) > sum(plain.forward.products.values())

@@ -103,6 +103,9 @@ def _fill(layer: LoraLinear, seed: int, name: str) -> None:
 def _add_magnitude(layer: LoraLinear) -> None:
     """Make a LoRA layer a DoRA layer, as peft does; but peft would take a quantized weight for the weight."""
     down, up = (module[ADAPTER].get_parameter("weight") for module in (layer.lora_A, layer.lora_B))
+    if down.is_meta:  # a quantized layer has no tables yet
+        make_dora(layer, up.new_empty(len(up)))
+        return
     with torch.no_grad():
         lengths = row_norms(dense_weight(layer.get_base_layer()), down, up, 0.0)
     make_dora(layer, lengths)
