@@ -14,6 +14,7 @@ from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import TOO_LARGE, Footprint
 from tworeel.engine.probing import Probe
 from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import Streamed, pinned_bytes
 
 SIZES = {
     Residency.KEEP: Footprint(kept=2000, working=1000, hidden=100),
@@ -51,15 +52,17 @@ class Devices:
     def memory(self, split, stage, in_flight, holding):
         blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
         some = StageMemory(available=self._available, num_blocks=len(blocks), may_keep=0, in_flight=in_flight)
+        may_stream = split.may_stream * (len(blocks) - len(streamed))
         return replace(
             some,
             may_keep=len(blocks) - len(streamed),
             holding=holding,
             streamed=len(streamed),
-            may_stream=split.may_stream,
-            smallest=self._weights,
-            # Next to nothing, so that two blocks have something to give beside both slots.
-            largest=1,
+            # The slots take nothing, so that two blocks have something to give.
+            streaming=[
+                Streamed(more * self._weights, pinned_bytes([self._weights] * more))
+                for more in range(may_stream + 1)
+            ],
         )
 
     def measure(self, split, forward, memories):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from toy_wan import make_wan
@@ -15,16 +16,14 @@ from tworeel.engine.fitting import (
     Fit,
     StageMemory,
     available_memory,
-    blocks_to_stream,
     fit_as,
     fit_stages,
     needs_fallback,
-    streamable,
     ways_to_fit,
 )
 from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import SLOTS, pinned_bytes
+from tworeel.engine.weight_streaming import SLOTS, Streamed, more_and_more_streamed, pinned_bytes
 
 BLOCK = {
     Residency.KEEP: Footprint(kept=20, working=10, hidden=1),
@@ -33,7 +32,7 @@ BLOCK = {
 SIZES = StageFootprints([BLOCK] * 10)
 
 
-def memory(available: int, **changes: int) -> StageMemory:
+def memory(available: int, **changes: Any) -> StageMemory:
     """A stage of 10 blocks that holds 2 micro-batches."""
     usual = StageMemory(available=available, num_blocks=10, may_keep=10, in_flight=2, holding=2)
     return replace(usual, **changes)
@@ -82,13 +81,13 @@ def test_with_little_room_activations_wait_on_the_host():
 
 
 def test_what_is_missing_is_told_as_long_as_streamed_weights_can_make_up_for_it():
-    weights = {"may_stream": True, "smallest": 1, "largest": 1}
+    weights = {"streaming": more_and_more_streamed([1] * 10)}
     assert fit_stage(memory(36, **weights), SIZES) == Fit(0, Residency.OFFLOAD_SELECTIVE, streamed=5)
 
 
 def test_with_less_still_the_attentions_are_computed_again_too():
     # 3 × 1 + 2 × 1 + 30: an input each is on the device, and what `keep` would have kept is made again
-    few = {"may_stream": True, "smallest": 1, "largest": 4}
+    few = {"streaming": [Streamed(freed=more // 5) for more in range(11)]}
     assert fit_stage(memory(36, **few), SIZES) == Fit(0, Residency.OFFLOAD)
     assert fit_stage(memory(35), SIZES) == Fit(0, Residency.OFFLOAD)
     assert fit_stage(memory(33), SIZES) == Fit(0, Residency.OFFLOAD, missing=2)
@@ -112,18 +111,6 @@ def test_where_keeping_could_not_be_measured_the_selective_way_counts():
     # 3 × 1 + 2 × 1 + 32
     assert fit_stage(memory(37), large) == Fit(0, Residency.OFFLOAD)
     assert fit_stage(memory(36), large) == Fit(0, Residency.OFFLOAD, missing=1)
-
-
-def test_streaming_frees_all_blocks_but_those_in_the_slots():
-    assert [streamable(7, 10, streamed) for streamed in (0, 3, 10)] == [(10 - SLOTS) * 7, 49, 0]
-    assert streamable(7, 1) == 0
-
-
-def test_blocks_of_several_sizes_are_counted_so_that_enough_is_freed():
-    """Which are streamed is not known here: each frees at least the smallest, a slot takes the largest."""
-    assert blocks_to_stream(30, 10, 20) == 3 + SLOTS
-    assert blocks_to_stream(30, 10, 20, slot=25) == 3 + SLOTS * 25 // 10
-    assert streamable(10, 20, slot=25) == 20 * 10 - SLOTS * 25
 
 
 def test_inputs_alone_are_what_an_offloading_stage_parks():
@@ -161,7 +148,7 @@ def test_what_all_stages_park_has_to_fit_the_host():
     assert fit_stages(memories, footprints, parked - 2 * 10 * 2 - 1) == [inputs, None, inputs]
 
 
-WEIGHTS = {"may_stream": True, "smallest": 9, "largest": 9}
+WEIGHTS = {"streaming": more_and_more_streamed([9] * 10)}
 
 
 def test_streamed_weights_take_of_the_host_too():
@@ -173,7 +160,8 @@ def test_streamed_weights_take_of_the_host_too():
 
 
 def test_weights_that_wait_on_the_host_already_take_nothing_more_of_it():
-    before = memory(36, streamed=SLOTS + 1, may_keep=9 - SLOTS, **WEIGHTS)
+    others = more_and_more_streamed([9] * (9 - SLOTS), streamed=SLOTS + 1, slot=9)
+    before = memory(36, streamed=SLOTS + 1, may_keep=9 - SLOTS, streaming=others)
     fit = fit_stage(before, SIZES)
     assert fit.streamed == SLOTS + 2 and fit.host == 2 * 10 * 3 + pinned_bytes([9])
 

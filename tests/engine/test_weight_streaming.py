@@ -8,7 +8,14 @@ from torch import nn
 from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
 from tworeel import Pipeline, split
-from tworeel.engine.weight_streaming import SLOTS, WeightStreamer, pinned_bytes, spread
+from tworeel.engine.weight_streaming import (
+    SLOTS,
+    WeightStreamer,
+    enough,
+    more_and_more_streamed,
+    pinned_bytes,
+    spread,
+)
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -116,3 +123,31 @@ def test_streamed_blocks_are_spread_evenly():
     assert spread(range(20), 4) == [2, 7, 12, 17]
     assert spread(range(10, 13), 3) == [10, 11, 12]
     assert spread(range(5), 0) == []
+
+
+def test_streaming_frees_all_blocks_but_those_in_the_slots():
+    assert more_and_more_streamed([7] * 10)[-1].freed == (10 - SLOTS) * 7
+    assert more_and_more_streamed([7] * 7, streamed=3, slot=7)[-1].freed == 49
+    assert more_and_more_streamed([], streamed=10, slot=7)[-1].freed == 0
+    assert more_and_more_streamed([7])[-1].freed == 0
+
+
+def test_as_many_blocks_are_streamed_as_free_enough():
+    ways = more_and_more_streamed([10] * 20)
+    assert [enough(missing, ways) for missing in (-5, 0, 1, 30, 180)] == [0, 0, 1 + SLOTS, 3 + SLOTS, 20]
+    # Where nothing is enough, the most.
+    assert enough(181, ways) == 20
+
+
+def test_blocks_of_several_sizes_are_counted_each_as_it_is():
+    sizes = [25] * 4 + [10] * 16
+    ways = more_and_more_streamed(sizes)
+    assert ways[20].freed == sum(sizes) - SLOTS * 25
+    assert ways[20].pinned == pinned_bytes(sizes) < pinned_bytes([25] * 20)
+    for more in range(1, 21):
+        chosen = [sizes[i] for i in spread(range(20), more)]
+        assert ways[more].freed == sum(chosen) - min(SLOTS, more) * max(chosen)
+
+
+def test_slots_grow_with_the_largest_block_that_comes_to_be_streamed():
+    assert more_and_more_streamed([25], streamed=3, slot=10)[1].freed == 25 - SLOTS * 15

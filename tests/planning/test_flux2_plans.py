@@ -13,6 +13,7 @@ from test_tracing import assert_holds
 from tworeel.benchmarks.widths import FLUX2_DEV
 from tworeel.data.clips import Bucket
 from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import pinned_bytes, spread
 from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, ModelSource
 from tworeel.models.flux2.family import FLUX2
@@ -158,3 +159,24 @@ def test_a_small_card_streams_or_recomputes() -> None:
     found = plan("RTX 4090")
     assert found.fits
     assert found.stages[0].streamed > 0 or found.stages[0].kept < found.stages[0].num_blocks
+
+
+def test_streamed_blocks_of_two_kinds_are_counted_each_as_it_is() -> None:
+    """A double block is twice a single one, and of the 32 there are 8."""
+    small = Bucket(1, 512, 512)
+    some = request_of(
+        family=FLUX2,
+        source=source_of(),
+        trace=settings_of(),
+        buckets={small: 1.0},
+        budgets=budgets_of("RTX 3060 12GB"),
+        micro_batches=1,
+        host_free=20 * GIB,
+    )
+    planner = Planner(some)
+    found = planner.best()
+    (stage,), (draft,) = found.stages, planner.drafts(some.budgets, ())
+    chosen = spread(draft.sizes, stage.streamed)
+    assert found.fits and len(set(chosen)) == 2
+    assert stage.parts["weights"] == draft.weights - sum(chosen) + 2 * max(chosen)
+    assert 0 < stage.host - pinned_bytes(chosen) < GIB  # what is parked

@@ -11,6 +11,7 @@ from real_models import CLIP, IMAGE, VARIANTS, budgets_of, limited, request_of, 
 from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import Fit
 from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import spread
 from tworeel.planning import Planner, Request, plan
 from tworeel.planning.measuring import LAUNCH
 from tworeel.planning.plans import Plan
@@ -239,7 +240,7 @@ def test_weights_come_while_activations_leave_and_wait_where_these_come_too() ->
     draft = Planner(request_of(budgets=budgets)).drafts(budgets, (count,))[0]
     copies = count * draft.traces[0].footprints[Residency.SELECTIVE].kept / link
     for streamed in (2, count):
-        weights = streamed * draft.block / link
+        weights = sum(spread(draft.sizes, streamed)) / link
         found = draft.decide(Fit(0, Residency.OFFLOAD_SELECTIVE, streamed))
         assert found.forward == pytest.approx(max(copies, weights))
         assert found.backward == pytest.approx(copies + weights)

@@ -19,7 +19,7 @@ from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import most_holding
 from tworeel.engine.split import Split
-from tworeel.engine.weight_streaming import frozen_parameters
+from tworeel.engine.weight_streaming import frozen_parameters, more_and_more_streamed
 
 
 def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> None:
@@ -56,7 +56,9 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
     if split.placement.devices[stage].type == "cpu":
         return None
     blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
-    smallest, largest = _extremes(split, stage)
+    sizes = {position: _frozen_bytes(split, position) for position in blocks}
+    resident = [size for position, size in sizes.items() if position not in streamed]
+    slot = max((sizes[position] for position in streamed), default=0)
     return StageMemory(
         available=available_memory(split.placement, split.model, stage, split.optimizer),
         num_blocks=len(blocks),
@@ -66,9 +68,7 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
         last_streamed=blocks.index(streamed[-1]) if streamed else -1,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
         streamed=len(streamed),
-        may_stream=split.may_stream,
-        smallest=smallest,
-        largest=largest,
+        streaming=more_and_more_streamed(resident if split.may_stream else (), len(streamed), slot),
     )
 
 
@@ -141,12 +141,10 @@ def _stream_more(split: Split, stages: Sequence[int]) -> None:
     release_memory()
 
 
-def _extremes(split: Split, stage: int) -> tuple[int, int]:
-    """Bytes of the frozen weights of a stage's smallest block, and of its largest."""
-    blocks = split.placement.blocks_of(stage)
-    modules = [split.model.get_submodule(split.placement.block_names[position]) for position in blocks]
-    sizes = [sum(parameter.nbytes for parameter in frozen_parameters(module)) for module in modules]
-    return min(sizes), max(sizes)
+def _frozen_bytes(split: Split, position: int) -> int:
+    """Bytes of a block's frozen weights."""
+    module = split.model.get_submodule(split.placement.block_names[position])
+    return sum(parameter.nbytes for parameter in frozen_parameters(module))
 
 
 def _keep_most(split: Split, stage: int, fit: Fit) -> None:

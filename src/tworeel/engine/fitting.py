@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
-from tworeel.engine.weight_streaming import SLOTS, pinned_bytes
+from tworeel.engine.weight_streaming import Streamed, enough
 
 SPARE = 0.04
 """Share of a device's memory that is left alone: the allocator's rounding and gaps."""
@@ -42,12 +42,8 @@ class StageMemory:
     """Place, among the stage's blocks, of the last one whose weights are streamed; -1 if none are."""
     streamed: int = 0
     """Blocks whose weights are streamed already."""
-    may_stream: bool = False
-    """Whether those of more blocks may be."""
-    smallest: int = 0
-    """Bytes of the frozen weights of its smallest block."""
-    largest: int = 0
-    """Of its largest block: what a slot takes."""
+    streaming: Sequence[Streamed] = (Streamed(),)
+    """What it means that those of 0, 1, … more are; of none where no more may be."""
     head: int = 0
     """Bytes that the model takes behind its last block, on the stage that has that."""
 
@@ -112,21 +108,17 @@ def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints
         footprints: of its blocks, when they do not keep everything as `fallback` says.
     """
 
-    def fit(num_kept: int, streamed: int, missing: int = 0) -> Fit:
+    def fit(num_kept: int, more: int = 0, missing: int = 0) -> Fit:
         parked = memory.in_flight * footprints.left[memory.num_blocks - num_kept] if fallback.is_parked else 0
-        weights = pinned_bytes([memory.largest] * (streamed - memory.streamed))
-        return Fit(num_kept, fallback, streamed, missing, host=parked + weights)
+        host = parked + memory.streaming[more].pinned
+        return Fit(num_kept, fallback, memory.streamed + more, missing, host=host)
 
     for num_kept in range(memory.may_keep, -1, -1):
         missing = needed(memory, footprints, num_kept, fallback) - memory.available
         if missing <= 0:
-            return fit(num_kept, memory.streamed)
-    sizes = memory.smallest, memory.num_blocks, memory.streamed
-    could = streamable(*sizes, slot=memory.largest) if memory.may_stream else 0
-    if not could:
-        return fit(0, memory.streamed, missing)
-    streamed = blocks_to_stream(missing, *sizes, slot=memory.largest)
-    return fit(0, streamed, max(0, missing - could))
+            return fit(num_kept)
+    more = enough(missing, memory.streaming)
+    return fit(0, more, max(0, missing - memory.streaming[more].freed))
 
 
 def fit_stages(
@@ -208,32 +200,6 @@ def crossing_buffers(memory: StageMemory, hidden: int) -> int:
     """
     # Inputs are sent ahead of their turn; gradients wait for theirs, all but the one that a block works with.
     return (memory.holding + memory.in_flight - 1) * hidden
-
-
-def streamable(block: int, num_blocks: int, streamed: int = 0, *, slot: int | None = None) -> int:
-    """Bytes that streaming the rest of a stage's blocks would free; arguments as `blocks_to_stream`'s."""
-    return max(0, (num_blocks - streamed) * block - _slots(streamed, slot or block))
-
-
-def blocks_to_stream(
-    missing: int, block: int, num_blocks: int, streamed: int = 0, *, slot: int | None = None
-) -> int:
-    """How many of a stage's blocks must be streamed to free so many bytes more.
-
-    Args:
-        missing: bytes that are too few.
-        block: frozen weights of one block, in bytes; of the smallest, if they differ.
-        num_blocks: of the stage.
-        streamed: blocks that are streamed already; the first ones also pay for the slots.
-        slot: frozen weights of the largest block, if they differ.
-    """
-    more = -(-(missing + _slots(streamed, slot or block)) // max(1, block))
-    return min(num_blocks, streamed + more)
-
-
-def _slots(streamed: int, slot: int) -> int:
-    """Bytes that the slots still take on the device."""
-    return 0 if streamed else SLOTS * slot
 
 
 def available_memory(

@@ -152,6 +152,41 @@ def spread(positions: Sequence[int], count: int) -> list[int]:
     return [positions[(2 * i + 1) * len(positions) // (2 * count)] for i in range(count)]
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """What it means for a stage that the weights of some more blocks are streamed; in bytes."""
+
+    freed: int = 0
+    """That its device gets back: less than nothing where the slots take more."""
+    pinned: int = 0
+    """Of host memory."""
+
+
+def more_and_more_streamed(sizes: Sequence[int], streamed: int = 0, slot: int = 0) -> list[Streamed]:
+    """What it means that 0, 1, … of a stage's blocks are streamed, spread evenly.
+
+    Args:
+        sizes: frozen weights of each block that is on the device, in bytes.
+        streamed: blocks that are streamed already.
+        slot: bytes of each of the slots that they have.
+    """
+    taken, found = min(SLOTS, streamed) * slot, []
+    for more in range(len(sizes) + 1):
+        chosen = spread(sizes, more)
+        slots = min(SLOTS, streamed + more) * max((slot, *chosen))
+        found.append(Streamed(sum(chosen) + taken - slots, pinned_bytes(chosen)))
+    return found
+
+
+def enough(missing: int, ways: Sequence[Streamed]) -> int:
+    """How many more blocks must be streamed to free so many bytes; where none does, that which frees most."""
+    counts = range(len(ways))
+    return next(
+        (more for more in counts if ways[more].freed >= missing),
+        max(counts, key=lambda n: (ways[n].freed, n)),
+    )
+
+
 def frozen_parameters(block: nn.Module) -> Iterable[nn.Parameter]:
     """The parameters of a block that are not trained."""
     return (parameter for parameter in block.parameters() if not parameter.requires_grad)

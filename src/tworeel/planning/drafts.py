@@ -10,7 +10,7 @@ from tworeel.engine.fitting import Fit, StageMemory, crossing_buffers, fit_as, n
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import AUTO
-from tworeel.engine.weight_streaming import SLOTS, pinned_bytes, spread
+from tworeel.engine.weight_streaming import Streamed, more_and_more_streamed, spread
 from tworeel.planning.budgets import Budget
 from tworeel.planning.graphs import Work
 from tworeel.planning.plans import StagePlan
@@ -75,14 +75,9 @@ class StageDraft:
     """Of the data."""
 
     @cached_property
-    def block(self) -> int:
-        """Frozen weights of its largest block."""
-        return max(self.sizes)
-
-    @cached_property
-    def smallest(self) -> int:
-        """Of its smallest; memory is planned with both, so that it does for whichever are streamed."""
-        return min(self.sizes)
+    def streaming(self) -> list[Streamed]:
+        """What it means that the weights of 0, 1, … of its blocks are streamed."""
+        return more_and_more_streamed(self.sizes)
 
     @cached_property
     def ways(self) -> list[Fit]:
@@ -112,15 +107,13 @@ class StageDraft:
             inputs=self.inputs,
             last_streamed=spread(range(len(self.blocks)), streamed)[-1] if streamed else -1,
             streamed=streamed,
-            may_stream=self.streamed is None,
-            smallest=self.smallest,
-            largest=self.block,
+            streaming=self.streaming if self.streamed is None else (Streamed(),),
             head=self.head,
         )
 
     def _on_device(self, streamed: int) -> int:
-        """Bytes of weights on the device when those of so many blocks are streamed, at most."""
-        return self.weights - streamed * self.smallest + min(streamed, SLOTS) * self.block
+        """Bytes of weights on the device when those of so many blocks are streamed."""
+        return self.weights - self.streaming[streamed].freed
 
     @property
     def _workspace(self) -> int:
@@ -156,7 +149,7 @@ class StageDraft:
             residency=fit.fallback,
             streamed=streamed,
             in_flight=self.in_flight,
-            host=self._parked(kept, fit.fallback) + pinned_bytes([self.block] * streamed),
+            host=self._parked(kept, fit.fallback) + self.streaming[streamed].pinned,
             parts={
                 "weights": self._on_device(streamed),
                 "LoRA, gradients, optimizer": self.lora,
@@ -207,7 +200,7 @@ class StageDraft:
                 ahead, back, parked = max(ahead, copy), max(back, copy), parked + copy
             forward += ahead
             backward += back
-        brought = sum(self.sizes[i] for i in spread(range(len(self.blocks)), streamed)) / rates.host
+        brought = sum(spread(self.sizes, streamed)) / rates.host
         return max(forward, brought), max(backward, brought + parked)
 
     def _kernels(self, kept: int, fallback: Residency) -> tuple[int, int]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from tworeel.config.schema import RunConfig
-from tworeel.engine.fitting import blocks_to_stream
 from tworeel.engine.residency import Residency
+from tworeel.engine.weight_streaming import enough, more_and_more_streamed
 from tworeel.planning.devices import budgets_on
 from tworeel.planning.shares import WEIGHTS_SHARE, BlockWeights, share_out
 from tworeel.planning.traces import TraceSettings
@@ -61,8 +61,5 @@ def placed_by_weights(job: J, config: RunConfig) -> J:
 
 def _too_many(blocks: Sequence[UnitBytes], room: float) -> int:
     """How many of a stage's blocks must be streamed."""
-    missing = sum(block.frozen for block in blocks) - int(room)
-    if missing <= 0:
-        return 0
     sizes = [block.frozen for block in blocks]
-    return blocks_to_stream(missing, min(sizes), len(blocks), slot=max(sizes))
+    return enough(sum(sizes) - int(room), more_and_more_streamed(sizes))
