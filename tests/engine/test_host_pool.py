@@ -10,7 +10,7 @@ from toy_wan import make_micro_batch, make_wan, square_loss
 
 from tworeel import Pipeline
 from tworeel.engine import host_pool, parking
-from tworeel.engine.host_pool import ALIGNMENT, HostPool, Place, pinned_size
+from tworeel.engine.host_pool import ALIGNMENT, HostPool, Place, pinned_size, pool_bytes, slab_size
 
 
 def take(pool: HostPool, size: int) -> Place:
@@ -151,3 +151,21 @@ def test_clips_of_several_sizes_are_parked_in_the_room_of_the_largest(monkeypatc
 
 def test_pinned_memory_comes_in_powers_of_two():
     assert [pinned_size(size) for size in (1, 2, 3, 704 * 2**20, 2**30)] == [1, 2, 4, 2**30, 2**30]
+
+
+@pytest.mark.parametrize("size", [2**20, 2**20 + 64, 3 * 2**19, 2**21 - 64, 700_032])
+@pytest.mark.parametrize("count", [1, 4, 9, 40, 101])
+def test_a_pool_pins_what_is_counted_for_it_and_has_room_for_all_at_that_limit(monkeypatch, size, count):
+    empty = torch.empty
+    # Not pinned here; the sizes are those of pinned memory.
+    monkeypatch.setattr(torch, "empty", lambda size, *, pin_memory=False, **how: empty(size, **how))
+    counted = pool_bytes(count * size, size)
+    pool = HostPool(limit=counted)
+    assert all(pool.take(size) for _ in range(count))
+    assert pool.held == counted >= count * size
+
+
+def test_slabs_are_filled_at_least_to_five_sixths():
+    for size in range(2**10, 2**12, 64):
+        slab = slab_size(size)
+        assert slab // size * size >= 5 / 6 * slab and slab >= 4 * size

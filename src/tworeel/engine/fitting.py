@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tworeel.engine.footprints import Footprint, StageFootprints
+from tworeel.engine.host_pool import pool_bytes
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import Streamed, enough
@@ -109,8 +110,9 @@ def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints
     """
 
     def fit(num_kept: int, more: int = 0, missing: int = 0) -> Fit:
-        parked = memory.in_flight * footprints.left[memory.num_blocks - num_kept] if fallback.is_parked else 0
-        host = parked + memory.streaming[more].pinned
+        host = memory.streaming[more].pinned
+        if fallback.is_parked:
+            host += parked_bytes(memory, footprints, num_kept)
         return Fit(num_kept, fallback, memory.streamed + more, missing, host=host)
 
     for num_kept in range(memory.may_keep, -1, -1):
@@ -119,6 +121,12 @@ def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints
             return fit(num_kept)
     more = enough(missing, memory.streaming)
     return fit(0, more, max(0, missing - memory.streaming[more].freed))
+
+
+def parked_bytes(memory: StageMemory, footprints: StageFootprints, num_kept: int) -> int:
+    """Bytes of host memory that the activations of a stage take where those that are not kept are parked."""
+    parked = memory.in_flight * footprints.left[memory.num_blocks - num_kept]
+    return pool_bytes(parked, footprints.hidden)
 
 
 def fit_stages(

@@ -13,7 +13,7 @@ from torch import Tensor
 ALIGNMENT = 64
 """Of each tensor in a slab, in bytes."""
 _AT_ONCE = 4
-"""Tensors that a new slab has room for, if there is so much."""
+"""Tensors that a new slab has room for at least, if there is so much."""
 GIB = 2**30
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Place:
 class HostPool:
     """Pinned memory that is used again and again.
 
-    Tensors get places in slabs, whose sizes are powers of two: torch would round them up to that. A larger
+    Tensors get places in slabs, whose sizes are powers of two (see `slab_size`). A larger
     tensor than all free places takes the room of slabs that are not in use.
 
     Args:
@@ -111,7 +111,7 @@ class HostPool:
 
     def _new_slab(self, size: int, pinned: bool) -> Place | None:
         """All of a new slab, for several tensors of a size if there is room for that."""
-        least, wanted = (pinned_size(size), pinned_size(_AT_ONCE * size)) if pinned else (size, size)
+        least, wanted = (pinned_size(size), slab_size(size)) if pinned else (size, size)
         if self.limit is not None:
             if self._give_up_unused(least):
                 _empty_host_cache()
@@ -155,6 +155,21 @@ class HostPool:
 def pinned_size(size: int) -> int:
     """What an allocation of so many bytes takes of pinned memory: torch rounds up to a power of two."""
     return 1 << (size - 1).bit_length()
+
+
+def slab_size(size: int) -> int:
+    """Bytes of a slab for tensors of a size: of two powers of two the one that they fill better."""
+    least = pinned_size(_AT_ONCE * size)
+    return max(least, 2 * least, key=lambda slab: slab // size * size / slab)
+
+
+def pool_bytes(total: int, size: int) -> int:
+    """Bytes that a pool pins for `total` bytes in tensors of one size."""
+    if not size:
+        return total
+    slab = slab_size(size)
+    whole, rest = divmod(-(-total // size), slab // size)
+    return whole * slab + (pinned_size(rest * size) if rest else 0)
 
 
 def _empty_host_cache() -> None:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tworeel.engine.fitting import Fit, StageMemory, crossing_buffers, fit_as, needed, ways_to_fit
+from tworeel.engine.fitting import (
+    Fit,
+    StageMemory,
+    crossing_buffers,
+    fit_as,
+    needed,
+    parked_bytes,
+    ways_to_fit,
+)
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
 from tworeel.engine.split import AUTO
@@ -149,7 +157,8 @@ class StageDraft:
             residency=fit.fallback,
             streamed=streamed,
             in_flight=self.in_flight,
-            host=self._parked(kept, fit.fallback) + self.streaming[streamed].pinned,
+            host=self.streaming[streamed].pinned
+            + (parked_bytes(memory, footprints, kept) if fit.fallback.is_parked else 0),
             parts={
                 "weights": self._on_device(streamed),
                 "LoRA, gradients, optimizer": self.lora,
@@ -168,12 +177,6 @@ class StageDraft:
             forward_kernels=forward_kernels,
             backward_kernels=backward_kernels,
         )
-
-    def _parked(self, kept: int, fallback: Residency) -> int:
-        """Bytes that its activations take in host memory."""
-        if not fallback.is_parked:
-            return 0
-        return self.in_flight * StageFootprints(self._as_run(fallback)).left[len(self.blocks) - kept]
 
     def _as_run(self, fallback: Residency) -> list[Footprints]:
         """Footprints by the names that `needed` looks for: what does not keep all stands for `SELECTIVE`."""

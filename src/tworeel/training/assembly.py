@@ -27,7 +27,9 @@ from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles
 
 HOST_SHARE = 0.8
-"""Of the host memory that is available, how much streamed weights and activations may take."""
+"""Of the host memory that is available, how much streamed weights and activations are planned to take."""
+HOST_LIMIT = 0.85
+"""How much they may: a run takes some itself before they do."""
 
 
 def encoding_devices(config: RunConfig) -> list[torch.device]:
@@ -128,7 +130,7 @@ def host_limit(model: nn.Module, placement: Placement, streamed: Sequence[int]) 
     """
     waiting = [model.get_submodule(placement.block_names[i]) for i in streamed]
     weights = sum(parameter.nbytes for block in waiting for parameter in block.parameters())
-    return int(HOST_SHARE * (available_memory() + weights))
+    return int(HOST_LIMIT * (available_memory() + weights))
 
 
 def split_model(config: RunConfig, job: Loadable, model: nn.Module) -> Split:
