@@ -11,6 +11,7 @@ import pytest
 
 from tworeel.config.schema import DataConfig
 from tworeel.data.buckets import (
+    block_tokens,
     bucket_problems,
     bucket_sizes,
     latent_frames,
@@ -64,6 +65,12 @@ def test_tokens_are_those_of_the_authors_table(traits: Traits) -> None:
     assert tokens(Bucket(49, 480, 832), traits) == 20_280
     assert tokens(Bucket(81, 720, 1280), traits) == 75_600
     assert latent_frames(1, 4) == 1
+
+
+def test_text_counts_in_a_block_only_where_it_is_joined_with_the_clip(traits: Traits) -> None:
+    clip = Bucket(49, 480, 832)
+    assert block_tokens(clip, traits) == tokens(clip, traits)
+    assert block_tokens(clip, replace(traits, joint_text_tokens=512)) == tokens(clip, traits) + 512
 
 
 def test_a_length_that_the_model_does_not_take_names_the_nearest(

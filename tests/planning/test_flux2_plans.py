@@ -18,8 +18,10 @@ from tworeel.lora.targets import find_targets
 from tworeel.models.family import Component, ModelSource
 from tworeel.models.flux2.family import FLUX2
 from tworeel.models.flux2.variants import traits
+from tworeel.planning.changing import changes
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
+from tworeel.planning.requests import Request
 from tworeel.planning.traces import ModelTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
 from tworeel.units import GIB
@@ -74,15 +76,13 @@ def test_a_block_holds_what_it_held_on_an_h200(
     assert_holds(block, {Residency.KEEP: keep, Residency.SELECTIVE: selective})
 
 
+def klein(**changes: Any) -> Request:
+    usual = {"family": FLUX2, "source": source_of(), "buckets": {SQUARE: 1.0}, "trace": settings_of()}
+    return request_of(**{**usual, **changes})
+
+
 def plan(gpus: str, **changes: Any) -> Plan:
-    request = request_of(
-        family=FLUX2,
-        source=source_of(),
-        buckets={SQUARE: 1.0},
-        trace=settings_of(),
-        budgets=budgets_of(gpus),
-    )
-    request = replace(request, **changes)
+    request = klein(budgets=budgets_of(gpus), **changes)
     return Planner(request, traced(max(request.buckets))).best()
 
 
@@ -113,6 +113,38 @@ def test_reference_images_are_counted() -> None:
         share * sum(plain.forward.products.values()), rel=1e-3
     )
     assert plan("2x RTX 4090", buckets={EDIT: 1.0}).tokens == 2 * IMAGE
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_small_images_among_large_ones_take_as_long_as_by_their_own_trace(side: int) -> None:
+    """Each has its caption's tokens, too."""
+    small = Bucket(1, side, side)
+    rates, mixed = budgets_of("RTX 4090")[0].rates, Planner(klein(buckets={SQUARE: 1.0, small: 9.0}))
+
+    def seconds(bucket: Bucket) -> float:
+        return sum(
+            rates.forward(b.forward) + rates.backward(b.backward) for b in traced(bucket).blocks.values()
+        )
+
+    of_largest = traced(SQUARE).blocks.values()
+    planned = sum(
+        rates.forward(mixed.means.of(b.forward)) + rates.backward(mixed.means.of(b.backward))
+        for b in of_largest
+    )
+    assert planned == pytest.approx(0.1 * seconds(SQUARE) + 0.9 * seconds(small), rel=0.03)
+    even = Planner(klein(buckets={SQUARE: 1.0, small: 1.0}))
+    longer = even.longer_than_average({SQUARE: 1.0})
+    assert longer == pytest.approx(2 * seconds(SQUARE) / (seconds(SQUARE) + seconds(small)), rel=0.05)
+
+
+def test_a_resolution_that_is_proposed_fits_when_it_is_planned() -> None:
+    large = Bucket(1, 2048, 2048)
+    request = klein(budgets=budgets_of("2x RTX 3060 12GB"), buckets={large: 1.0}, host_free=8 * GIB)
+    (found,) = [change for change in changes(Planner(request)) if change.name.endswith("(data.resolution)")]
+    width, height = map(int, found.name.split()[:3:2])
+    again = Planner(replace(request, buckets={Bucket(1, height, width): 1.0})).best()
+    assert again.fits and again.seconds_per_step == found.seconds_per_step
+    assert tuple(stage.peak for stage in again.stages) == found.peaks
 
 
 def test_a_plan_covers_both_lists() -> None:

@@ -61,6 +61,11 @@ def tokens(bucket: Bucket, traits: Traits) -> int:
     return latent_frames(bucket.frames, traits.temporal_stride) * area + shown
 
 
+def block_tokens(bucket: Bucket, traits: Traits) -> int:
+    """Return how many tokens run through a block for one clip: its own, and text where that is joined."""
+    return tokens(bucket, traits) + traits.joint_text_tokens
+
+
 def bucket_problems(data: DataConfig, traits: Traits) -> list[str]:
     """Return what is wrong with the configured lengths and aspect ratios, one line each."""
     wrong = [n for n in data.frames if not (traits.images_only or is_length(n, traits.temporal_stride))]

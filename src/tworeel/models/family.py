@@ -50,6 +50,8 @@ class Traits:
     """Clips have `temporal_stride * k + 1` frames."""
     tokens_per_pixel_area: int
     """Pixels of one latent frame that one token stands for (16 × 16 = 256 for Wan 14B)."""
+    joint_text_tokens: int = 0
+    """Tokens of the caption that run through the blocks with the clip's; 0 where these only attend to it."""
     image_inputs: tuple[str, ...] = ()
     """Images that condition the model: `first_image`, `last_image`. Taken from the clip unless given."""
     image_optional: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tworeel.data.buckets import tokens
+from tworeel.data.buckets import block_tokens
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
@@ -106,10 +106,11 @@ def _more_host_memory(planner: Planner) -> Alternative | None:
 def _smaller_clips(planner: Planner) -> Alternative | None:
     """Shorter ones; where there are none that fit, smaller ones."""
     largest, stride = planner.largest, planner.request.source.traits.temporal_stride
-    if found := _first(
-        range(largest.frames - stride, 0, -stride),
-        lambda frames: _with_clips(planner, lambda clip: replace(clip, frames=min(frames, clip.frames))),
-    ):
+
+    def cut_to(frames: int) -> Callable[[Bucket], Bucket]:
+        return lambda clip: replace(clip, frames=min(frames, clip.frames))
+
+    if found := _first_clips(planner, range(largest.frames - stride, 0, -stride), cut_to):
         return alternative_of(f"clips of at most {found[0]} frames, longer ones cut", found[1])
     return _lower_resolution(planner)
 
@@ -124,22 +125,48 @@ def _lower_resolution(planner: Planner) -> Alternative | None:
 
         return lambda clip: replace(clip, height=to_multiple(clip.height), width=to_multiple(clip.width))
 
-    sides = range(longest - multiple, LEAST_SIDE - 1, -multiple)
-    found = _first(sides, lambda side: _with_clips(planner, scaled_by(side)))
+    found = _first_clips(planner, range(longest - multiple, LEAST_SIDE - 1, -multiple), scaled_by)
     if found is None:
         return None
     size = scaled_by(found[0])(largest)
     return alternative_of(f"{size.width} × {size.height} pixels (data.resolution)", found[1])
 
 
-def _with_clips(planner: Planner, smaller: Callable[[Bucket], Bucket]) -> Plan:
-    """The plan for the same mix of clips, each made smaller."""
-    request, traits = planner.request, planner.request.source.traits
+def _first_clips(
+    planner: Planner, sizes: Sequence[int], to_size: Callable[[int], Callable[[Bucket], Bucket]]
+) -> tuple[int, Plan] | None:
+    """The first of these sizes with which the same mix of clips, each made smaller, fits.
+
+    Traces are scaled for the search, and what it finds is traced: who follows the proposal plans with that.
+    """
+    nearest = planner
+
+    def plan(size: int) -> Plan:
+        request = _with_clips(planner.request, to_size(size))
+        return Planner(request, _scaled_to(request, nearest), planner).best()
+
+    while found := _first(sizes, plan):
+        size = found[0]
+        traced = Planner(_with_clips(planner.request, to_size(size)), like=planner)
+        if (best := traced.best()).fits:
+            return size, best
+        sizes, nearest = sizes[sizes.index(size) + 1 :], traced
+    return None
+
+
+def _with_clips(request: Request, smaller: Callable[[Bucket], Bucket]) -> Request:
+    """With the same mix of clips, each made smaller."""
     buckets: dict[Bucket, float] = defaultdict(float)
     for bucket, weight in request.buckets.items():
         buckets[smaller(bucket)] += weight
-    share = max(tokens(bucket, traits) for bucket in buckets) / tokens(planner.largest, traits)
-    return Planner(replace(request, buckets=buckets), scaled(planner.trace, share), planner).best()
+    return replace(request, buckets=buckets)
+
+
+def _scaled_to(request: Request, known: Planner) -> ModelTrace:
+    """What a planner knows, scaled to the largest clip of a request."""
+    traits = request.source.traits
+    most = max(block_tokens(bucket, traits) for bucket in request.buckets)
+    return scaled(known.trace, most / block_tokens(known.largest, traits))
 
 
 def _less_precise(planner: Planner) -> Alternative | None:
@@ -181,7 +208,7 @@ def _first(sizes: Sequence[int], plan: Callable[[int], Plan]) -> tuple[int, Plan
 
 
 def scaled(trace: ModelTrace, share: float) -> ModelTrace:
-    """The trace of a clip of `share` times the tokens: all but attention's work grows with them."""
+    """The trace of a clip with `share` times the tokens in a block; attention grows with their square."""
     means = Means(share, share**2)
 
     def footprint(found: Footprint) -> Footprint:

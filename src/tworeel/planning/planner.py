@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tworeel.data.buckets import tokens
+from tworeel.data.buckets import block_tokens, tokens
 from tworeel.data.clips import Bucket
 from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
@@ -315,8 +315,8 @@ class Planner:
 
     def _means_of(self, buckets: Mapping[Bucket, float]) -> Means:
         traits = self.request.source.traits
-        largest, total = tokens(self.largest, traits), sum(buckets.values())
-        shares = [(tokens(b, traits) / largest, w / total) for b, w in buckets.items()]
+        largest, total = block_tokens(self.largest, traits), sum(buckets.values())
+        shares = [(block_tokens(b, traits) / largest, w / total) for b, w in buckets.items()]
         return Means(sum(s * w for s, w in shares), sum(s**2 * w for s, w in shares))
 
 

@@ -17,6 +17,7 @@ from diffusers import Flux2Transformer2DModel
 
 from tworeel.errors import UserError
 from tworeel.models.family import Traits
+from tworeel.models.flux2.conditioning import TEXT_TOKENS
 
 FAMILY = "flux2"
 SUPPORTED = "FLUX.2-dev and FLUX.2-klein (4B, 9B and their base models)"
@@ -116,6 +117,7 @@ def traits(variant: str) -> Traits:
         spatial_multiple=16,
         temporal_stride=1,
         tokens_per_pixel_area=256,
+        joint_text_tokens=TEXT_TOKENS,
         reference_images=REFERENCE_IMAGES,
         reference_area=REFERENCE_AREA,
         training_shift=TRAINING_SHIFT,
