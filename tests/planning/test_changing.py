@@ -51,8 +51,8 @@ def test_a_card_that_holds_the_others_up_may_be_left_out() -> None:
     assert first.name == "without RTX 3060 12GB: engine.devices = ['cuda:0']" and first.fits
 
 
-def changed(**changes_: Any) -> dict[str, Alternative]:
-    planner = Planner(request_of(**changes_))
+def changed(variant: str = "wan2.2-t2v-a14b", /, **changes_: Any) -> dict[str, Alternative]:
+    planner = Planner(request_of(variant, **changes_))
     assert not planner.best().fits
     found = {change.name: change for change in changes(planner)}
     assert all(change.fits for change in found.values())
@@ -84,6 +84,24 @@ def test_shorter_clips_are_planned_in_the_mix_that_there_is() -> None:
     assert name in mixed
     alone_seconds, mixed_seconds = alone[name].seconds_per_step, mixed[name].seconds_per_step
     assert alone_seconds is not None and mixed_seconds is not None and mixed_seconds < 0.5 * alone_seconds
+
+
+def test_clips_of_one_frame_are_proposed_where_the_model_takes_them() -> None:
+    budgets = limited(budgets_of("2x RTX 3060 12GB"), 6)
+    assert "clips of at most 1 frame, longer ones cut" in changed(
+        budgets=budgets, host_free=24 * GIB, micro_batches=2
+    )
+
+
+def test_clips_get_smaller_where_all_that_still_fits_is_the_frame_that_a_model_is_given() -> None:
+    found = changed(
+        "wan2.1-i2v-14b",
+        budgets=limited(budgets_of("2x RTX 3060 12GB"), 4.5),
+        host_free=60 * GIB,
+        micro_batches=2,
+    )
+    assert "272 × 144 pixels (data.resolution)" in found
+    assert not any("frame" in name for name in found)
 
 
 def test_images_get_smaller_as_they_cannot_get_shorter() -> None:

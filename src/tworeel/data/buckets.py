@@ -79,14 +79,16 @@ def bucket_problems(data: DataConfig, traits: Traits) -> list[str]:
 
 
 def usable_lengths(frames: Sequence[int], traits: Traits) -> tuple[int, ...]:
-    """Return the configured lengths that the model takes, sorted.
-
-    A model of images takes single frames; one that is always given the first takes more than that.
-    """
+    """Return the configured lengths that the model takes, sorted; a model of images takes single frames."""
     if traits.images_only:
         return (1,)
-    least = 2 if traits.needs_image else 1
+    least = least_frames(traits)
     return tuple(sorted({n for n in frames if n >= least and is_length(n, traits.temporal_stride)}))
+
+
+def least_frames(traits: Traits) -> int:
+    """Return the shortest length that the model takes: no single frame where the first is always given."""
+    return 1 + traits.temporal_stride if traits.needs_image else 1
 
 
 def _length_problem(frames: int, traits: Traits) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tworeel.data.buckets import block_tokens
+from tworeel.data.buckets import block_tokens, least_frames
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
@@ -105,13 +105,15 @@ def _more_host_memory(planner: Planner) -> Alternative | None:
 
 def _smaller_clips(planner: Planner) -> Alternative | None:
     """Shorter ones; where there are none that fit, smaller ones."""
-    largest, stride = planner.largest, planner.request.source.traits.temporal_stride
+    longest, traits = planner.largest.frames, planner.request.source.traits
+    lengths = range(longest - traits.temporal_stride, least_frames(traits) - 1, -traits.temporal_stride)
 
     def cut_to(frames: int) -> Callable[[Bucket], Bucket]:
         return lambda clip: replace(clip, frames=min(frames, clip.frames))
 
-    if found := _first_clips(planner, range(largest.frames - stride, 0, -stride), cut_to):
-        return alternative_of(f"clips of at most {found[0]} frames, longer ones cut", found[1])
+    if found := _first_clips(planner, lengths, cut_to):
+        frames = "1 frame" if found[0] == 1 else f"{found[0]} frames"
+        return alternative_of(f"clips of at most {frames}, longer ones cut", found[1])
     return _lower_resolution(planner)
 
 
