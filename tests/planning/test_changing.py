@@ -39,6 +39,31 @@ def test_settings_that_fit_only_together_are_named_together() -> None:
     assert next(changes(planner)).name == "engine.residency = 'auto' and engine.streamed_blocks not set"
 
 
+@pytest.mark.parametrize(
+    ("split_at", "name"),
+    [
+        (None, "engine.stages_per_device = 1"),
+        ((10, 20, 30), "engine.stages_per_device = 1 and engine.split_at not set"),
+    ],
+)
+def test_two_stages_a_device_are_released_with_what_is_set_for_each(
+    split_at: tuple[int, ...] | None, name: str
+) -> None:
+    request = request_of(
+        budgets=budgets_of("2x RTX 3060 12GB"), micro_batches=4, stages_per_device=2, split_at=split_at
+    )
+    request = replace(request, trace=replace(request.trace, quantize="int8"))
+    planner = Planner(request)
+    assert not planner.best().fits
+    first = next(changes(planner))
+    assert first.name == name and first.fits
+
+
+def test_what_is_set_for_each_stage_is_released_with_a_card() -> None:
+    names = changed(budgets=limited(CARDS, 18), host_free=24 * GIB, split_at=(20,))
+    assert "one more RTX 4090 and engine.split_at not set" in names
+
+
 def test_a_card_that_holds_the_others_up_may_be_left_out() -> None:
     """Its own share and the optimizer's do not fit the small one, whatever the split."""
     large, small = budgets_of("RTX 4090, RTX 3060 12GB")

@@ -57,22 +57,32 @@ def _released(planner: Planner) -> Alternative | None:
 
 
 def _settings(request: Request) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    if request.residency != AUTO:
-        found["engine.residency = 'auto'"] = {"residency": AUTO}
-    if request.streamed is not None:
-        found["engine.streamed_blocks not set"] = {"streamed": None}
-    if request.split_at is not None:
-        found["engine.split_at not set"] = {"split_at": None}
-    ways = list(found)
+    residency = {"engine.residency = 'auto'": {"residency": AUTO}} if request.residency != AUTO else {}
+    stages = (
+        {"engine.stages_per_device = 1": {"stages_per_device": 1}} if request.stages_per_device > 1 else {}
+    )
     slack = {"engine.slack = 0": {"slack": 0}} if request.slack > 0 else {}
-    tried = [[way] for way in ways] + [ways, [*slack], [*ways, *slack]]
-    changes = found | slack
+    of_stages = _of_stages(request)
+    ways = [*residency, *stages, *of_stages]
+    # What is set for each stage goes with their number.
+    alone = [[way, *of_stages] if way in stages else [way] for way in ways]
+    tried = [*alone, ways, [*slack], [*ways, *slack]]
+    changes: dict[str, dict[str, Any]] = {**residency, **stages, **of_stages, **slack}
     return {
         " and ".join(names): {key: value for name in names for key, value in changes[name].items()}
         for names in tried
         if names
     }
+
+
+def _of_stages(request: Request) -> dict[str, dict[str, Any]]:
+    """Settings that are one for each stage, if they are set."""
+    found: dict[str, dict[str, Any]] = {}
+    if request.streamed is not None:
+        found["engine.streamed_blocks not set"] = {"streamed": None}
+    if request.split_at is not None:
+        found["engine.split_at not set"] = {"split_at": None}
+    return found
 
 
 def _fewer_devices(planner: Planner) -> Alternative | None:
@@ -88,8 +98,8 @@ def with_fewer(request: Request) -> Iterator[tuple[str, Request]]:
         left = tuple(budget for budget in request.budgets if budget.card != card)
         if left:
             devices = ", ".join(f"'{budget.device}'" for budget in left)
-            name = f"without {card}: engine.devices = [{devices}]"
-            yield name, replace(request, budgets=left, split_at=None, streamed=None)
+            names = [f"without {card}: engine.devices = [{devices}]", *_of_stages(request)]
+            yield " and ".join(names), replace(request, budgets=left, split_at=None, streamed=None)
 
 
 def _more_host_memory(planner: Planner) -> Alternative | None:
@@ -189,7 +199,8 @@ def _one_more_device(planner: Planner) -> Alternative | None:
     free = next(number for number in itertools.count() if number not in used)
     larger = (*budgets, budgets[-1].another(free))
     found = _plan(planner, replace(planner.request, budgets=larger, split_at=None, streamed=None))
-    return alternative_of(f"one more {budgets[-1].card}", found) if found.fits else None
+    name = " and ".join([f"one more {budgets[-1].card}", *_of_stages(planner.request)])
+    return alternative_of(name, found) if found.fits else None
 
 
 def _plan(planner: Planner, request: Request) -> Plan:
