@@ -39,6 +39,13 @@ def test_settings_that_fit_only_together_are_named_together() -> None:
     assert next(changes(planner)).name == "engine.residency = 'auto' and engine.streamed_blocks not set"
 
 
+def test_a_setting_that_has_to_be_released_is_named_with_what_is_needed_beside_it() -> None:
+    long = {"buckets": {LONG: 1.0}, "host_free": 24 * GIB, "budgets": limited(CARDS, 12)}
+    names = changed(residency="keep", **long)
+    assert names and all(name.startswith("engine.residency = 'auto' and ") for name in names)
+    assert {f"engine.residency = 'auto' and {name}" for name in changed(**long)} == set(names)
+
+
 @pytest.mark.parametrize(
     ("split_at", "name"),
     [

@@ -34,29 +34,41 @@ def changes(planner: Planner) -> Iterator[Alternative]:
     Devices stay in the order that is nearest to fitting.
     """
     planner = Planner(planner.request.in_order(planner.best().devices), planner.trace, planner)
-    ways = (
-        _released,
-        _fewer_devices,
-        _more_host_memory,
-        _smaller_clips,
-        _less_precise,
-        _one_more_device,
-    )
-    for change in ways:
+    alone = itertools.chain(_released(planner), _others(planner))
+    if (first := next(alone, None)) is None:
+        yield from _beside_released(planner)
+    else:
+        yield first
+        yield from alone
+
+
+def _others(planner: Planner) -> Iterator[Alternative]:
+    """Changes of more than what is set needlessly."""
+    for change in (_fewer_devices, _more_host_memory, _smaller_clips, _less_precise, _one_more_device):
         if found := change(planner):
             yield found
 
 
-def _released(planner: Planner) -> Alternative | None:
-    """Settings that the planner would choose itself, or that only save time; each alone, then together."""
+def _beside_released(planner: Planner) -> Iterator[Alternative]:
+    """The other changes where settings have to be released for them: the first of these that help."""
+    for name, change in _settings(planner.request).items():
+        released = Planner(replace(planner.request, **change), planner.trace, planner)
+        if found := list(_others(released)):
+            yield from (replace(one, name=f"{name} and {one.name}") for one in found)
+            return
+
+
+def _released(planner: Planner) -> Iterator[Alternative]:
+    """The first settings without which it fits, if there are such."""
     for name, change in _settings(planner.request).items():
         found = _plan(planner, replace(planner.request, **change))
         if found.fits:
-            return alternative_of(name, found)
-    return None
+            yield alternative_of(name, found)
+            return
 
 
 def _settings(request: Request) -> dict[str, dict[str, Any]]:
+    """What the planner would choose itself, and what only saves time; each alone, then together."""
     residency = {"engine.residency = 'auto'": {"residency": AUTO}} if request.residency != AUTO else {}
     stages = (
         {"engine.stages_per_device = 1": {"stages_per_device": 1}} if request.stages_per_device > 1 else {}
