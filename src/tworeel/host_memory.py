@@ -6,6 +6,10 @@ from pathlib import Path
 
 import psutil
 
+HOST_SHARE = 0.8
+"""Of the memory that is available, how much streamed weights and activations are planned to take."""
+HOST_LIMIT = 0.85
+"""How much they may: a run takes some itself before they do."""
 CGROUPS = Path("/sys/fs/cgroup")
 """Where Linux says what a container may have; nowhere else is there such a folder."""
 

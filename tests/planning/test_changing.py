@@ -10,6 +10,7 @@ from real_models import CLIP, IMAGE, budgets_of, limited, request_of
 from tworeel.data.buckets import tokens
 from tworeel.data.clips import Bucket
 from tworeel.engine.residency import Residency
+from tworeel.host_memory import HOST_SHARE
 from tworeel.planning import Alternative, Plan, plan
 from tworeel.planning.changing import changes, scaled
 from tworeel.planning.measurements import FOLDER_VARIABLE
@@ -144,12 +145,13 @@ def test_images_get_smaller_as_they_cannot_get_shorter() -> None:
     assert 256 <= height < 2048 and height == pytest.approx(2 * width, abs=32) and not width % 16
 
 
-def test_more_host_memory_is_named_where_that_is_what_is_short() -> None:
+def test_more_host_memory_is_named_where_that_is_what_is_short_in_what_the_machine_has() -> None:
     found = changed(budgets=CARDS, host_free=4 * GIB)
-    (name,) = [one for one in found if one.endswith("GiB of host memory that may be pinned")]
+    (name,) = [one for one in found if one.endswith("GiB of available host memory")]
     gib = int(name.split()[0])
     needed, short = (
-        Planner(request_of(budgets=CARDS, host_free=size * GIB)).best() for size in (gib, gib - 1)
+        Planner(request_of(budgets=CARDS, host_free=int(HOST_SHARE * size * GIB))).best()
+        for size in (gib, gib - 1)
     )
     assert needed.fits and not short.fits
 

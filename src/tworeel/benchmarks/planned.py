@@ -12,7 +12,7 @@ from tworeel.benchmarks.preparing import Observer, Settings
 from tworeel.benchmarks.results import Planned
 from tworeel.benchmarks.shapes import Case
 from tworeel.data.clips import Bucket
-from tworeel.host_memory import available_memory
+from tworeel.host_memory import HOST_SHARE, available_memory
 from tworeel.lora.targets import find_targets
 from tworeel.models.family import ModelSource
 from tworeel.models.registry import FAMILIES
@@ -24,7 +24,6 @@ from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
-from tworeel.training.assembly import HOST_SHARE
 
 
 class Planners:

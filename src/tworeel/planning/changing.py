@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import ceil
+from math import ceil, floor
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tworeel.data.buckets import block_tokens, least_frames
 from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
+from tworeel.host_memory import HOST_SHARE
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of
@@ -115,14 +116,16 @@ def with_fewer(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _more_host_memory(planner: Planner) -> Alternative | None:
-    """Where that is all that is short."""
+    """Where that is all that is short; in GiB of the machine, of which a share may be pinned."""
     request = planner.request
     most = _plan(planner, replace(request, host_free=2**62))
     if not most.fits:
         return None
-    sizes = range(request.host_free // GIB + 1, ceil(most.host_memory / GIB) + 1)
-    found = _first(sizes, lambda gib: _plan(planner, replace(request, host_free=gib * GIB)))
-    return found and alternative_of(f"{found[0]} GiB of host memory that may be pinned", found[1])
+    now, enough = (size / HOST_SHARE / GIB for size in (request.host_free, most.host_memory))
+    # One more at the end, as the share of whole GiB is rounded
+    sizes = range(floor(now) + 1, ceil(enough) + 2)
+    found = _first(sizes, lambda gib: _plan(planner, replace(request, host_free=int(HOST_SHARE * gib * GIB))))
+    return found and alternative_of(f"{found[0]} GiB of available host memory", found[1])
 
 
 def _smaller_clips(planner: Planner) -> Alternative | None:

@@ -13,7 +13,7 @@ from tworeel.cache.build import CacheIndex, build_cache
 from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Placement, Split, split
-from tworeel.host_memory import available_memory
+from tworeel.host_memory import HOST_LIMIT, available_memory
 from tworeel.lora.inject import inject_lora
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.training.devices import resolve_devices
@@ -25,11 +25,6 @@ from tworeel.training.report import RunObserver
 from tworeel.training.space import full_disk_as_user_error
 from tworeel.weights.loading import load_weights
 from tworeel.weights.tensor_files import TensorFiles
-
-HOST_SHARE = 0.8
-"""Of the host memory that is available, how much streamed weights and activations are planned to take."""
-HOST_LIMIT = 0.85
-"""How much they may: a run takes some itself before they do."""
 
 
 def encoding_devices(config: RunConfig) -> list[torch.device]:

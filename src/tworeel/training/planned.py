@@ -16,7 +16,7 @@ from tworeel.engine.compiling import TRIED_FROM_CPP, may_launch_from_cpp
 from tworeel.engine.fitting import SPARE
 from tworeel.engine.footprints import Footprints
 from tworeel.errors import raise_if_any
-from tworeel.host_memory import available_memory
+from tworeel.host_memory import HOST_SHARE, available_memory
 from tworeel.planning.budgets import Budget, budget_of_card
 from tworeel.planning.cards import Card
 from tworeel.planning.changing import changes
@@ -32,7 +32,6 @@ from tworeel.planning.precisions import eight_bit_kind
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
 from tworeel.report.plan import in_words
-from tworeel.training.assembly import HOST_SHARE
 from tworeel.training.choices import settled, stages_per_device
 from tworeel.training.loadable import place_again, place_blocks, torch_dtype
 from tworeel.training.preflight import Job
