@@ -285,6 +285,7 @@ def test_stages_that_share_a_card_have_equal_parts_of_what_cuda_takes() -> None:
     found = plan(request_of(budgets=budgets_of("RTX 4090"), stages_per_device=2))
     held = [stage.free + (stage.context or 0) for stage in found.stages]
     assert held == pytest.approx([12 * GIB] * 2, abs=2)
+    assert [stage.shared for stage in found.stages] == [2, 2]
 
 
 def test_weights_that_are_only_stored_so_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ class StageDraft:
     free: int
     context: int | None
     """What driver and CUDA take beside that; None where the device is here."""
+    shared: int
+    """Stages on the device, of which each has an equal part of it."""
     in_flight: int
     holding: int
     """Micro-batches whose inputs it holds at a time."""
@@ -172,6 +174,7 @@ class StageDraft:
             spare=self.spare,
             free=self.free,
             context=self.context,
+            shared=self.shared,
             forward=forward,
             backward=backward,
             forward_kernels=forward_kernels,

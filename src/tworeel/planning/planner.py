@@ -273,6 +273,7 @@ class Planner:
             spare=int(SPARE * budget.total / shared),
             free=int(budget.free / shared),
             context=None if budget.context is None else int(budget.context / shared),
+            shared=shared,
             in_flight=in_flight,
             holding=holding,
             residency=self.request.residency,

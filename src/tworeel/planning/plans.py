@@ -40,10 +40,12 @@ class StagePlan:
     spare: int
     """Left alone beside them: the allocator's rounding and gaps."""
     free: int
-    """What its device has for all of it."""
+    """What its device has for all of it; its part of that, where several stages share the device."""
     context: int | None = None
     """What driver and CUDA take of the card beside that; None of a device that is here, where it is gone from
     what is free. Stages that share a device have equal parts."""
+    shared: int = 1
+    """Stages on its device."""
     forward: float
     """Of a micro-batch, on average over the data."""
     backward: float
@@ -82,7 +84,14 @@ class StagePlan:
         wanted = self.peak + self.spare
         most = max(self.parts, key=lambda part: self.parts[part])
         lacking = f"{_too_few(wanted - self.free)}, most is {most}"
-        return f"{self.device} would need {gibibytes(wanted)} and has {gibibytes(self.free)} ({lacking})"
+        blocks = "" if self.shared == 1 else f" for blocks {self.first} to {self.last}"
+        free = f"{gibibytes(self.free)}{self.part_of_card}"
+        return f"{self.device} would need {gibibytes(wanted)}{blocks} and has {free} ({lacking})"
+
+    @property
+    def part_of_card(self) -> str:
+        """What is said behind its figures where it has not all of its card."""
+        return "" if self.shared == 1 else f", 1/{self.shared} of the card's"
 
 
 @dataclass(frozen=True, kw_only=True)

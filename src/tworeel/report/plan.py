@@ -49,7 +49,7 @@ def _table(title: str, plan: Plan, some: slice) -> Table:
         **{part: [gibibytes(stage.parts[part]) for stage in stages] for part in stages[0].parts},
         "peak": [gibibytes(stage.peak) for stage in stages],
         "left to the allocator": [gibibytes(stage.spare) for stage in stages],
-        "free": [gibibytes(stage.free) for stage in stages],
+        f"free{stages[0].part_of_card}": [gibibytes(stage.free) for stage in stages],
         **_context(stages),
         "a clip, forward": [short_seconds(stage.forward) for stage in stages],
         "a clip, backward": [short_seconds(stage.backward) for stage in stages],
@@ -103,7 +103,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """The plan in short, a line a stage."""
     lines = [
         f"Plan: {stage.device} ({stage.card}) runs blocks {stage.first} to {stage.last}, "
-        f"{gibibytes(stage.peak)} of {gibibytes(stage.free)}"
+        f"{gibibytes(stage.peak)} of {gibibytes(stage.free)}{stage.part_of_card}"
         for stage in plan.stages
     ]
     per_clip = plan.seconds_per_step / plan.micro_batches
