@@ -110,24 +110,6 @@ def test_a_card_without_torchs_name_is_none_but_by_its_own(tmp_path: Path) -> No
     assert parse_cards("workshop", cards)[0].name == "Workshop 48"
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[[card]]\nname = 'x'\n", "card.0.memory_gib: Field required"),
-        (OWN.replace("bf16 = 100", "bf16 = -1"), "card.0.bf16: Input should be greater than 0"),
-        (OWN + "colour = 'red'\n", "card.0.colour: Extra inputs are not permitted"),
-        ("[[card", "--cards"),
-        ("", "card: Field required"),
-    ],
-)
-def test_a_file_of_cards_that_is_wrong_is_told(tmp_path: Path, content: str, words: str) -> None:
-    path = tmp_path / "own.toml"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        known_cards(path)
-    assert words in str(caught.value) and str(path) in str(caught.value)
-
-
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--cards .*nothing\.toml: No such file"):
         known_cards(tmp_path / "nothing.toml")

@@ -112,7 +112,7 @@ def _option(section: str, name: str, field: FieldInfo) -> Option:
     option = Option(
         section=section,
         name=name,
-        allowed=" or ".join(_describe(member, field.metadata) for member in members),
+        allowed=described(field),
         default=None if field.default is PydanticUndefined else field.default,
         required=field.is_required(),
         optional=type(None) in get_args(field.annotation),
@@ -122,6 +122,11 @@ def _option(section: str, name: str, field: FieldInfo) -> Option:
     if not option.takes_none:
         return option
     return Option(**{**vars(option), "allowed": f'{option.allowed} or "none"'})
+
+
+def described(field: FieldInfo) -> str:
+    """Say in words what a field of a table takes, beside None."""
+    return " or ".join(_describe(member, field.metadata) for member in _members(field.annotation))
 
 
 def _model_of(annotation: Any) -> type[BaseModel]:

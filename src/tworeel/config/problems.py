@@ -28,13 +28,24 @@ def problems_by_key(details: Iterable[ErrorDetails], tree: Mapping[str, Any]) ->
     return found
 
 
+def wrong(spot: str, value: Any, allowed: str) -> str:
+    """The line on a value that is not allowed."""
+    return f"{spot} = {shown(value)}: must be {allowed}"
+
+
+def shown(value: object) -> str:
+    """A value as TOML has it, cut if it is long."""
+    text = toml_value(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
 def _problem(detail: ErrorDetails, tree: Mapping[str, Any]) -> tuple[str, str]:
     match detail["loc"]:
         case (str(section),):
             return section, _section_problem(section, tree[section])
         case ("data", "sources", int(number)):
             spot, dataset = f"{_DATASETS}[{number}]", tree["data"]["sources"][number]
-            return spot, _wrong(spot, dataset, "a table with a path, [[data.sources]]")
+            return spot, wrong(spot, dataset, "a table with a path, [[data.sources]]")
         case ("data", "sources", int(number), str(name), *_):
             dataset = tree["data"]["sources"][number]
             return _option_problem(detail["type"], f"{_DATASETS}[{number}]", _DATASETS, name, dataset)
@@ -45,10 +56,10 @@ def _problem(detail: ErrorDetails, tree: Mapping[str, Any]) -> tuple[str, str]:
 
 def _section_problem(section: str, value: Any) -> str:
     if section in RunConfig.model_fields:
-        return _wrong(section, value, f"a table, [{section}]")
+        return wrong(section, value, f"a table, [{section}]")
     if isinstance(value, Mapping):
         return f"[{section}]: unknown section{_nearest_section(section)}"
-    return f"{section} = {_shown(value)}: unknown key{_nearest_key('', section)}"
+    return f"{section} = {shown(value)}: unknown key{_nearest_key('', section)}"
 
 
 def _option_problem(
@@ -56,17 +67,13 @@ def _option_problem(
 ) -> tuple[str, str]:
     spot = f"{where}.{name}"
     if kind == "extra_forbidden":
-        return spot, f"{spot} = {_shown(table[name])}: unknown key{_nearest_key(section, name)}"
+        return spot, f"{spot} = {shown(table[name])}: unknown key{_nearest_key(section, name)}"
     option = next(option for option in sections()[section] if option.name == name)
     if kind == "missing" and name not in table:
         flag = _FLAGS.get(option.key)
         return spot, f"{spot}: missing{f' (on the command line: {flag})' if flag else ''}; {option.doc}"
     each = ", each [[data.sources]] with a path" if option.key == _DATASETS else ""
-    return spot, _wrong(spot, table[name], option.allowed + each)
-
-
-def _wrong(spot: str, value: Any, allowed: str) -> str:
-    return f"{spot} = {_shown(value)}: must be {allowed}"
+    return spot, wrong(spot, table[name], option.allowed + each)
 
 
 def _nearest_key(section: str, key: str) -> str:
@@ -89,8 +96,3 @@ def _nearest_section(section: str) -> str:
 
 def _brackets(section: str) -> str:
     return f"[[{section}]]" if section == _DATASETS else f"[{section}]"
-
-
-def _shown(value: object) -> str:
-    text = toml_value(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

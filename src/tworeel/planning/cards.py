@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
-
 from tworeel.errors import UserError, did_you_mean, raise_if_any
+from tworeel.planning.card_files import MOST_GIB, card_rows
 from tworeel.quant.matmul import Mode
 from tworeel.units import GIB
 
 _TABLE = "cards.toml"
 _MOST_CARDS = 16
-_MOST_GIB = 10_000
-
-
-class _Row(BaseModel):
-    """A card as a file has it; units in `cards.toml`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    torch_name: str = ""
-    memory_gib: PositiveFloat
-    capability: PositiveFloat | None = None
-    bf16: PositiveFloat
-    fp8: PositiveFloat | None = None
-    int8: PositiveFloat | None = None
-    bandwidth: PositiveFloat
-    pcie: PositiveFloat
-    nvlink: PositiveFloat | None = None
-    source: str
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    card: list[_Row] = Field(min_length=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +108,8 @@ def memory_sizes(text: str) -> list[float]:
         raise UserError(
             f"--memory-gib {text}: must be numbers with commas between, for example 22.5,15"
         ) from None
-    if any(not 0 < size < _MOST_GIB for size in sizes):
-        raise UserError(f"--memory-gib {text}: must be above 0 and below {_MOST_GIB}")
+    if any(not 0 < size < MOST_GIB for size in sizes):
+        raise UserError(f"--memory-gib {text}: must be above 0 and below {MOST_GIB}")
     return sizes
 
 
@@ -209,13 +182,6 @@ def _read(path: Path) -> tuple[Card, ...]:
 
 
 def _parse(text: str, source: str) -> tuple[Card, ...]:
-    try:
-        rows = _File.model_validate(tomllib.loads(text)).card
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"--cards {source}: {error}") from None
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise UserError(*(f"--cards {source}: {line}" for line in lines)) from None
     return tuple(
         Card(
             name=row.name,
@@ -230,5 +196,5 @@ def _parse(text: str, source: str) -> tuple[Card, ...]:
             nvlink=row.nvlink and row.nvlink * 1e9,
             source=row.source,
         )
-        for row in rows
+        for row in card_rows(text, source)
     )
