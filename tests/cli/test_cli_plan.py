@@ -114,6 +114,8 @@ def test_cards_that_need_not_be_here_take_the_better_order_whatever_devices_are_
         ((*PAIR, "--memory-gib", "-3"), "--memory-gib -3: must be above 0 and below 10000"),
         ((*PAIR, "--memory-gib", "20000"), "--memory-gib 20000: must be above 0 and below 10000"),
         ((*PAIR, "--host-memory-gib", "-3"), "--host-memory-gib -3: must be above 0"),
+        ((*PAIR, "--host-memory-gib", "1e300"), "1e+300: must be above 0 and below 100000"),
+        ((*PAIR, "--host-memory-gib", "nan"), "--host-memory-gib nan: must be above 0 and below 100000"),
         ((*PAIR, "--devices", "cuda:7"), "--devices cuda:7: are devices of this machine; leave it out"),
         ((*PAIR, "--memory-gib", "0.5,24"), "RTX 4090 with 0.5 GiB: CUDA itself takes all of that"),
         (("--gpus", "2x H100"), "'H100' may be H100 PCIe, H100 80GB; name one of them"),

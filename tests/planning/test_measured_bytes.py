@@ -193,7 +193,7 @@ def test_weights_in_another_precision_are_planned_with_what_was_measured_of_them
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"scope": []}', '{"scope": {"blocks 1 keep": [1, 2]}}', "\0"],
+    ["", "{", "[]", '{"scope": []}', '{"scope": {"blocks 1 keep": [1, 2]}}', "\0", "[" * 100_000],
 )
 def test_a_damaged_file_is_as_none(folder: Path, content: str) -> None:
     folder.mkdir()

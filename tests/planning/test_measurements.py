@@ -50,7 +50,7 @@ def test_other_cards_precisions_and_eager_blocks_are_apart() -> None:
         assert not calibrated(one, replace(SETTINGS, **changes)).measured
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', "[" * 100_000])
 def test_a_damaged_file_is_as_none(folder: Path, content: str) -> None:
     (budget,) = budgets_of("RTX 4090")
     folder.mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from tworeel.config import RunConfig
     from tworeel.planning.budgets import Budget
     from tworeel.planning.plans import Plan
+
+MOST_HOST_GIB = 100_000
 
 
 def plan(
@@ -119,8 +120,8 @@ def _option_problems(
         problems.append("--memory-gib: needs --gpus")
     if devices is not None and gpus is not None:
         problems.append(f"--devices {devices}: are devices of this machine; leave it out with --gpus")
-    if host_memory_gib is not None and not 0 < host_memory_gib < math.inf:
-        problems.append(f"--host-memory-gib {host_memory_gib:g}: must be above 0")
+    if host_memory_gib is not None and not 0 < host_memory_gib < MOST_HOST_GIB:
+        problems.append(f"--host-memory-gib {host_memory_gib:g}: must be above 0 and below {MOST_HOST_GIB}")
     return problems
 
 

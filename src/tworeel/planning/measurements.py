@@ -80,7 +80,7 @@ def read(name: str) -> dict[str, Any]:
     """What a file of the folder holds; nothing where it is not there, or damaged."""
     try:
         found = json.loads((measurements_folder() / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
