@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import NoneType
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_uns
 from tworeel import Pipeline, split
 from tworeel.engine import compiling
 from tworeel.engine.compiling import BlockCompiler, may_launch_from_cpp
+from tworeel.engine.norms import RecomputedCasts
+from tworeel.engine.recomputing import RecomputedWeights
 from tworeel.engine.residency import plain_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -60,16 +63,17 @@ def test_compiled_in_bf16_each_gradient_is_that_of_the_unsplit_eager_model():
 
 
 @pytest.mark.parametrize(
-    ("kind", "exact", "from_cpp", "rounds", "sums"),
+    ("kind", "exact", "from_cpp", "rounds", "marks"),
     [
-        (torch.bfloat16, True, False, True, True),
-        (torch.bfloat16, True, True, True, False),
-        (torch.bfloat16, False, False, False, False),
-        (torch.float8_e4m3fn, True, False, False, False),
+        (torch.bfloat16, True, False, True, RecomputedCasts),
+        (torch.bfloat16, True, True, True, NoneType),
+        (torch.bfloat16, False, False, False, NoneType),
+        (torch.float8_e4m3fn, True, False, False, RecomputedWeights),
+        (torch.int8, False, True, False, RecomputedWeights),
     ],
 )
 def test_where_weights_are_whole_it_is_rounded_and_summed_where_the_block_itself_does(
-    monkeypatch, kind, exact, from_cpp, rounds, sums
+    monkeypatch, kind, exact, from_cpp, rounds, marks
 ):
     found = []
 
@@ -80,10 +84,14 @@ def test_where_weights_are_whole_it_is_rounded_and_summed_where_the_block_itself
     monkeypatch.setattr(compiling, "BACKEND", backend)
     weight, mask = torch.ones(4, 4).to(kind), torch.ones(4, dtype=torch.bool)
     graph = torch.fx.symbolic_trace(nn.LayerNorm(4))
+    before = [node.target for node in graph.graph.nodes]
     compiling._backend(from_cpp, exact)(graph, [weight, mask, 4])
     (patches,) = found
+    sums = marks is RecomputedCasts
+    assert type(patches.get("joint_custom_post_pass")) is marks
+    assert ([node.target for node in graph.graph.nodes] != before) is sums
     names = ("emulate_precision_casts", "realize_opcount_threshold", "joint_custom_post_pass")
-    assert [name in patches for name in names] == [rounds, rounds, sums]
+    assert [name in patches for name in names] == [rounds, rounds, marks is not NoneType]
     assert all(hasattr(torch._inductor.config, name) for name in names), "torch knows them"
 
 

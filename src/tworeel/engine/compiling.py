@@ -12,13 +12,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from tworeel.engine.attention_layout import LaidOutGradients
 from tworeel.engine.norms import RecomputedCasts, keep_norms_whole
+from tworeel.engine.recomputing import RecomputedWeights, is_quantized
 
 MOST_COMPILATIONS = 64
 """Of one function, before it counts as failed; torch's own limit is 8."""
@@ -123,13 +125,15 @@ def _backend(cpp_wrapper: bool, exact: bool) -> BlockCall:
         kernel is chosen below what it takes for its key. Inductor's own sees it, and saves most of the time.
         """
         patches = dict(launching)
+        quantized = any(map(is_quantized, inputs))
+        whole_norms = takes_whole_norms(exact=exact, quantized=quantized, cpp_wrapper=cpp_wrapper)
         # Weights in 8 bits move the numbers far more, and a forward would hold one more hidden state for it.
-        if exact and not any(map(_is_quantized, inputs)):
+        if exact and not quantized:
             patches |= {"emulate_precision_casts": True, "realize_opcount_threshold": MOST_OPERATIONS}
-            # From C++, PyTorch's kernels may be launched by a turn through Python.
-            if not cpp_wrapper:
-                keep_norms_whole(graph)
-                patches["joint_custom_post_pass"] = RecomputedCasts()
+        if whole_norms:
+            keep_norms_whole(graph)
+        if (marks := joint_pass(quantized=quantized, whole_norms=whole_norms)) is not None:
+            patches["joint_custom_post_pass"] = marks
         # Else timings would decide whether a product is padded, which shows in its last bits.
         if torch.are_deterministic_algorithms_enabled():
             patches["deterministic"] = True
@@ -146,8 +150,22 @@ def _backend(cpp_wrapper: bool, exact: bool) -> BlockCall:
     return compile_graph
 
 
-def _is_quantized(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype.itemsize == 1 and value.dtype != torch.bool
+def takes_whole_norms(*, exact: bool, quantized: bool, cpp_wrapper: bool) -> bool:
+    """Whether a compiled block's norms are PyTorch's own kernels.
+
+    Args:
+        exact, cpp_wrapper: as `BlockCompiler` has them.
+        quantized: whether frozen weights of the block are.
+    """
+    # From C++, PyTorch's kernels may be launched by a turn through Python.
+    return exact and not quantized and not cpp_wrapper
+
+
+def joint_pass(*, quantized: bool, whole_norms: bool) -> CustomGraphPass | None:
+    """What marks a block's graph of forward and backward before the compiler, or a plan, divides it."""
+    if quantized:
+        return RecomputedWeights()
+    return RecomputedCasts() if whole_norms else None
 
 
 class BlockCompiler:

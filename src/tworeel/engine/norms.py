@@ -17,7 +17,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.library import custom_op
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointPolicy
+
+from tworeel.engine.recomputing import mark_recomputed
 
 aten = torch.ops.aten
 
@@ -190,8 +191,7 @@ class WholeNorms(TorchFunctionMode):
 class RecomputedCasts(CustomGraphPass):
     """Has what was cast for a norm cast again for its backward, instead of kept.
 
-    A block's own forward casts a hidden state to fp32 for it, twice the bytes. The compiler keeps what a
-    kernel that it does not generate reads in the backward (`ban_recompute_materialized_backward`).
+    A block's own forward casts a hidden state to fp32 for it, twice the bytes.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -200,8 +200,7 @@ class RecomputedCasts(CustomGraphPass):
             for node in graph.find_nodes(op="call_function", target=cast):
                 grows = node.meta["val"].itemsize > node.args[0].meta["val"].itemsize
                 if grows and _is_read_by_norm(node):
-                    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                    node.meta.setdefault("ac_graph_id", 0)  # in a checkpoint it has that one's
+                    mark_recomputed(node)
 
     def uuid(self) -> Any:
         """What Inductor's cache tells graphs with this pass by."""
