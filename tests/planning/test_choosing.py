@@ -10,7 +10,7 @@ import pytest
 from real_models import IMAGE, budgets_of, limited, request_of
 
 from tworeel.data.clips import Bucket
-from tworeel.planning import plan
+from tworeel.planning import Planner, plan
 from tworeel.planning.choosing import LONG, WORTH, choose
 from tworeel.planning.requests import Request
 from tworeel.planning.traces import TraceSettings
@@ -128,6 +128,7 @@ def test_where_the_host_limits_what_is_gained_is_told() -> None:
     choice = choose(request_of(buckets={IMAGE: 1.0}, micro_batches=16, may_launch_from_cpp=True))
     (lost,), found = choice.lost, choice.plan
     assert found.cpp_wrapper and choice.planner.request.cpp_wrapper
+    assert found == Planner(choice.planner.request).best(), "with norms as they are run then"
     assert lost.name == "kernels launched from Python"
     assert lost.seconds_per_step is not None and lost.seconds_per_step > 1.5 * found.seconds_per_step
     assert lost.reason.endswith("times the time of a clip")

@@ -118,3 +118,16 @@ def test_what_is_made_of_weights_alone_is_not_kept() -> None:
     assert GraphReader(graph).cost().end == 2 * SIZE
     reader = GraphReader(graph, num_weights=1)
     assert reader.cost().end == SIZE and len(reader.returned()) == 1
+
+
+def test_one_weight_that_is_dequantized_is_counted_apart() -> None:
+    def function(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        # The first one is needed once more when the second has been.
+        weight = first.float()
+        return x @ weight @ second.float() @ weight
+
+    with FakeTensorMode():
+        weights = [torch.empty(SIDE, SIDE, dtype=torch.int8) for _ in range(2)]
+        graph = make_fx(function)(torch.empty(SIDE, SIDE), *weights).graph
+    # Two products; and one of the two weights that are there by then.
+    assert GraphReader(graph).cost().peak == 3 * SIZE

@@ -86,6 +86,21 @@ def test_launched_from_cpp_an_image_takes_what_was_measured() -> None:
         assert found.seconds_per_step / 16 == pytest.approx(seconds, rel=0.15)
 
 
+def test_norms_are_planned_as_they_are_run_where_blocks_are_launched_from_cpp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are generated there, see `tworeel.engine.compiling.takes_whole_norms`."""
+    some = request_of(buckets={IMAGE: 1.0})
+    from_cpp = Planner(replace(some, cpp_wrapper=True))
+    generated = Planner(replace(some, trace=replace(some.trace, exact=False)))
+    assert from_cpp.trace == generated.trace != Planner(some).trace
+    fp8 = replace(some, trace=replace(some.trace, quantize="fp8"))
+    first = Planner(fp8)
+    known = first.trace
+    monkeypatch.setattr("tworeel.planning.planner.trace_model", None)
+    assert Planner(replace(fp8, cpp_wrapper=True), like=first).trace == known, "with fp8 they always are"
+
+
 @pytest.mark.parametrize(("size", "gains"), [(704, True), (768, False)])
 def test_attentions_to_the_text_that_are_computed_again_are_launched_from_python(
     size: int, gains: bool

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from real_models import CLIP, VARIANTS, settings_of, source_of
+from real_models import CLIP, IMAGE, VARIANTS, settings_of, source_of
+from torch import nn
 
 from tworeel.benchmarks.flops import work_of
 from tworeel.benchmarks.widths import WAN_14B
 from tworeel.engine.residency import Residency
 from tworeel.models.wan.family import WAN
+from tworeel.planning import tracing
 from tworeel.planning.traces import BlockTrace
 from tworeel.planning.tracing import trace_model
 
@@ -128,6 +131,42 @@ def test_weights_that_only_are_kept_in_8_bits_are_multiplied_in_bf16() -> None:
     found = traced(quantize="fp8", mode="weight-only")
     assert set(found.forward.products) == {torch.bfloat16}
     assert found.footprints[Residency.KEEP].kept < 1.01 * traced().footprints[Residency.KEEP].kept
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_weights_that_only_are_kept_in_8_bits_leave_behind_what_those_do_that_are_multiplied_so(
+    kind: str,
+) -> None:
+    """Nor does a recomputed block hold all of them dequantized: one, which is counted apart."""
+    stored, multiplied = (
+        traced(quantize=kind, mode=mode).footprints for mode in ("weight-only", "tensorwise")
+    )
+    for residency, found in stored.items():
+        assert found.kept == pytest.approx(multiplied[residency].kept, rel=0.001)
+    whole = traced().footprints[Residency.RECOMPUTE].working
+    assert stored[Residency.RECOMPUTE].working == pytest.approx(whole, rel=0.001)
+
+
+def test_a_compiled_block_that_only_stores_8_bits_returns_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine's blocks save: tests/engine/test_recomputing.py."""
+    found = []
+
+    def noting(block: nn.Module, call: Any, **how: Any) -> Any:
+        graphs = compiled(block, call, **how)
+        sizes = {parameter.numel() for parameter in block.parameters()}
+        found.extend(
+            node
+            for graph in graphs
+            for node in graph.forward.output_node().all_input_nodes
+            if node.op != "placeholder" and node.meta["val"].dim() == 2 and node.meta["val"].numel() in sizes
+        )
+        return graphs
+
+    compiled = tracing._compiled_graphs
+    monkeypatch.setattr(tracing, "_compiled_graphs", noting)
+    trace_model(WAN, source_of(A14B), IMAGE, settings_of(A14B, quantize="int8", mode="weight-only"))
+    large = [node for node in found if node.meta["val"].numel() >= 5120 * 5120]
+    assert not large and found, "only the LoRA's casts"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

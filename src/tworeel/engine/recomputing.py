@@ -24,22 +24,30 @@ class RecomputedWeights(CustomGraphPass):
     """
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Mark what is made of quantized inputs, without a product or a sum, and is not quantized itself."""
-        inputs = [node for node in graph.find_nodes(op="placeholder") if not node.name.startswith("tangents")]
-        of_inputs, of_quantized = set(inputs), {node for node in inputs if is_quantized(node.meta["val"])}
-        for node in graph.nodes:
-            if not _is_cheap(node) or not of_inputs.issuperset(node.all_input_nodes):
-                continue
-            of_inputs.add(node)
-            if of_quantized.isdisjoint(node.all_input_nodes):
-                continue
-            of_quantized.add(node)
-            if not is_quantized(node.meta["val"]):
-                mark_recomputed(node)
+        """Mark each dequantization in a graph of forward and backward."""
+        for node in dequantized(graph):
+            mark_recomputed(node)
 
     def uuid(self) -> Any:
         """What Inductor's cache tells graphs with this pass by."""
         return get_hash_for_files((__file__,))
+
+
+def dequantized(graph: fx.Graph) -> list[fx.Node]:
+    """What is made of quantized inputs, without a product or a sum, and is not quantized itself."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if not node.name.startswith("tangents")]
+    of_inputs, of_quantized = set(inputs), {node for node in inputs if is_quantized(node.meta["val"])}
+    found = []
+    for node in graph.nodes:
+        if not _is_cheap(node) or not of_inputs.issuperset(node.all_input_nodes):
+            continue
+        of_inputs.add(node)
+        if of_quantized.isdisjoint(node.all_input_nodes):
+            continue
+        of_quantized.add(node)
+        if not is_quantized(node.meta["val"]):
+            found.append(node)
+    return found
 
 
 def is_quantized(value: Any) -> bool:

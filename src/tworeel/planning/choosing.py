@@ -92,10 +92,12 @@ def _with_launcher(choice: Choice) -> Choice:
     changed = replace(planner.request.in_order(plan.devices), cpp_wrapper=True)
     if changed.may_interleave:
         changed = replace(changed, stages_per_device=1)
-    again = _with_stages(Planner(changed, planner.trace, planner))
-    found = again.plan
+    # What launching alone gains; norms, which may be others then, are no reason.
+    found = _with_stages(Planner(changed, planner.trace, planner)).plan
     if found.seconds_per_step >= (1 - WORTH) * plan.seconds_per_step:
         return choice
+    again = _with_stages(Planner(changed, like=planner))
+    found = again.plan
     lost = alternative_of("kernels launched from Python", plan, found)
     # Stages a device were weighed again.
     weights = [one for one in choice.lost if one.name not in _STAGES_LOST]

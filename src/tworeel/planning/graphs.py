@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from tworeel.engine.norms import NORM_OPS
+from tworeel.engine.recomputing import dequantized
 from tworeel.planning.fusing import kernels_of
 
 aten = torch.ops.aten
@@ -99,7 +100,7 @@ class GraphCost:
     """What a graph holds and costs."""
 
     peak: int
-    """Bytes beyond its inputs, at the moment of the most."""
+    """Bytes beyond its inputs, at the moment of the most; without one weight that is dequantized then."""
     end: int
     """Bytes beyond its inputs when it has ended: what it returns."""
     work: Work
@@ -119,6 +120,7 @@ class GraphReader:
     ) -> None:
         self._nodes = list(graph.nodes)
         self._of_weights = self._find_of_weights(num_weights)
+        self._dequantized = set(dequantized(graph))
         self._released = released or {}
         self._owners: dict[str, fx.Node] = {}
         for node in self._nodes:
@@ -150,6 +152,7 @@ class GraphReader:
             ending[i].append(value)
         kept = {self._origin(node) for node in self._output.all_input_nodes}
         live = peak = 0
+        apart: set[fx.Node] = set()
         # What is made of weights alone takes little of a card, but the host launches it: casts of the LoRA's.
         casts = [node for node in self._of_weights if any(map(_is_whole, self._readers[node]))]
         work = Work(kernels=sum(map(_kernels, casts)))
@@ -158,7 +161,9 @@ class GraphReader:
             work += self._work_of(part)
         for i, kernel in enumerate(kernels):
             live += sum(map(_size, kernel))
-            peak = max(peak, live)
+            apart.update(self._dequantized.intersection(kernel))
+            peak = max(peak, live - max(map(_size, apart), default=0))
+            apart.difference_update(ending[i])
             for value in ending[i]:
                 if value not in kept and (value in self._reads or value.name in self._released):
                     live -= _size(value)

@@ -12,6 +12,7 @@ import torch
 
 from tworeel.data.buckets import block_tokens, tokens
 from tworeel.data.clips import Bucket
+from tworeel.engine.compiling import takes_whole_norms
 from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
@@ -84,7 +85,11 @@ class Planner:
         """What the trace depends on, beside the clip."""
         settings = self.request.trace
         if settings.quantize in STORED_ONLY:
-            return replace(settings, quantize=None)
+            # As compiled bf16 weights, but for norms, which change no bytes: a trace takes long.
+            settings = replace(settings, quantize=None)
+        quantized, from_cpp = settings.quantize is not None, self.request.cpp_wrapper
+        exact = takes_whole_norms(exact=settings.exact, quantized=quantized, cpp_wrapper=from_cpp)
+        settings = replace(settings, exact=exact)
         modes = {budget.mode(settings.quantize) for budget in self.request.budgets}
         # Unlike cards: the mode that needs most memory.
         mode = modes.pop() if len(modes) == 1 else "tensorwise"
@@ -284,8 +289,8 @@ class Planner:
     def _dequantizes(self, budget: Budget) -> bool:
         """Whether a weight is dequantized on this device for each use, and the trace does not count it.
 
-        Weights that are only stored so are traced in full precision; from compiled graphs, what is made of
-        weights alone is left out.
+        Weights that are only stored so are traced in full precision; from compiled graphs, one weight that is
+        dequantized is left out.
         """
         kind = self.request.trace.quantize
         return kind in STORED_ONLY or (self.request.trace.compile and budget.mode(kind) == "weight-only")

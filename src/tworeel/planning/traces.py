@@ -30,7 +30,8 @@ class TraceSettings:
     """How the cards multiply 8-bit weights."""
     compile: bool = True
     exact: bool = True
-    """Whether compiled blocks take norms from PyTorch, see `tworeel.engine.compiling.BlockCompiler`."""
+    """Whether compiled blocks take norms from PyTorch where they can, see
+    `tworeel.engine.compiling.takes_whole_norms`."""
     rank: int = 32
     dora: bool = False
     targets: tuple[str, ...]

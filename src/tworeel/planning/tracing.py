@@ -24,11 +24,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
+from tworeel.engine.compiling import joint_pass, takes_whole_norms
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.keeping import ATTENTION_OPS
 from tworeel.engine.lean import upstream_forwards
-from tworeel.engine.norms import RecomputedCasts, WholeNorms
+from tworeel.engine.norms import WholeNorms
 from tworeel.engine.probing import Forward, Head, as_in_training, own_copies, shared_bytes
+from tworeel.engine.recomputing import is_quantized
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
@@ -69,7 +71,9 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         calls, head = _record(model, family, source, bucket, settings)
         trace = _trace_eager
         if settings.compile:
-            trace = partial(_trace_compiled, whole_norms=settings.exact and settings.quantize is None)
+            quantized = settings.quantize is not None
+            whole_norms = takes_whole_norms(exact=settings.exact, quantized=quantized, cpp_wrapper=False)
+            trace = partial(_trace_compiled, whole_norms=whole_norms)
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
     return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)
 
@@ -242,6 +246,7 @@ def _compiled_graphs(block: nn.Module, call: _Call, *, whole_norms: bool) -> tup
     leaves, spec = tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    quantized = any(map(is_quantized, state.values()))
     found: list[_Graphs] = []
 
     def run(state: dict[str, Tensor], *tensors: Tensor) -> Any:
@@ -256,7 +261,8 @@ def _compiled_graphs(block: nn.Module, call: _Call, *, whole_norms: bool) -> tup
         """Into forward and backward, as the compiler would: both ways from one trace."""
         divide = partial(min_cut_rematerialization_partition, compiler="inductor", **options)
         copy = _copied(joint)
-        RecomputedCasts()(joint.graph)
+        if (marks := joint_pass(quantized=quantized, whole_norms=whole_norms)) is not None:
+            marks(joint.graph)
         _mark_recomputed(copy.graph)
         plain, selective = divide(joint, inputs), divide(copy, inputs)
         found.extend(_Graphs(forward.graph, backward.graph) for forward, backward in (plain, selective))
