@@ -144,6 +144,20 @@ def test_no_gradient_is_made_for_an_input_that_needs_none(kind):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("mode", ["tensorwise", "weight-only"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_over_an_input_that_needs_no_gradient_compiles_with_its_lora(monkeypatch, kind, mode):
+    """As a block's over the text."""
+    monkeypatch.setattr("tworeel.quant.scaled.matmul_mode", lambda device, dtype: mode)
+    model = nn.Sequential(nn.Linear(64, 96)).to(torch.bfloat16)
+    quantize_blocks(model, kind, ["0"])
+    inject_lora(model, rank=4, alpha=4, targets=["0"])
+    torch.compiler.reset()
+    x = torch.randn(33, 64, dtype=torch.bfloat16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert compiled.requires_grad and torch.equal(compiled, model(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recomputed_forward_gives_the_same_bits(kind, dtype):

@@ -82,8 +82,16 @@ def dequantized_linear(
         stored: all that W is made of; only references to these are kept for the backward.
         shape: (O, I).
     """
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        # There torch.compile (2.13) takes away a function's context if it is given one argument more than it
+        # names: two stored tensors, as 8-bit weights have.
+        return _product(input, bias, dequantize(*stored, shape, input.dtype))
     output: Tensor = _DequantizedLinear.apply(input, bias, dequantize, shape, *stored)
     return output
+
+
+def _product(input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+    return functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -98,13 +106,10 @@ class _DequantizedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*stored)
         ctx.dequantize, ctx.shape = dequantize, shape
-        weight = dequantize(*stored, shape, input.dtype)
-        return functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
+        return _product(input, bias, dequantize(*stored, shape, input.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (len(ctx.needs_input_grad) - 1)
-        if not ctx.needs_input_grad[0]:
-            return None, *nothing
         return grad @ ctx.dequantize(*ctx.saved_tensors, ctx.shape, grad.dtype), *nothing
