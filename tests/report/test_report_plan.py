@@ -125,10 +125,10 @@ def test_what_does_not_fit_is_told_with_what_is_missing() -> None:
 def test_figures_of_stages_that_share_a_card_are_not_called_the_cards() -> None:
     stages = [replace(stage, device="cuda:1", shared=2, free=20 * GIB) for stage in (FIRST, SECOND)]
     plan = replace(PLAN, stages=tuple(stages))
-    lacking = "1/2 of the card's (2.0 GiB too few, most is weights)"
+    needed, lacking = "cuda:1 would need 22.0 GiB and has 20.0 GiB", "2.0 GiB too few, most is weights"
     assert plan.shortfalls == [
-        f"cuda:1 would need 22.0 GiB for blocks 0 to 20 and has 20.0 GiB, {lacking}",
-        f"cuda:1 would need 22.0 GiB for blocks 21 to 39 and has 20.0 GiB, {lacking}",
+        f"{needed} (blocks 0 to 20, 1/2 of the card's: {lacking})",
+        f"{needed} (blocks 21 to 39, 1/2 of the card's: {lacking})",
     ]
     assert row(printed(*plan_tables(plan, Console(width=80))), "free, 1/2 of the card's") == ["20.0 GiB"] * 2
     assert plan_lines(plan)[0].endswith("blocks 0 to 20, 21.0 GiB of 20.0 GiB, 1/2 of the card's")

@@ -84,9 +84,9 @@ class StagePlan:
         wanted = self.peak + self.spare
         most = max(self.parts, key=lambda part: self.parts[part])
         lacking = f"{_too_few(wanted - self.free)}, most is {most}"
-        blocks = "" if self.shared == 1 else f" for blocks {self.first} to {self.last}"
-        free = f"{gibibytes(self.free)}{self.part_of_card}"
-        return f"{self.device} would need {gibibytes(wanted)}{blocks} and has {free} ({lacking})"
+        if self.shared > 1:
+            lacking = f"blocks {self.first} to {self.last}{self.part_of_card}: {lacking}"
+        return f"{self.device} would need {gibibytes(wanted)} and has {gibibytes(self.free)} ({lacking})"
 
     @property
     def part_of_card(self) -> str:
