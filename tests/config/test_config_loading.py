@@ -216,6 +216,13 @@ def test_a_syntax_error_names_the_file_and_the_line(problems: Problems) -> None:
     assert "run.toml: not valid TOML" in line and "line 7" in line
 
 
+def test_what_is_nested_too_deeply_is_told_in_a_line(problems: Problems) -> None:
+    (line,) = problems("deep = " + 5000 * "[")
+    assert line.endswith("run.toml: is nested too deeply")
+    (line,) = problems(overrides={"lora.rank": 5000 * "["})
+    assert line.startswith("lora.rank = ") and line.endswith("must be an integer > 0")
+
+
 def test_a_windows_path_in_double_quotes_gets_a_hint(problems: Problems) -> None:
     (line,) = problems('[cache]\nfolder = "C:\\users\\me"')
     assert "line 7" in line and "single quotes" in line

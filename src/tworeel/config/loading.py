@@ -73,6 +73,8 @@ def _read_toml(path: Path) -> Tree:
     except tomllib.TOMLDecodeError as error:
         hint = "; write paths with / or in 'single quotes'" if "\\" in text else ""
         raise UserError(f"{path}: not valid TOML: {error}{hint}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
 
 
 def _override_tree(overrides: Mapping[str, Any]) -> Tree:
@@ -91,7 +93,7 @@ def _parse(text: str, option: Option | None) -> Any:
     """Read a value of the command line; what is no TOML value, or belongs to an option of text, is text."""
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     is_text = option is not None and option.is_text and not isinstance(table["value"], str)
     return text if is_text or len(table) > 1 else table["value"]

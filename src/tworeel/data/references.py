@@ -136,7 +136,7 @@ def _listed(row: Row, name: str) -> list[str]:
         return [value]
     try:
         paths = json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         paths = None
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise BrokenRow(f"{name} is not a JSON list of paths: {value[:60]}")
