@@ -249,6 +249,15 @@ def test_a_slow_link_makes_each_block_that_parks_wait_for_its_copy_and_no_other(
     assert parking.backward == pytest.approx(copies * copy + 5 / count * everything.backward)
 
 
+def test_a_slot_whose_copies_limit_is_named() -> None:
+    fast = budgets_of("2x RTX 4090")
+    slow = (fast[0], replace(fast[1], rates=fast[1].rates.linked(5e8)))
+    before, found = (plan(request_of(budgets=budgets, split_at=(20,))) for budgets in (fast, slow))
+    assert "copies" not in before.limit and all(stage.copying < 1.1 for stage in before.stages)
+    assert found.limit.startswith("copies between cuda:1 and host memory, with which it takes ")
+    assert found.stages[1].copying > 1.1 and found.seconds_per_step > before.seconds_per_step
+
+
 def test_weights_come_while_activations_leave_and_wait_where_these_come_too() -> None:
     link, count = 1e9, 20
     budgets = [replace(budget, rates=budget.rates.linked(link)) for budget in H100S]

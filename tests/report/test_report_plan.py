@@ -25,6 +25,7 @@ FIRST = StagePlan(
     free=23 * GIB,
     forward=4.1,
     backward=10.0,
+    computing=14.1,
     forward_kernels=1500,
     backward_kernels=2500,
 )

@@ -177,6 +177,7 @@ class StageDraft:
             shared=self.shared,
             forward=forward,
             backward=backward,
+            computing=sum(self._seconds(kept, _traced_as(fit.fallback), 0)),
             forward_kernels=forward_kernels,
             backward_kernels=backward_kernels,
         )

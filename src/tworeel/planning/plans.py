@@ -9,6 +9,8 @@ from typing import Any
 from tworeel.engine.residency import Residency
 from tworeel.units import GIB, gibibytes
 
+MOST_COPYING = 1.1
+"""Times as long as it computes that a stage may take before its copies are what limits."""
 MOST_BUBBLE = 0.2
 """Where the cards wait for a larger share of a step, that is what limits."""
 
@@ -49,9 +51,16 @@ class StagePlan:
     forward: float
     """Of a micro-batch, on average over the data."""
     backward: float
+    computing: float
+    """Of both, what they would take without copies to host memory and back."""
     forward_kernels: int
     """That the host launches for a micro-batch's forward, with what parking takes it, in as many."""
     backward_kernels: int
+
+    @property
+    def copying(self) -> float:
+        """How many times as long as it computes it takes, for copies to host memory and back."""
+        return (self.forward + self.backward) / self.computing
 
     @property
     def num_blocks(self) -> int:
@@ -155,6 +164,12 @@ class Plan:
             return "; ".join(self.shortfalls)
         if self.host_bound:
             return "the host, which launches too slowly for so few tokens: larger clips"
+        slowest = max(self.stages, key=lambda stage: stage.forward + stage.backward)
+        if slowest.copying > MOST_COPYING:
+            return (
+                f"copies between {slowest.device} and host memory, with which it takes "
+                f"{slowest.copying:.1f} times as long: 8-bit weights, shorter clips, a slot with more lanes"
+            )
         if self.bubble > MOST_BUBBLE:
             return f"the cards wait {100 * self.bubble:.0f} % of a step: more micro-batches a step"
         if any(stage.kept < stage.num_blocks for stage in self.stages):
