@@ -131,6 +131,8 @@ def test_weights_that_only_are_kept_in_8_bits_are_multiplied_in_bf16() -> None:
     found = traced(quantize="fp8", mode="weight-only")
     assert set(found.forward.products) == {torch.bfloat16}
     assert found.footprints[Residency.KEEP].kept < 1.01 * traced().footprints[Residency.KEEP].kept
+    # Read in 8 bits, written in 16, and read as bf16 weights are.
+    assert found.forward.weights == pytest.approx(2.5 * traced().forward.weights, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

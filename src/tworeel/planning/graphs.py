@@ -59,6 +59,8 @@ _READS_IF_USED_AGAIN = 4
 _READS = 8
 """A value that is computed from more values than this is written; with several readers, from fewer
 (torch's `realize_reads_threshold` and `realize_acc_reads_threshold`)."""
+_DEQUANTIZING = 1.5
+"""Bytes that are moved for each of a weight that is made of one in 8 bits: it is read, and it is written."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ class GraphReader:
         kept = {self._origin(node) for node in self._output.all_input_nodes}
         live = peak = 0
         apart: set[fx.Node] = set()
-        # What is made of weights alone takes little of a card, but the host launches it: casts of the LoRA's.
+        # Of weights alone: casts of the LoRA's, which the host launches, and what is dequantized.
         casts = [node for node in self._of_weights if any(map(_is_whole, self._readers[node]))]
-        work = Work(kernels=sum(map(_kernels, casts)))
+        work = Work(kernels=sum(map(_kernels, casts)), weights=_DEQUANTIZING * sum(map(_size, casts)))
         # Apart, as if nothing were joined: what joined kernels read less, they lose by reading slower.
         for part in parts:
             work += self._work_of(part)
