@@ -91,12 +91,12 @@ def _peaks(peaks: dict[str, int]) -> str:
 
 
 def run_case(bench: Bench, case: Case) -> Iterator[tuple[str, Results]]:
-    """As it is planned; where the host is what limits, once more as it is planned after that."""
+    """As it is planned; where the host is what limits, once more after that, if it is asked for."""
     planner = bench.planner(case)
     plan = planner.best()
     found = bench.run(case, planner.request, plan)
     yield case.name, compared(case, plan, found)
-    if plan.host_bound and found.seconds is not None:
+    if bench.again and plan.host_bound and found.seconds is not None:
         # As a run's first steps teach later plans
         case = replace(case, at=plan.split_at)
         planner = bench.planner(case, host_factor=found.seconds / plan.seconds_per_step)
@@ -225,6 +225,11 @@ def parse_arguments() -> argparse.Namespace:
         help="compile blocks; as each case says by default",
     )
     parser.add_argument("--at-peak", action="store_true", help="tell what lies in each GPU's memory then")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="where the host limits, plan and run a case once more with what it has taken",
+    )
     parser.add_argument("--json", type=Path, default=Path("planning.json"), help="file for the figures")
     parser.add_argument("--tiny", action="store_true", help="a model of a few million parameters")
     return parser.parse_args()
@@ -251,7 +256,7 @@ def main() -> int:
     measuring.print_machine(facts)
     machine.wake(devices)
     measuring.add_results(options.json, {"machine": facts})
-    bench = Bench(devices, looks=options.at_peak)
+    bench = Bench(devices, looks=options.at_peak, again=options.again)
     failed = [
         name
         for phase in options.phase

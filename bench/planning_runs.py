@@ -61,10 +61,12 @@ class Bench:
     Args:
         devices: of the stages; a case takes the first ones.
         looks: note what lies in memory at the peak; steps take longer then.
+        again: whether a case that the host limits is planned and run once more.
     """
 
-    def __init__(self, devices: Sequence[torch.device], *, looks: bool = False) -> None:
+    def __init__(self, devices: Sequence[torch.device], *, looks: bool = False, again: bool = False) -> None:
         self.devices = tuple(devices)
+        self.again = again
         self._looks = looks
         self._planners = Planners()
         self._stopwatch = Stopwatch()

@@ -106,6 +106,14 @@ def test_a_case_without_memory_is_told_and_the_next_one_runs(
     assert read(tmp_path / "x")[f"case {CASE.name}"]["measured"]["seconds"] > 0
 
 
+def test_what_the_host_limits_is_planned_once_more_by_what_it_has_taken(tmp_path: Path) -> None:
+    bench = planning_runs.Bench(CPUS, again=True)
+    assert planning.run_phase("cases", [(1, CASE)], bench, tmp_path / "x") == []
+    first, again = read(tmp_path / "x").values()
+    taken = first["measured"]["seconds"]
+    assert again["plan"]["host_bound"] and again["plan"]["seconds_per_step"] == pytest.approx(taken, rel=0.01)
+
+
 def test_a_case_that_fails_is_written_down_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
