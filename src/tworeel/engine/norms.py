@@ -18,7 +18,7 @@ from torch.library import custom_op
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tworeel.engine.recomputing import mark_recomputed
+from tworeel.engine import recomputing
 
 aten = torch.ops.aten
 
@@ -200,11 +200,11 @@ class RecomputedCasts(CustomGraphPass):
             for node in graph.find_nodes(op="call_function", target=cast):
                 grows = node.meta["val"].itemsize > node.args[0].meta["val"].itemsize
                 if grows and _is_read_by_norm(node):
-                    mark_recomputed(node)
+                    recomputing.mark_recomputed(node)
 
     def uuid(self) -> Any:
         """What Inductor's cache tells graphs with this pass by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, recomputing.__file__))
 
 
 _CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
