@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -34,7 +33,7 @@ from planning_cases import PHASES, TINY_PHASES, Case, chosen
 from planning_runs import Bench, Measured
 
 from tworeel.benchmarks import machine
-from tworeel.engine.releasing import release_memory
+from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.planning.plans import Plan
 from tworeel.units import GIB
 
@@ -186,7 +185,7 @@ def run_phase(phase: str, cases: list[tuple[int, Case]], bench: Bench, path: Pat
             failed.append(name)
             console.print_exception()
             measuring.add_results(path, {name: {"error": f"{type(error).__name__}: {error}"}}, quiet=True)
-            traceback.clear_frames(error.__traceback__)
+            clear_frames(error)
         release_memory()
         _say(f"  took {time.perf_counter() - begin:.1f} s in all")
     return failed

@@ -110,9 +110,7 @@ def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints
     """
 
     def fit(num_kept: int, more: int = 0, missing: int = 0) -> Fit:
-        host = memory.streaming[more].pinned
-        if fallback.is_parked:
-            host += parked_bytes(memory, footprints, num_kept)
+        host = memory.streaming[more].pinned + parked_bytes(memory, footprints, num_kept, fallback)
         return Fit(num_kept, fallback, memory.streamed + more, missing, host=host)
 
     for num_kept in range(memory.may_keep, -1, -1):
@@ -123,8 +121,10 @@ def fit_as(fallback: Residency, memory: StageMemory, footprints: StageFootprints
     return fit(0, more, max(0, missing - memory.streaming[more].freed))
 
 
-def parked_bytes(memory: StageMemory, footprints: StageFootprints, num_kept: int) -> int:
-    """Bytes of host memory that the activations of a stage take where those that are not kept are parked."""
+def parked_bytes(memory: StageMemory, footprints: StageFootprints, num_kept: int, fallback: Residency) -> int:
+    """Bytes of host memory that the activations of a stage take; arguments as `needed`'s."""
+    if not fallback.is_parked:
+        return 0
     parked = memory.in_flight * footprints.left[memory.num_blocks - num_kept]
     return pool_bytes(parked, footprints.hidden)
 

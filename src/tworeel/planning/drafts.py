@@ -148,7 +148,7 @@ class StageDraft:
         less = needed(fewer, at_rest, kept, fit.fallback)
         working = needed(memory, footprints, kept, fit.fallback) - rest
         crossing, inputs = crossing_buffers(memory, footprints.hidden), self.holding * self.inputs
-        forward, backward = self._seconds(kept, fit.fallback, streamed)
+        forward, backward, computing = self._seconds(kept, fit.fallback, streamed)
         forward_kernels, backward_kernels = self._kernels(kept, fit.fallback)
         return StagePlan(
             device=self.budget.device,
@@ -159,8 +159,7 @@ class StageDraft:
             residency=fit.fallback,
             streamed=streamed,
             in_flight=self.in_flight,
-            host=self.streaming[streamed].pinned
-            + (parked_bytes(memory, footprints, kept) if fit.fallback.is_parked else 0),
+            host=self.streaming[streamed].pinned + parked_bytes(memory, footprints, kept, fit.fallback),
             parts={
                 "weights": self._on_device(streamed),
                 "LoRA, gradients, optimizer": self.lora,
@@ -177,7 +176,7 @@ class StageDraft:
             shared=self.shared,
             forward=forward,
             backward=backward,
-            computing=sum(self._seconds(kept, _traced_as(fit.fallback), 0)),
+            computing=computing,
             forward_kernels=forward_kernels,
             backward_kernels=backward_kernels,
         )
@@ -190,25 +189,28 @@ class StageDraft:
             for t in self.traces
         ]
 
-    def _seconds(self, kept: int, fallback: Residency, streamed: int) -> tuple[float, float]:
-        """Forward and backward of the average clip.
+    def _seconds(self, kept: int, fallback: Residency, streamed: int) -> tuple[float, float, float]:
+        """Forward and backward of the average clip, and what both would take without copies.
 
         What a block parks travels beside its neighbour's work, streamed weights beside the work of all; what
         takes longer counts. Both directions of a link are used at a time.
         """
         rates, kind, means = self.budget.rates, _traced_as(fallback), self.means
-        forward = backward = parked = 0.0
+        forward = backward = computing = parked = 0.0
+        again = len(self._again(kept))
         for i, trace in enumerate(self.traces):
             ahead = rates.forward(means.of(trace.forward))
             back = rates.backward(means.of(trace.backward))
-            if i < len(self.traces) - kept:
+            if i < again:
                 back += rates.forward(means.of(trace.recomputed[kind]))
-                copy = trace.footprints[kind].kept * means.linear / rates.host if fallback.is_parked else 0.0
+            computing += ahead + back
+            if i < again and fallback.is_parked:
+                copy = trace.footprints[kind].kept * means.linear / rates.host
                 ahead, back, parked = max(ahead, copy), max(back, copy), parked + copy
             forward += ahead
             backward += back
         brought = sum(spread(self.sizes, streamed)) / rates.host
-        return max(forward, brought), max(backward, brought + parked)
+        return max(forward, brought), max(backward, brought + parked), computing
 
     def _kernels(self, kept: int, fallback: Residency) -> tuple[int, int]:
         """Launched for a micro-batch's forward and backward, and what else the host does, in as many."""
