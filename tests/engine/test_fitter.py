@@ -49,14 +49,13 @@ class Devices:
         monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
         monkeypatch.setattr(parking, "SMALLEST", 0)
 
-    def memory(self, split, stage, in_flight, holding):
+    def memory(self, split, stage, held):
         blocks, streamed = split.placement.blocks_of(stage), split.streamed_on(stage)
-        some = StageMemory(available=self._available, num_blocks=len(blocks), may_keep=0, in_flight=in_flight)
+        some = StageMemory(available=self._available, num_blocks=len(blocks), may_keep=0, held=held)
         may_stream = split.may_stream * (len(blocks) - len(streamed))
         return replace(
             some,
             may_keep=len(blocks) - len(streamed),
-            holding=holding,
             streamed=len(streamed),
             # The slots take nothing, so that two blocks have something to give.
             streaming=[
@@ -160,7 +159,7 @@ def test_nothing_more_is_streamed_than_was_asked_for(monkeypatch):
 def test_where_streamed_weights_are_not_enough_only_the_blocks_inputs_are_parked(monkeypatch):
     recompute = {Residency.RECOMPUTE: Footprint(kept=100, working=1000, hidden=100)}
     monkeypatch.setitem(globals(), "SIZES", SIZES | recompute)
-    Devices(monkeypatch, available=1400, weights=150)
+    Devices(monkeypatch, available=1350, weights=150)
     assert fitted().split.residency_in_words() == (
         "stage 0: 2 offload, weights of 1 streamed; stage 1: 3 offload"
     )

@@ -23,6 +23,7 @@ from tworeel.engine.fitting import (
 )
 from tworeel.engine.footprints import TOO_LARGE, Footprint, StageFootprints
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Held
 from tworeel.engine.weight_streaming import SLOTS, Streamed, more_and_more_streamed, pinned_bytes
 
 BLOCK = {
@@ -34,8 +35,9 @@ SIZES = StageFootprints([BLOCK] * 10)
 
 def memory(available: int, **changes: Any) -> StageMemory:
     """A stage of 10 blocks that holds 2 micro-batches."""
-    usual = StageMemory(available=available, num_blocks=10, may_keep=10, in_flight=2, holding=2)
-    return replace(usual, **changes)
+    held = {key: changes.pop(key) for key in Held._fields if key in changes}
+    held = Held(**{"in_flight": 2, "given": 2, "waiting": 3} | held)
+    return replace(StageMemory(available=available, num_blocks=10, may_keep=10, held=held), **changes)
 
 
 def fit_stage(memory: StageMemory, footprints: StageFootprints) -> Fit:
@@ -128,8 +130,8 @@ def test_more_micro_batches_in_flight_leave_room_for_less():
 
 def test_inputs_that_wait_for_their_turn_leave_room_for_less():
     """TI2V-5B modulates each token: a micro-batch's modulation is six hidden states."""
-    assert fit_stage(memory(413 + 1 + 3 * 6, inputs=6, holding=3), SIZES).num_kept == 10
-    assert fit_stage(memory(413 + 3 * 6, inputs=6, holding=3), SIZES).num_kept < 10
+    assert fit_stage(memory(413 + 1 + 3 * 6, inputs=6, given=3, waiting=4), SIZES).num_kept == 10
+    assert fit_stage(memory(413 + 3 * 6, inputs=6, given=3, waiting=4), SIZES).num_kept < 10
 
 
 def test_blocks_with_streamed_weights_never_keep():

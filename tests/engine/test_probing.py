@@ -14,9 +14,10 @@ from tworeel.engine import probing
 from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.probing import Forward, Head, Probe, own_copies
+from tworeel.engine.schedule import Held
 
 KEEP = Footprint(kept=20, working=10, hidden=1)
-MEMORY = StageMemory(available=10_000, num_blocks=10, may_keep=10, in_flight=2)
+MEMORY = StageMemory(available=10_000, num_blocks=10, may_keep=10, held=Held(2, 2, 2))
 
 
 def test_a_probe_finds_what_all_blocks_are_given_alike(monkeypatch):

@@ -7,12 +7,13 @@ import torch
 
 from tworeel.engine.schedule import (
     Action,
+    Held,
     at_work,
     ideal_efficiency,
     in_flight,
     interleaved,
     make_orders,
-    most_holding,
+    most_held,
     most_in_flight,
     one_by_one_first,
     one_f_one_b,
@@ -154,8 +155,13 @@ def test_at_each_action_it_is_known_what_is_held_and_who_works():
 
 
 def test_a_stage_holds_the_inputs_of_all_micro_batches_that_the_stage_before_is_not_through_with():
-    assert most_holding([4, 3, 1]) == [4, 4, 3]
-    assert most_holding([1]) == [1]
+    assert [held.given for held in most_held([4, 3, 1])] == [4, 4, 3]
+    assert most_held([1]) == [Held(in_flight=1, given=1, waiting=1)]
+
+
+def test_what_waits_has_come_early_or_is_about_to_leave_or_is_a_gradient():
+    """The last stage, with one micro-batch in flight, has two that came early; the second one, and 1 + 2."""
+    assert [held.waiting for held in most_held([4, 3, 1])] == [4, 1 + 1 + 2, 2]
 
 
 @pytest.mark.parametrize("devices", ["ab", "abcd", "abab", "aa"])

@@ -20,6 +20,7 @@ from tworeel.engine import place
 from tworeel.engine.fitting import StageMemory
 from tworeel.engine.probing import Probe, as_in_training
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Held
 from tworeel.models.family import Family, ModelSource
 from tworeel.models.flux2.family import FLUX2
 from tworeel.models.wan.family import WAN
@@ -72,7 +73,7 @@ def test_a_block_keeps_and_works_with_what_its_trace_says(
     family, source, bucket, _ = case_of(variant, compile=compile)
     model, inputs = made(family, source, bucket, cuda)
     division = split(model, [cuda], blocks=family.block_lists, residency="auto", compile=compile)
-    probe = Probe([StageMemory(available=0, num_blocks=4, may_keep=4, in_flight=1)])
+    probe = Probe([StageMemory(available=0, num_blocks=4, may_keep=4, held=Held(1, 1, 1))])
     with division.probing(probe):
         probe.end_head(0, cuda, model(**inputs, return_dict=False))
     trace = traced(variant, compile=compile)

@@ -17,7 +17,7 @@ from tworeel.engine.footprints import TOO_LARGE, StageFootprints
 from tworeel.engine.probing import Probe
 from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import most_holding
+from tworeel.engine.schedule import Held, most_held
 from tworeel.engine.split import Split
 from tworeel.engine.weight_streaming import frozen_parameters, more_and_more_streamed
 
@@ -35,23 +35,22 @@ def fit(split: Split, forward: Callable[[], Any], in_flight: Sequence[int]) -> N
     Raises:
         torch.OutOfMemoryError: one block alone is too large for its device.
     """
-    stages, holding = range(split.placement.num_stages), most_holding(in_flight)
     while True:
-        memories = [_memory(split, stage, in_flight[stage], holding[stage]) for stage in stages]
+        memories = [_memory(split, stage, held) for stage, held in enumerate(most_held(in_flight))]
         probe = _measure(split, forward, memories)
         if not (short := _short_of_memory(split, probe)):
             break
         _stream_more(split, short)
     assert probe is not None
     split.footprints = probe.footprints
-    footprints = [_of_stage(split, stage, probe) for stage in stages]
+    footprints = [_of_stage(split, stage, probe) for stage in range(len(in_flight))]
     for stage, found in enumerate(fit_stages(probe.memories, footprints, split.host_room)):
         if found is not None:
             split.stream(stage, min(found.streamed, split.streamed.most(stage, split.host_room)))
             _keep_most(split, stage, found)
 
 
-def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemory | None:
+def _memory(split: Split, stage: int, held: Held) -> StageMemory | None:
     """What a stage has; None on a CPU."""
     if split.placement.devices[stage].type == "cpu":
         return None
@@ -63,8 +62,7 @@ def _memory(split: Split, stage: int, in_flight: int, holding: int) -> StageMemo
         available=available_memory(split.placement, split.model, stage, split.optimizer),
         num_blocks=len(blocks),
         may_keep=len(blocks) - len(streamed),
-        in_flight=in_flight,
-        holding=holding,
+        held=held,
         last_streamed=blocks.index(streamed[-1]) if streamed else -1,
         num_kinds=len({split.placement.block_kinds[position] for position in blocks}),
         streamed=len(streamed),

@@ -16,6 +16,7 @@ from tworeel.engine.footprints import Footprint, StageFootprints
 from tworeel.engine.host_pool import pool_bytes
 from tworeel.engine.placement import Placement
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Held
 from tworeel.engine.weight_streaming import Streamed, enough
 
 SPARE = 0.04
@@ -31,12 +32,10 @@ class StageMemory:
     num_blocks: int
     may_keep: int
     """Blocks whose weights are on the device: only they can keep their activations."""
-    in_flight: int
-    """Micro-batches whose activations it holds at a time."""
+    held: Held
+    """Of micro-batches, at a time."""
     num_kinds: int = 1
     """Kinds of blocks among them."""
-    holding: int = 1
-    """Micro-batches whose inputs it holds at a time: they are sent ahead of their turn."""
     inputs: int = 0
     """Bytes of a micro-batch that all blocks are given: text, rotary tables, modulation."""
     last_streamed: int = -1
@@ -125,7 +124,7 @@ def parked_bytes(memory: StageMemory, footprints: StageFootprints, num_kept: int
     """Bytes of host memory that the activations of a stage take; arguments as `needed`'s."""
     if not fallback.is_parked:
         return 0
-    parked = memory.in_flight * footprints.left[memory.num_blocks - num_kept]
+    parked = memory.held.in_flight * footprints.left[memory.num_blocks - num_kept]
     return pool_bytes(parked, footprints.hidden)
 
 
@@ -195,19 +194,9 @@ def needed(memory: StageMemory, footprints: StageFootprints, num_kept: int, fall
     behind = min(num_kept, memory.num_blocks - 1 - memory.last_streamed)
     through = footprints.kept[memory.num_blocks - behind]
     working = max(footprints.keeping[others], footprints.working[others] - through, memory.head)
-    crossing = crossing_buffers(memory, footprints.hidden) + memory.holding * memory.inputs
-    return memory.in_flight * (kept + left) + crossing + once + working
-
-
-def crossing_buffers(memory: StageMemory, hidden: int) -> int:
-    """Bytes of what comes from a stage's neighbours and waits: hidden states, and their gradients.
-
-    Args:
-        memory: of the stage.
-        hidden: bytes of a hidden state.
-    """
-    # Inputs are sent ahead of their turn; gradients wait for theirs, all but the one that a block works with.
-    return (memory.holding + memory.in_flight - 1) * hidden
+    held = memory.held
+    crossing = held.waiting * footprints.hidden + held.given * memory.inputs
+    return held.in_flight * (kept + left) + crossing + once + working
 
 
 def available_memory(

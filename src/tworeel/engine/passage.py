@@ -2,9 +2,9 @@
 
 The model's own forward runs unchanged. Where a module of a later stage gets a tensor of an earlier one, the
 tensor is brought to the later stage's device. In a pipeline, a tensor that needs a gradient is also cut
-there: the later stage works on a leaf, and the pair (source, leaf) is remembered. The backward then goes
-from the last stage to the first, each stage from the gradients that arrived at its leaves, so that the
-backwards and forwards of different micro-batches can take turns.
+there: the later stage's graph begins with what stands for it, and where its gradient belongs is remembered.
+The backward then goes from the last stage to the first, each stage from the gradients that arrived at the
+cuts behind it, so that the backwards and forwards of different micro-batches can take turns.
 
 A stage is a number, not a device: two stages may share one.
 """
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,22 +31,53 @@ class Gate(Protocol):
     def advance(self, stage: int, to: int) -> None: ...
 
 
-@dataclass(eq=False)
 class Cut:
-    """A place where the graph was cut: `leaf` stands for `source` on a later stage."""
+    """A place where the graph was cut: a later stage works with a tensor of its own in `tensor`'s place.
 
-    source: Tensor
-    leaf: Tensor | None
-    """None when its gradient is on its way: the later stage is done with it."""
-    gradient: Arrival | None = None
-    """The leaf's gradient on its way back to the source's device."""
+    Neither is held, only where their gradient comes from and goes to: backwards need no values of them.
+
+    Args:
+        tensor: of an earlier stage.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.source = get_gradient_edge(tensor)
+        self._device = tensor.device
+        self._found: Tensor | None = None
+        self._sent: Arrival | None = None
+
+    def begin(self, there: Tensor) -> Tensor:
+        """Let the later stage's graph begin with a tensor that needs no gradient so far."""
+        with torch.enable_grad():
+            return _Beginning.apply(there, torch.empty(0, requires_grad=True), self)
+
+    def found(self, gradient: Tensor) -> None:
+        """Take the gradient that one backward has come to; before the blocks several may."""
+        self._found = gradient if self._found is None else self._found + gradient
 
     def send_gradient(self) -> None:
-        """Begin to send the leaf's gradient back, if it has one by now."""
-        assert self.leaf is not None
-        if self.leaf.grad is not None:
-            self.gradient = start_copy(self.leaf.grad, self.source.device)
-        self.leaf = None
+        """Begin to send that back, if there is one by now: the later stage is done with it."""
+        if self._found is not None:
+            self._sent = start_copy(self._found, self._device)
+            self._found = None
+
+    def gradient(self) -> Tensor | None:
+        """What was sent, on the device of the earlier stage."""
+        return None if self._sent is None else self._sent.wait()
+
+
+class _Beginning(torch.autograd.Function):
+    """The first node of a later stage's graph; a leaf would keep the tensor for as long as the graph is."""
+
+    @staticmethod
+    def forward(ctx: Any, there: Tensor, _needs_gradient: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
+        return there.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.cut.found(*gradients)
+        return None, None, None
 
 
 class Passage:
@@ -69,8 +100,8 @@ class Passage:
         self._owner: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._under_way: dict[tuple[int, int], Arrival] = {}
         self._stand_ins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._sources: list[list[Cut]] = [[] for _ in devices]
-        self._leaves: list[list[Cut]] = [[] for _ in devices]
+        self._left_behind: list[list[Cut]] = [[] for _ in devices]
+        self._entered: list[list[Cut]] = [[] for _ in devices]
         self._prologue: list[list[Cut]] = []
 
     @property
@@ -173,14 +204,13 @@ class Passage:
             return outputs
         cuts: list[Cut] = []
 
-        def cut(tensor: Tensor) -> Tensor:
+        def begin(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
-            leaf = tensor.detach().requires_grad_()
-            cuts.append(Cut(tensor, leaf))
-            return leaf
+            cuts.append(cut := Cut(tensor))
+            return cut.begin(tensor.detach())
 
-        outputs = tree_map_only(Tensor, cut, outputs)
+        outputs = tree_map_only(Tensor, begin, outputs)
         if cuts:
             self._prologue.append(cuts)
         return outputs
@@ -196,7 +226,10 @@ class Passage:
             RuntimeError: whatever autograd raises; with a note if a tensor went from stage to stage uncut.
         """
         try:
-            _backward(self._sources[stage], loss)
+            if loss is not None:
+                loss.backward()
+            else:
+                _backward(self._left_behind[stage])
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 error.add_note(
@@ -204,10 +237,10 @@ class Passage:
                     "and modules, where it is not cut; make that code a module of its own"
                 )
             raise
-        self._sources[stage].clear()
-        for cut in self._leaves[stage]:
+        self._left_behind[stage].clear()
+        for cut in self._entered[stage]:
             cut.send_gradient()
-        self._leaves[stage].clear()
+        self._entered[stage].clear()
         for known in self._stand_ins.values():
             known.pop(stage, None)
         if stage == 0:
@@ -252,11 +285,10 @@ class Passage:
         return known[stage]
 
     def _cross(self, tensor: Tensor, owner: int, stage: int) -> Tensor:
-        leaf = self._carry(tensor.detach(), stage, id(tensor)).requires_grad_()
-        cut = Cut(tensor, leaf)
-        self._sources[owner].append(cut)
-        self._leaves[stage].append(cut)
-        return leaf
+        cut = Cut(tensor)
+        self._left_behind[owner].append(cut)
+        self._entered[stage].append(cut)
+        return cut.begin(self._carry(tensor.detach(), stage, id(tensor)))
 
     def _carry(self, tensor: Tensor, stage: int, identity: int | None = None) -> Tensor:
         """The tensor on the stage's device."""
@@ -275,13 +307,9 @@ class Passage:
         return start_copy(tensor, device, self._left.get(tensor.device), late=late)
 
 
-def _backward(cuts: Sequence[Cut], loss: Tensor | None = None) -> None:
-    """Backward from `loss` and from the sources of those cuts whose leaves had a gradient."""
-    sources: list[Tensor] = [] if loss is None else [loss]
-    gradients: list[Tensor | None] = [None] * len(sources)
-    for cut in cuts:
-        if cut.gradient is not None:
-            sources.append(cut.source)
-            gradients.append(cut.gradient.wait())
-    if sources:
+def _backward(cuts: Sequence[Cut]) -> None:
+    """Backward from where gradients have come back to."""
+    arrived = [(cut.source, gradient) for cut in cuts if (gradient := cut.gradient()) is not None]
+    if arrived:
+        sources, gradients = zip(*arrived, strict=True)
         torch.autograd.backward(sources, gradients)

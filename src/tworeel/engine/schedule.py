@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,30 @@ def at_work(order: Order) -> Iterator[tuple[Mapping[int, int], int]]:
         held[action.stage] -= action.kind == "B"
 
 
-def most_holding(in_flight: Sequence[int]) -> list[int]:
-    """The most micro-batches whose inputs each stage holds: they arrive when the stage before is done.
+class Held(NamedTuple):
+    """The most that a stage holds at a time."""
+
+    in_flight: int
+    """Micro-batches whose activations it holds."""
+    given: int
+    """Micro-batches whose inputs it holds: they arrive when the stage before is done."""
+    waiting: int
+    """Hidden states that wait for their turn or are about to leave, and gradients of such that wait."""
+
+
+def most_held(in_flight: Sequence[int]) -> list[Held]:
+    """The most that each stage holds at a time.
 
     Args:
         in_flight: of each stage, as `most_in_flight` gives it.
     """
-    return [in_flight[max(0, stage - 1)] for stage in range(len(in_flight))]
+    last = len(in_flight) - 1
+    found = []
+    for stage, own in enumerate(in_flight):
+        given = in_flight[max(0, stage - 1)]
+        # One is about to leave, and the gradients of all but the one that works wait; the last has neither.
+        found.append(Held(own, given, given - own if stage == last > 0 else given))
+    return found
 
 
 def interleaved(num_devices: int, stages_per_device: int, num_micro_batches: int) -> list[Order]:

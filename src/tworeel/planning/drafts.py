@@ -9,7 +9,6 @@ from functools import cached_property
 from tworeel.engine.fitting import (
     Fit,
     StageMemory,
-    crossing_buffers,
     fit_as,
     needed,
     parked_bytes,
@@ -17,6 +16,7 @@ from tworeel.engine.fitting import (
 )
 from tworeel.engine.footprints import Footprints, StageFootprints
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Held
 from tworeel.engine.split import AUTO
 from tworeel.engine.weight_streaming import Streamed, more_and_more_streamed, spread
 from tworeel.planning.budgets import Budget
@@ -74,9 +74,8 @@ class StageDraft:
     """What driver and CUDA take beside that; None where the device is here."""
     shared: int
     """Stages on the device, of which each has an equal part of it."""
-    in_flight: int
-    holding: int
-    """Micro-batches whose inputs it holds at a time."""
+    held: Held
+    """Of micro-batches, at a time."""
     residency: str
     """As it is asked for."""
     streamed: int | None
@@ -112,8 +111,7 @@ class StageDraft:
             available=self.free - self.spare - self._on_device(streamed) - self.lora - self._workspace,
             num_blocks=len(self.blocks),
             may_keep=len(self.blocks) - streamed,
-            in_flight=self.in_flight,
-            holding=self.holding,
+            held=self.held,
             inputs=self.inputs,
             last_streamed=spread(range(len(self.blocks)), streamed)[-1] if streamed else -1,
             streamed=streamed,
@@ -142,12 +140,9 @@ class StageDraft:
         resting = [{key: replace(found, working=0) for key, found in one.items()} for one in blocks]
         at_rest, footprints = StageFootprints(resting), StageFootprints(blocks)
         rest = needed(replace(memory, head=0), at_rest, kept, fit.fallback)
-        # The first stage makes what it is given itself, the others may have it ahead of their turn.
-        holding = self.holding - (self.blocks[0] == 0)
-        fewer = replace(memory, head=0, in_flight=self.in_flight - 1, holding=holding)
-        less = needed(fewer, at_rest, kept, fit.fallback)
+        less = needed(replace(memory, head=0, held=self._held_with_one_fewer()), at_rest, kept, fit.fallback)
         working = needed(memory, footprints, kept, fit.fallback) - rest
-        crossing, inputs = crossing_buffers(memory, footprints.hidden), self.holding * self.inputs
+        crossing, inputs = self.held.waiting * footprints.hidden, self.held.given * self.inputs
         forward, backward, computing = self._seconds(kept, fit.fallback, streamed)
         forward_kernels, backward_kernels = self._kernels(kept, fit.fallback)
         return StagePlan(
@@ -158,7 +153,7 @@ class StageDraft:
             kept=kept,
             residency=fit.fallback,
             streamed=streamed,
-            in_flight=self.in_flight,
+            in_flight=self.held.in_flight,
             host=self.streaming[streamed].pinned + parked_bytes(memory, footprints, kept, fit.fallback),
             parts={
                 "weights": self._on_device(streamed),
@@ -180,6 +175,12 @@ class StageDraft:
             forward_kernels=forward_kernels,
             backward_kernels=backward_kernels,
         )
+
+    def _held_with_one_fewer(self) -> Held:
+        """While it works on one micro-batch fewer: a later stage may have that one's inputs all the same."""
+        in_flight, given, waiting = self.held
+        first = self.blocks[0] == 0
+        return Held(in_flight - 1, given - first, waiting - first)
 
     def _as_run(self, fallback: Residency) -> list[Footprints]:
         """Footprints by the names that `needed` looks for: what does not keep all stands for `SELECTIVE`."""

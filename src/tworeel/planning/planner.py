@@ -16,7 +16,7 @@ from tworeel.engine.compiling import takes_whole_norms
 from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
-from tworeel.engine.schedule import Order, at_work, make_orders, most_holding, most_in_flight
+from tworeel.engine.schedule import Held, Order, at_work, make_orders, most_held, most_in_flight
 from tworeel.engine.streamed_blocks import streamed_positions
 from tworeel.planning.boundaries import is_rising, neighbours, shares
 from tworeel.planning.budgets import Budget
@@ -182,9 +182,8 @@ class Planner:
             self._place(len(stages), at)  # says what is wrong with it
         if not self._can_stream(tuple(at)):
             streamed_positions(self._place(len(stages), at), self.request.streamed)  # the same
-        depths = most_in_flight(self._orders_of(stages), len(stages))
-        holding = most_holding(depths)
-        return [self._draft(i, stages, boundaries, depths[i], holding[i]) for i in range(len(stages))]
+        held = most_held(most_in_flight(self._orders_of(stages), len(stages)))
+        return [self._draft(stage, stages, boundaries, most) for stage, most in enumerate(held)]
 
     def assembled(self, stages: Sequence[Budget], made: Sequence[StagePlan]) -> Plan:
         """The plan of these stages, with the time of a step."""
@@ -246,19 +245,19 @@ class Planner:
         return make_orders([b.device for b in stages], request.micro_batches, slack=request.slack)
 
     def _draft(
-        self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], in_flight: int, holding: int
+        self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], held: Held
     ) -> StageDraft:
         """What a stage has before it is decided what its blocks leave behind; made once for all alike."""
         budget, blocks = stages[stage], range(boundaries[stage], boundaries[stage + 1])
         streamed = None if self.request.streamed is None else self.request.streamed[stage]
-        key = (budget.device, blocks, in_flight, holding, streamed)
+        key = (budget.device, blocks, held, streamed)
         if key not in self._drafts:
             shared = sum(other.device == budget.device for other in stages)
-            self._drafts[key] = self._new_draft(budget, blocks, shared, in_flight, holding, streamed)
+            self._drafts[key] = self._new_draft(budget, blocks, shared, held, streamed)
         return self._drafts[key]
 
     def _new_draft(
-        self, budget: Budget, blocks: range, shared: int, in_flight: int, holding: int, streamed: int | None
+        self, budget: Budget, blocks: range, shared: int, held: Held, streamed: int | None
     ) -> StageDraft:
         """`shared` stages are on the same device."""
         own = [self._blocks[i] for i in blocks]
@@ -279,8 +278,7 @@ class Planner:
             free=int(budget.free / shared),
             context=None if budget.context is None else int(budget.context / shared),
             shared=shared,
-            in_flight=in_flight,
-            holding=holding,
+            held=held,
             residency=self.request.residency,
             streamed=streamed,
             means=self.means,
