@@ -1,11 +1,13 @@
-"""Tiny encoders that many tests open; each is written once in a session and only read."""
+"""What many tests use, made once in a session: tiny encoders, and the traces that plans rest on."""
 
 from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +24,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one worker or child process has compiled serves the others, also the next time; torch locks its files.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tworeel-tests-compiled"))
 
+from filelock import FileLock
 from torch import Tensor
 
+from tworeel.data.clips import Bucket
 from tworeel.demo.tiny_encoders import (
     write_image_encoder,
     write_text_encoder,
     write_tokenizer,
     write_vae,
 )
-from tworeel.models.family import Component, Layout
+from tworeel.models.family import Component, Family, Layout, ModelSource
+from tworeel.planning import planner
+from tworeel.planning.traces import ModelTrace, TraceSettings
+from tworeel.planning.tracing import trace_model
 from tworeel.sampling.files import Sheet, write_takes
 
 LAYOUTS: tuple[Layout, ...] = ("native", "diffusers", "comfyui")
@@ -102,6 +109,37 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout
         return write_tokenizer(folder / layout, layout)
 
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def known_traces(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelTrace]:
+    """`trace_model`, which traces a block once: all workers of a test run know of it.
+
+    A trace depends on nothing but the model, the clip and the settings.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "traces"
+    folder.mkdir(exist_ok=True)
+
+    def trace(family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings) -> ModelTrace:
+        key = repr((source.traits, source.transformer.config, bucket, settings))
+        path = folder / hashlib.sha256(key.encode()).hexdigest()
+        if not path.exists():
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists():
+                    written = path.with_suffix(".new")
+                    written.write_bytes(pickle.dumps(trace_model(family, source, bucket, settings)))
+                    written.rename(path)
+        found: ModelTrace = pickle.loads(path.read_bytes())
+        return found
+
+    return trace
+
+
+@pytest.fixture(autouse=True)
+def traced_once(known_traces: Callable[..., ModelTrace], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planners take the traces that are known."""
+    monkeypatch.setattr(planner, "trace_model", known_traces)
 
 
 @pytest.fixture
