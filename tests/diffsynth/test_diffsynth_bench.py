@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
+BENCH = HERE.parents[1] / "bench" / "diffsynth_scripts.py"
 BLOCK_LAYERS = 10
 """That get a LoRA in a block of Wan's."""
 pytestmark = [pytest.mark.usefixtures("diffsynth_package"), pytest.mark.slow]
 
 
 def run(folder: Path, script: str, *words: str) -> tuple[str, dict[str, Any]]:
-    """Run it; return what it printed, and its results by case."""
-    command = [sys.executable, str(HERE.parents[1] / "bench" / "diffsynth_scripts.py"), "--tiny"]
-    command += ["--script", str(HERE / script), "--folder", str(folder), *words]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    """Run it, in this process: each case has its own; return what it printed, and its results by case."""
+    command = [str(BENCH), "--tiny", "--script", str(HERE / script), "--folder", str(folder), *words]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", command)
+        patch.syspath_prepend(str(BENCH.parent))
+        runpy.run_path(str(BENCH), run_name="__main__")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
-    return done.stdout, {result["case"]: result for result in results}
+    return printed.getvalue(), {result["case"]: result for result in results}
 
 
 def assert_trains(result: dict[str, Any], layers: int) -> None:
