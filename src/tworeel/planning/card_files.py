@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -55,10 +56,17 @@ def card_rows(text: str, source: str) -> list[CardRow]:
         why = "is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"--cards {source}: {why}") from None
     try:
-        return _File.model_validate(tree).card
+        rows = _File.model_validate(tree).card
     except ValidationError as error:
         lines = dict.fromkeys(_problem(detail, tree) for detail in error.errors())
         raise UserError(*(f"--cards {source}: {line}" for line in lines)) from None
+    times = Counter(row.name for row in rows)
+    alike = [
+        f"card {shown(name)}: {count} tables have this name" for name, count in times.items() if count > 1
+    ]
+    if alike:
+        raise UserError(*(f"--cards {source}: {line}" for line in alike))
+    return rows
 
 
 def _problem(detail: ErrorDetails, tree: Mapping[str, Any]) -> str:
