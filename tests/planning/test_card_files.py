@@ -84,4 +84,4 @@ def test_the_users_own_file_is_named(tmp_path: Path) -> None:
 
 def test_two_cards_of_one_name_are_refused() -> None:
     text = OWN + OWN.replace("48", "24") + OWN.replace("memory_gib = 48", "memory_gib = 96")
-    assert problems(text) == ('card "Workshop 48": 2 tables have this name',)
+    assert problems(text) == ('card "Workshop 48": 2 tables of this name',)
