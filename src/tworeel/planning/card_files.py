@@ -61,9 +61,7 @@ def card_rows(text: str, source: str) -> list[CardRow]:
         lines = dict.fromkeys(_problem(detail, tree) for detail in error.errors())
         raise UserError(*(f"--cards {source}: {line}" for line in lines)) from None
     times = Counter(row.name for row in rows)
-    alike = [
-        f"card {shown(name)}: {count} tables of this name" for name, count in times.items() if count > 1
-    ]
+    alike = [f"card {shown(name)}: {count} tables of this name" for name, count in times.items() if count > 1]
     if alike:
         raise UserError(*(f"--cards {source}: {line}" for line in alike))
     return rows
