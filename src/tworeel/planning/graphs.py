@@ -169,7 +169,7 @@ class GraphReader:
             for value in ending[i]:
                 if value not in kept and (value in self._reads or value.name in self._released):
                     live -= _size(value)
-        # Casts of the LoRA's weights, each micro-batch's; the backward makes copies of 8-bit weights after all.
+        # Casts of the LoRA's weights, each micro-batch's; 8-bit ones are copied in the backward after all.
         of_weights = kept.intersection(self._of_weights)
         held = sum(_size(node) for node in of_weights if not is_quantized(node.meta["val"]))
         return GraphCost(peak=peak + held, end=live + held, work=work)
