@@ -14,6 +14,7 @@ from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.probing import Probe
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Held
 from tworeel.lora.inject import inject_lora
 from tworeel.lora.state import lora_parameters
 from tworeel.lora.targets import find_targets
@@ -188,7 +189,7 @@ def test_what_a_stage_takes_is_put_together_from_its_kinds():
     )
     double, single = BLOCK_LISTS
     sizes = {double: {Residency.KEEP: Footprint(100, 1)}, single: {Residency.KEEP: Footprint(10, 1)}}
-    memory = StageMemory(available=0, num_blocks=4, may_keep=3, in_flight=1, num_kinds=2)
+    memory = StageMemory(available=0, num_blocks=4, may_keep=3, held=Held(1, 1, 1), num_kinds=2)
     probe = Probe([None, memory])
     probe.footprints = [{}, sizes]
     first, second = (fitter._of_stage(division, stage, probe) for stage in (0, 1))
