@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 from tworeel.engine.norms import NORM_OPS
-from tworeel.engine.recomputing import dequantized, is_quantized
+from tworeel.engine.recomputing import dequantized
 from tworeel.planning.fusing import kernels_of
 
 aten = torch.ops.aten
@@ -169,10 +169,7 @@ class GraphReader:
             for value in ending[i]:
                 if value not in kept and (value in self._reads or value.name in self._released):
                     live -= _size(value)
-        # Casts of the LoRA's weights, each micro-batch's; 8-bit ones are copied in the backward after all.
-        of_weights = kept.intersection(self._of_weights)
-        held = sum(_size(node) for node in of_weights if not is_quantized(node.meta["val"]))
-        return GraphCost(peak=peak + held, end=live + held, work=work)
+        return GraphCost(peak=peak, end=live, work=work)
 
     def returned(self) -> dict[str, str]:
         """What the graph returns and has made itself: name -> name of the value whose memory it shows."""
