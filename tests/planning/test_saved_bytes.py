@@ -10,9 +10,12 @@ import pytest
 import torch
 from real_models import settings_of, source_of
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
 from torch.utils._pytree import tree_leaves
 
 from tworeel.data.clips import Bucket
+from tworeel.engine import compiling
 from tworeel.engine.compiling import BlockCompiler
 from tworeel.engine.probing import as_in_training
 from tworeel.engine.residency import Residency, plain_call
@@ -99,7 +102,21 @@ def size_of(saved: Iterable[Tensor]) -> int:
     )
 
 
+@pytest.fixture
+def divided_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor divides forward from backward, which tells what is saved, but makes no kernels."""
+
+    def backend(graph: Any, inputs: Any, **options: Any) -> Any:
+        def as_it_is(module: Any, *_: Any, **__: Any) -> Any:
+            return make_boxed_func(module.forward)
+
+        return compile_fx(graph, inputs, inner_compile=as_it_is, **options)
+
+    monkeypatch.setattr(compiling, "lookup_backend", lambda _name: backend)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("divided_only")
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [("fp8", "weight-only"), ("nf4", "rowwise"), ("int8", "tensorwise")],
