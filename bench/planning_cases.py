@@ -139,7 +139,7 @@ SPLITS = (
     # Not compiled: each boundary would be compiled anew.
     replace(_EAGER, frames=17, caps=(22.5, 15)),
     replace(_EAGER, frames=17, caps=(30, 22.5)),
-    replace(_TI2V, frames=17, caps=(15, 11)),
+    replace(_TI2V, caps=(15, 11)),
 )
 _TINY = Case(model="tiny", size="tiny", frames=5, micro_batches=2, compile=False)
 PHASES = {"cases": CASES, "edges": EDGES, "splits": SPLITS}

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tworeel.planning.graphs import GraphReader, Work, work_of
+from tworeel.planning.graphs import GraphReader
+from tworeel.planning.work import Work, work_of
 
 SIDE = 256
 SIZE = SIDE * SIDE * 4
@@ -65,6 +66,53 @@ def test_what_is_computed_from_many_values_is_written_once_if_it_is_used_again()
     assert (few, enough) == (2, 3)
 
 
+def test_what_takes_many_operations_is_written_where_it_is_used_again() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = ((x @ y) * 2).sin() + y
+        return (made.cos() @ x) @ (made.exp() @ y)
+
+    graph = graph_of(function, inputs=2)
+    few, many = (GraphReader(graph, most_operations=most).cost().work.kernels for most in (5, 6))
+    assert (few, many) == (7, 6)
+
+
+def test_what_one_kernel_alone_needs_is_not_held() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = (x @ y).sin() + y
+        return (made.cos() + made.exp()) @ x
+
+    cost = GraphReader(graph_of(function, inputs=2), most_operations=1).cost()
+    # The product, and what is made of it; the sum between them takes no memory.
+    assert cost.peak == 2 * SIZE
+
+
+def test_what_is_read_again_behind_a_sum_is_held() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        made = (x @ y).sin() + y
+        return (made / made.amax(-1, keepdim=True)) @ x
+
+    cost = GraphReader(graph_of(function, inputs=2), most_operations=1).cost()
+    row = SIZE // SIDE
+    assert cost.peak == 3 * SIZE + row
+
+
+def test_parts_are_written_into_the_whole_if_one_of_them_is_written_anyway() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        first = (x @ y).sin() + y
+        return torch.cat([first, y @ x]) @ x[:, :1]
+
+    parts, at_once = (
+        GraphReader(graph_of(function, inputs=2), most_operations=most).cost().peak for most in (1, 100)
+    )
+    # The whole with what one part is made of; the whole with both.
+    assert (parts, at_once) == (3 * SIZE, 4 * SIZE)
+
+
+def test_a_part_of_what_is_written_is_a_view() -> None:
+    reader = GraphReader(graph_of(lambda x: (x @ x).split(SIDE // 2)))
+    assert reader.cost().end == SIZE and len(set(reader.returned().values())) == 1
+
+
 def test_views_take_no_memory_of_their_own() -> None:
     reader = GraphReader(graph_of(lambda x: ((x @ x).t(), (x @ x).view(-1))))
     assert reader.cost().end == 2 * SIZE
@@ -109,15 +157,16 @@ def test_work_adds_up(sign: int) -> None:
     assert found.weights == 5 + sign * 8
 
 
-def test_what_is_made_of_weights_alone_is_not_kept() -> None:
+@pytest.mark.parametrize(("dtype", "held"), [(torch.float32, SIZE), (torch.int8, 0)])
+def test_casts_of_weights_are_kept_and_copies_in_8_bits_are_not(dtype: torch.dtype, held: int) -> None:
     def function(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        turned = weight.t().contiguous()
-        return x @ weight, turned
+        return x.sin(), weight.t().contiguous()
 
-    graph = graph_of(function, inputs=2)
-    assert GraphReader(graph).cost().end == 2 * SIZE
+    with FakeTensorMode():
+        weight = torch.empty(SIDE, SIDE, dtype=dtype)
+        graph = make_fx(function)(weight, torch.empty(SIDE, SIDE)).graph
     reader = GraphReader(graph, num_weights=1)
-    assert reader.cost().end == SIZE and len(reader.returned()) == 1
+    assert reader.cost().end == SIZE + held and len(reader.returned()) == 1
 
 
 def test_one_weight_that_is_dequantized_is_counted_apart() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from real_models import budgets_of
 
-from tworeel.planning.graphs import Work
 from tworeel.planning.measurements import FOLDER_VARIABLE, calibrated, keep, keep_launching
 from tworeel.planning.traces import TraceSettings
+from tworeel.planning.work import Work
 
 WORK = Work({torch.bfloat16: 1e15})
 SETTINGS = TraceSettings(targets=())

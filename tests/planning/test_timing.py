@@ -10,10 +10,10 @@ from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import ideal_efficiency, make_orders
 from tworeel.models.wan.family import WAN
 from tworeel.planning.cards import known_cards, parse_cards
-from tworeel.planning.graphs import Work
 from tworeel.planning.timing import StepTime, rates_of, simulate
 from tworeel.planning.traces import BlockTrace, TraceSettings
 from tworeel.planning.tracing import trace_model
+from tworeel.planning.work import Work
 
 (H100,) = parse_cards("H100 80GB", known_cards())
 (H200,) = parse_cards("H200", known_cards())

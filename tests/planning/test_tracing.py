@@ -73,12 +73,27 @@ def test_a_block_holds_what_it_held_on_an_h200(
     assert_holds(block, {Residency.KEEP: keep, Residency.SELECTIVE: selective})
 
 
-def assert_holds(block: BlockTrace, measured: dict[Residency, tuple[float, float]]) -> None:
-    """About what was measured, and hardly less."""
+def assert_holds(
+    block: BlockTrace, measured: dict[Residency, tuple[float, float]], over: float = 0.05
+) -> None:
+    """It keeps what was measured, and takes hardly less, nor more by a larger share than `over`."""
     for residency, (kept, most) in measured.items():
         found = block.footprints[residency]
-        assert found.kept / found.hidden == pytest.approx(kept, rel=0.04)
-        assert 0.98 * most <= (found.kept + found.working) / found.hidden <= 1.1 * most
+        assert found.kept / found.hidden == pytest.approx(kept, rel=0.01)
+        assert 0.98 * most <= (found.kept + found.working) / found.hidden <= (1 + over) * most
+
+
+# In hidden states, of the code that torch 2.13 generates for an H100: such a block alone was not measured.
+@pytest.mark.parametrize(
+    ("mode", "keep", "selective"),
+    [("rowwise", (20.77, 31.15), (2.02, 36.32)), ("weight-only", (20.77, 29.81), (2.02, 34.24))],
+)
+def test_a_block_in_8_bits_holds_what_its_kernels_write(
+    mode: Any, keep: tuple[float, float], selective: tuple[float, float]
+) -> None:
+    bucket, settings = replace(CLIP, frames=17), settings_of(A14B, quantize="fp8", mode=mode)
+    (block,) = trace_model(WAN, source_of(A14B), bucket, settings).blocks.values()
+    assert_holds(block, {Residency.KEEP: keep, Residency.SELECTIVE: selective}, over=0.01)
 
 
 def test_a_block_that_is_not_compiled_moves_more_and_holds_as_much() -> None:

@@ -20,10 +20,10 @@ from tworeel.engine.schedule import Held
 from tworeel.engine.split import AUTO
 from tworeel.engine.weight_streaming import Streamed, more_and_more_streamed, spread
 from tworeel.planning.budgets import Budget
-from tworeel.planning.graphs import Work
 from tworeel.planning.plans import StagePlan
 from tworeel.planning.timing import PARKING_KERNELS
 from tworeel.planning.traces import BlockTrace
+from tworeel.planning.work import Work
 from tworeel.units import GIB
 
 WORKSPACES = int(0.3 * GIB)

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tworeel.engine.releasing import release_memory
 from tworeel.planning.budgets import Budget
-from tworeel.planning.graphs import Work
 from tworeel.planning.timing import TRAFFIC_SHARE, Rates
+from tworeel.planning.work import Work
 
 FORWARD = Work({torch.bfloat16: 1.23e13}, 8.6e12, 1.3e10, weights=6e8)
 BACKWARD = Work({torch.bfloat16: 1.24e13}, 2.16e13, 2.1e10, weights=1.1e9)

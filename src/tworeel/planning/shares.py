@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from tworeel.planning.budgets import Budget
-from tworeel.planning.graphs import Work
+from tworeel.planning.work import Work
 
 WEIGHTS_SHARE = 0.8
 """Of a card's free memory that weights may take; the rest is for what the blocks leave behind."""

@@ -9,7 +9,7 @@ import torch
 
 from tworeel.engine.schedule import Action, Order
 from tworeel.planning.cards import Card
-from tworeel.planning.graphs import Work
+from tworeel.planning.work import Work
 
 PRODUCT_SHARE = 0.78
 """Of a card's peak that large matrix products reach; measured: 0.76 to 0.81 (bf16, fp8, H100)."""

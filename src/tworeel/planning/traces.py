@@ -9,7 +9,7 @@ import torch
 
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.residency import Residency
-from tworeel.planning.graphs import Work
+from tworeel.planning.work import Work
 from tworeel.quant.matmul import Mode
 
 STORED_ONLY = ("nf4",)

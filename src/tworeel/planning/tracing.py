@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
-from tworeel.engine.compiling import joint_pass, takes_whole_norms
+from tworeel.engine.compiling import MOST_OPERATIONS, joint_pass, takes_whole_norms
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.keeping import ATTENTION_OPS
 from tworeel.engine.lean import upstream_forwards
@@ -34,15 +34,18 @@ from tworeel.engine.recomputing import is_quantized
 from tworeel.engine.residency import Residency, is_kept, run_block
 from tworeel.lora.inject import inject_lora
 from tworeel.models.family import Family, ModelSource
-from tworeel.planning.graphs import GraphCost, GraphReader, Work, work_of
+from tworeel.planning.graphs import GraphCost, GraphReader
 from tworeel.planning.traces import STORED_ONLY, BlockTrace, ModelTrace, TraceSettings
 from tworeel.planning.watching import Watch, fused_norms
+from tworeel.planning.work import Work, work_of
 from tworeel.quant import block_linears, quantize_blocks
 from tworeel.quant.frozen import FrozenLinear
 from tworeel.quant.matmul import assumed_mode
 
 BLOCKS = 2
 """Of each list: the first one's input may be special."""
+_MOST_OPERATIONS = 30
+"""Of a kernel, by torch itself (`torch/_inductor/config.py`, `realize_opcount_threshold`)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         if settings.compile:
             quantized = settings.quantize is not None
             whole_norms = takes_whole_norms(exact=settings.exact, quantized=quantized, cpp_wrapper=False)
-            trace = partial(_trace_compiled, whole_norms=whole_norms)
+            most_operations = MOST_OPERATIONS if settings.exact and not quantized else _MOST_OPERATIONS
+            trace = partial(_trace_compiled, whole_norms=whole_norms, most_operations=most_operations)
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
     return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)
 
@@ -175,13 +179,14 @@ def _hidden_bytes(call: _Call) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(call.outputs) if isinstance(leaf, Tensor))
 
 
-def _trace_compiled(block: nn.Module, call: _Call, *, whole_norms: bool) -> BlockTrace:
+def _trace_compiled(block: nn.Module, call: _Call, *, whole_norms: bool, most_operations: int) -> BlockTrace:
     """From the forward and backward graphs that `torch.compile` would be given for the block.
 
     Args:
         block: what is compiled.
         call: what it is called with.
         whole_norms: norms are PyTorch's own kernels, as where weights are not quantized.
+        most_operations: of a kernel.
     """
     with upstream_forwards(block):
         plain, selective = _compiled_graphs(block, call, whole_norms=whole_norms)
@@ -189,8 +194,9 @@ def _trace_compiled(block: nn.Module, call: _Call, *, whole_norms: bool) -> Bloc
     num_weights = len(list(block.parameters())) + len(list(block.buffers()))
 
     def cost(graphs: _Graphs) -> tuple[GraphCost, GraphCost, Footprint]:
-        reader = GraphReader(graphs.forward, num_weights=num_weights)
-        there, back = reader.cost(), GraphReader(graphs.backward, reader.returned()).cost()
+        read = partial(GraphReader, most_operations=most_operations)
+        reader = read(graphs.forward, num_weights=num_weights)
+        there, back = reader.cost(), read(graphs.backward, reader.returned()).cost()
         working = max(there.peak - there.end, hidden + back.peak)
         return there, back, Footprint(kept=there.end, working=working, hidden=hidden)
 

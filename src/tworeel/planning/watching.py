@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tworeel.planning.graphs import Work, is_heavy, work_of
+from tworeel.planning.work import Work, is_heavy, work_of
 
 _SECTOR = 32
 """Bytes that a GPU reads at least
