@@ -85,9 +85,11 @@ def test_a_block_keeps_and_works_with_what_its_trace_says(
         for residency in (Residency.KEEP, Residency.SELECTIVE):
             ours, theirs = block.footprints[residency], found[name][residency]
             assert ours.hidden == theirs.hidden
-            assert ours.kept == pytest.approx(theirs.kept, rel=0.04), (name, residency)
+            assert ours.kept == pytest.approx(theirs.kept, rel=0.02), (name, residency)
             planned, taken = ours.kept + ours.working, theirs.kept + theirs.working
-            assert 0.98 * taken <= planned <= 1.1 * taken, (name, residency)
+            # FLUX.2's single blocks are planned as if one kernel wrote what three do.
+            over = 1.13 if variant.startswith("flux2") else 1.06
+            assert 0.98 * taken <= planned <= over * taken, (name, residency)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

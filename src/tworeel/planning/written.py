@@ -98,9 +98,10 @@ class WrittenValues:
         for value, read in self.reads.items():
             for one in read:
                 users[one].add(value)
+        place = {value: number for number, value in enumerate(self.reads)}
         for kernel in kernels:
             behind: set[fx.Node] = set()
-            for value in kernel:
+            for value in sorted(kernel, key=place.__getitem__):
                 before = self.reads[value].intersection(kernel)
                 if not behind.isdisjoint(before) or any(map(nodes.is_sum, before)):
                     behind.add(value)
