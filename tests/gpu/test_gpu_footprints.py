@@ -87,7 +87,7 @@ def test_a_block_keeps_and_works_with_what_its_trace_says(
             assert ours.hidden == theirs.hidden
             assert ours.kept == pytest.approx(theirs.kept, rel=0.02), (name, residency)
             planned, taken = ours.kept + ours.working, theirs.kept + theirs.working
-            # FLUX.2's single blocks are planned as if one kernel wrote what three do.
+            # FLUX.2's single blocks are planned as torch 2.13 compiles them: 2.11's hold a tenth less.
             over = 1.13 if variant.startswith("flux2") else 1.06
             assert 0.98 * taken <= planned <= over * taken, (name, residency)
 

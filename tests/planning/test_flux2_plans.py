@@ -60,7 +60,8 @@ def traced(bucket: Bucket = SQUARE, compile: bool = True) -> ModelTrace:
 
 
 # In hidden states, on an H200 with torch 2.11: what blocks keep, and the most that they take with that. The
-# most of a double one that is compiled and selective is of the code that torch 2.13 generates.
+# most of a double one that is compiled and selective is of the code that torch 2.13 generates. By that code a
+# single one that keeps everything takes 38.1.
 @pytest.mark.parametrize(
     ("name", "compile", "keep", "selective", "over"),
     [
@@ -83,6 +84,7 @@ def test_a_block_holds_what_it_held_on_an_h200(
     [
         (DOUBLE, Residency.KEEP, 36.21),
         (DOUBLE, Residency.SELECTIVE, 35.48),
+        (SINGLE, Residency.KEEP, 33.14),
         (SINGLE, Residency.SELECTIVE, 42.19),
     ],
 )

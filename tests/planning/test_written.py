@@ -56,3 +56,14 @@ def test_a_cast_that_is_needed_elsewhere_is_written_once(also: str) -> None:
         return norm(cast), norm(cast), cast @ cast.t() if also == "a product" else cast
 
     assert "clone" not in written(function)
+
+
+def test_an_attention_copies_the_part_that_it_reads_of_what_is_not_written() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        q, k = (t[:, :WIDTH].clone() for t in (x, y))
+        v = torch.cat([x, y], dim=1).sin()[:, :WIDTH]
+        heads = (t.reshape(1, ROWS, -1, 16).transpose(1, 2) for t in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)[0]
+
+    found = written(function, inputs=2)
+    assert found.count("clone") == 3 and "sin" not in found

@@ -61,15 +61,15 @@ class GraphReader:
         written = self._written
         parts = written.by_operation()
         kernels = kernels_of(parts, written.reads)
-        passing = written.passing(kernels)
+        sizes = written.sizes(kernels)
         live = peak = 0
         apart: set[fx.Node] = set()
         for kernel, ending in zip(kernels, self._ending(kernels), strict=True):
-            live += sum(written.size(value) for value in kernel if value not in passing)
+            live += sum(sizes[value] for value in kernel)
             apart.update(self._dequantized.intersection(kernel))
             peak = max(peak, live - max(map(nodes.size, apart), default=0))
             apart.difference_update(ending)
-            live -= sum(map(written.size, ending - passing - written.kept))
+            live -= sum(sizes.get(value, nodes.size(value)) for value in ending - written.kept)
         # Casts of the LoRA's weights, each micro-batch's; 8-bit ones are copied in the backward after all.
         of_weights = written.kept & written.of_weights
         held = sum(nodes.size(node) for node in of_weights if not is_quantized(node.meta["val"]))

@@ -32,10 +32,9 @@ VIEWS = {
         aten.expand.default,
     )
 }
+_PICKING = {aten.slice, aten.select}
 PARTS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
 SUMS = {aten.sum, aten.mean, aten.var_mean, aten.amax}
-_COMPARISONS = 4
-"""By which a slice's elements are told from the others."""
 
 
 def packet(node: fx.Node) -> Any:
@@ -55,6 +54,16 @@ def is_whole(node: Any) -> bool:
     return is_heavy(node.target) or packet(node) in NORM_OPS
 
 
+def picking(read: fx.Node) -> list[fx.Node]:
+    """The views of some elements alone by which an operation reads a value."""
+    found = []
+    while read.op == "call_function" and packet(read) in VIEWS:
+        if packet(read) in _PICKING:
+            found.append(read)
+        read = read.args[0]  # type: ignore[assignment]  # what a view shows comes first
+    return found
+
+
 def made_by(node: fx.Node) -> fx.Node:
     """What made a value: the operation of which it is one of several results, or itself."""
     return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
@@ -62,8 +71,6 @@ def made_by(node: fx.Node) -> fx.Node:
 
 def numbers(node: fx.Node) -> set[Any]:
     """What an elementwise operation computes with that is no tensor."""
-    if packet(node) is aten.slice_scatter:
-        return {(node, number) for number in range(_COMPARISONS)}
     if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return set()
     return {argument for argument in node.args if isinstance(argument, int | float)}

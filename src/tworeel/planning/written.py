@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import fx
 
 from tworeel.engine.norms import NORM_OPS
 from tworeel.planning import nodes
+from tworeel.planning.work import is_attention
 
 aten = torch.ops.aten
 
@@ -26,6 +28,8 @@ _READS = 8
 """A value that is computed from more values than this is written; with several readers, from fewer
 (torch's `realize_reads_threshold` and `realize_acc_reads_threshold`)."""
 
+Load = tuple[fx.Node, tuple[fx.Node, ...]]
+"""A value, and what says which of its elements."""
 Reads = dict[fx.Node, set[fx.Node]]
 """Of values: the written ones and the inputs that each is computed from."""
 
@@ -62,7 +66,7 @@ class WrittenValues:
         self.of_weights = self._find_of_weights(num_weights)
         self.kept = {self.origin(node) for node in graph.output_node().all_input_nodes}
         self._readers = self._find_readers()
-        self._sizes: dict[fx.Node, int] = {}
+        self._wholes: dict[fx.Node, set[fx.Node]] = {}
         self.reads: Reads = {}
         self._computed: Reads = {}
         self._find_reads()
@@ -73,9 +77,13 @@ class WrittenValues:
             node = nodes.made_by(node).args[0]  # type: ignore[assignment]  # what a view shows comes first
         return self._owners.get(self._released.get(node.name, ""), node)
 
-    def size(self, value: fx.Node) -> int:
-        """Bytes that come with a value; with the first of several that are written into one, all of that."""
-        return self._sizes.get(value, nodes.size(value))
+    def sizes(self, kernels: Sequence[Sequence[fx.Node]]) -> dict[fx.Node, int]:
+        """Bytes that come with each value; with the first of those that are put together, the whole's."""
+        found = {value: nodes.size(value) for kernel in kernels for value in kernel}
+        for whole, parts in self._wholes.items():
+            first = next(value for value in found if value in parts)
+            found |= dict.fromkeys(parts, 0) | {first: nodes.size(whole)}
+        return found | dict.fromkeys(self._passing(kernels), 0)
 
     def read_whole(self, value: fx.Node) -> bool:
         """Whether an operation reads a value that has a kernel of its own."""
@@ -88,7 +96,7 @@ class WrittenValues:
             found[nodes.made_by(value)].append(value)
         return list(found.values())
 
-    def passing(self, kernels: Sequence[Sequence[fx.Node]]) -> set[fx.Node]:
+    def _passing(self, kernels: Sequence[Sequence[fx.Node]]) -> set[fx.Node]:
         """What a kernel computes for itself alone, and never writes after all: it needs it in one pass.
 
         What is computed from a sum needs another pass, behind the one for the sum.
@@ -139,6 +147,7 @@ class WrittenValues:
 
     def _find_reads(self) -> None:
         steps: dict[fx.Node, set[Any]] = {}
+        loads: dict[fx.Node, set[Load]] = {}
         for node in self._nodes:
             if not nodes.computes(node) or node in self.of_weights:
                 continue
@@ -146,36 +155,46 @@ class WrittenValues:
             if self._is_put_together(node, origins):
                 self._computed[node] = self._put_together(node, origins)
                 continue
-            reads = set().union(*(self._read(node, origin) for origin in origins))
-            mine = nodes.numbers(node).union({node}, reads, *(steps.get(origin, ()) for origin in origins))
-            if self._is_written(node, len(reads), len(mine)):
+            reads = set().union(*map(partial(self._read, node), node.all_input_nodes, origins))
+            loaded = {
+                (value, (*places, *_places(node, read)))
+                for read, origin in zip(node.all_input_nodes, origins, strict=True)
+                for value, places in loads.get(origin, {(origin, ())})
+            }
+            mine = nodes.numbers(node).union({node}, loaded, *(steps.get(origin, ()) for origin in origins))
+            if self._is_written(node, len(loaded), len(mine)):
                 self.reads[node] = reads
             else:
-                self._computed[node], steps[node] = reads, mine
+                self._computed[node], steps[node], loads[node] = reads, mine, loaded
 
-    def _read(self, node: fx.Node, origin: fx.Node) -> set[fx.Node]:
+    def _read(self, node: fx.Node, read: fx.Node, origin: fx.Node) -> set[fx.Node]:
         """What an operation reads for one of its arguments."""
         reads = self._computed.get(origin)
         if reads is None:
             return {origin}
-        if nodes.packet(node) not in NORM_OPS:
+        if not _takes_a_copy(node, read):
             return reads
-        # Not written where it was made, so for each norm.
-        copy = nodes.copy_of(origin)
+        # Not written where it was made, so for this one.
+        copy = nodes.copy_of(read)
         self.reads[copy] = reads
         return {copy}
 
     def _is_written(self, node: fx.Node, num_reads: int, steps: int) -> bool:
         using = self._readers[node]
-        whole = [user for user in using if nodes.is_whole(user)]
-        # What is computed from one value alone is computed anew for each norm.
-        if whole and (num_reads > 1 or any(nodes.packet(user) not in NORM_OPS for user in whole)):
+        if any(self._needs(user, node, num_reads) for user in using if nodes.is_whole(user)):
             return True
         if nodes.ends_kernel(node) or node in self.kept:
             return True
         is_long = steps > self._most_operations and (num_reads > 1 or len(node.users) > 1)
         has_many = num_reads > (_READS_IF_USED_AGAIN if len(using) > 1 else _READS)
         return (is_long or has_many) and nodes.packet(node) not in nodes.PARTS
+
+    def _needs(self, user: fx.Node, value: fx.Node, num_reads: int) -> bool:
+        """Whether an operation with a kernel of its own reads a value where it was made."""
+        if num_reads > 1 and nodes.packet(user) in NORM_OPS:
+            return True
+        reading = [read for read in user.all_input_nodes if self.origin(read) is value]
+        return not all(_takes_a_copy(user, read) for read in reading)
 
     def _is_put_together(self, node: fx.Node, parts: Sequence[fx.Node]) -> bool:
         """Whether values are written at their places in another one: where a part is written anyway."""
@@ -194,6 +213,16 @@ class WrittenValues:
                 own = nodes.copy_of(part)
                 self.reads[own] = {part}
             placed.add(own)
-        first = next(value for value in self.reads if value in placed)
-        self._sizes |= dict.fromkeys(placed, 0) | {first: nodes.size(whole)}
+        self._wholes[whole] = placed
         return placed
+
+
+def _places(node: fx.Node, read: fx.Node) -> list[fx.Node]:
+    """What says which elements of a value an operation reads."""
+    shifts = nodes.packet(node) is aten.slice_scatter and node.args[1] is read
+    return [*nodes.picking(read), *([node] if shifts else [])]
+
+
+def _takes_a_copy(node: fx.Node, read: fx.Node) -> bool:
+    """Whether an operation, which needs its input in order, writes it for itself where nothing else does."""
+    return nodes.packet(node) in NORM_OPS or (is_attention(node.target) and bool(nodes.picking(read)))
