@@ -33,7 +33,7 @@ def test_one_stage_is_compared_with_the_plain_model(tmp_path: Path, residency: s
 def test_ways_to_run_blocks_are_compared_with_upstreams(tmp_path: Path) -> None:
     ways = ("upstream's", "ours", "compiled, exact")
     options = ("--device", "cpu", "--rounds", "1", "--residency", "keep", "--json", tmp_path / "ways.json")
-    printed = run("block_ways.py", *options, "--ways", *ways)
+    printed = run("block_ways.py", *options, "--ways", *ways, backend="aot_eager")
     (found,) = read(tmp_path / "ways.json")["block ways tiny 64 tokens"]["ways"].values()
     assert tuple(found) == ways and all(way in printed for way in ways)
     assert all(one["seconds"] > 0 for one in found.values())
@@ -44,7 +44,7 @@ def test_ways_to_run_blocks_are_compared_with_upstreams(tmp_path: Path) -> None:
 def test_gradients_are_held_against_one_micro_batch_at_a_time_and_fp32(tmp_path: Path) -> None:
     ways = ("--residency", "recompute", "--compile", "both")
     options = ("--blocks", "2", "--micro-batches", "2", "--devices", "cpu,cpu")
-    printed = run("gradients.py", *ways, *options, "--json", tmp_path / "gradients.json")
+    printed = run("gradients.py", *ways, *options, "--json", tmp_path / "gradients.json", backend="aot_eager")
     found = read(tmp_path / "gradients.json")["gradients tiny"]
     nudged = "the same, every 1000th number of the inputs in another last bit"
     assert list(found["ways"]) == ["one at a time, bf16", nudged, "recompute, eager", "recompute, compiled"]
