@@ -127,8 +127,7 @@ def _backend(cpp_wrapper: bool, exact: bool) -> BlockCall:
         patches = dict(launching)
         quantized = any(map(is_quantized, inputs))
         whole_norms = takes_whole_norms(exact=exact, quantized=quantized, cpp_wrapper=cpp_wrapper)
-        # Weights in 8 bits move the numbers far more, and a forward would hold one more hidden state for it.
-        if exact and not quantized:
+        if rounds_as_written(exact=exact, quantized=quantized):
             patches |= {"emulate_precision_casts": True, "realize_opcount_threshold": MOST_OPERATIONS}
         if whole_norms:
             keep_norms_whole(graph)
@@ -150,6 +149,17 @@ def _backend(cpp_wrapper: bool, exact: bool) -> BlockCall:
     return compile_graph
 
 
+def rounds_as_written(*, exact: bool, quantized: bool) -> bool:
+    """Whether a compiled block rounds where it does uncompiled; its kernels are `MOST_OPERATIONS` long then.
+
+    Args:
+        exact: as `BlockCompiler` has it.
+        quantized: whether frozen weights of the block are.
+    """
+    # Weights in 8 bits move the numbers far more, and a forward would hold one more hidden state for it.
+    return exact and not quantized
+
+
 def takes_whole_norms(*, exact: bool, quantized: bool, cpp_wrapper: bool) -> bool:
     """Whether a compiled block's norms are PyTorch's own kernels.
 
@@ -158,7 +168,7 @@ def takes_whole_norms(*, exact: bool, quantized: bool, cpp_wrapper: bool) -> boo
         quantized: whether frozen weights of the block are.
     """
     # From C++, PyTorch's kernels may be launched by a turn through Python.
-    return exact and not quantized and not cpp_wrapper
+    return rounds_as_written(exact=exact, quantized=quantized) and not cpp_wrapper
 
 
 def joint_pass(*, quantized: bool, whole_norms: bool) -> CustomGraphPass | None:

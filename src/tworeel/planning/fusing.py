@@ -77,7 +77,7 @@ class _Kernels:
         return joined
 
     def in_order(self) -> list[Kernel]:
-        """Each kernel behind those that it waits for, otherwise by its first value."""
+        """Each kernel behind those that it waits for, else by its first value; values as in the graph."""
         order: list[int] = []
         done: set[int] = set()
 
@@ -93,7 +93,7 @@ class _Kernels:
 
         for number in sorted(self._values, key=first):
             visit(number)
-        return [self._values[number] for number in order]
+        return [sorted(self._values[number], key=self._place.__getitem__) for number in order]
 
     def _generated_users(self) -> dict[fx.Node, set[int]]:
         """The generated kernels that read or write each value."""

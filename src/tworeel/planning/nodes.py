@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from tworeel.engine.norms import NORM_OPS
-from tworeel.planning.work import is_heavy
+from tworeel.planning.work import is_heavy, packet_of
 
 aten = torch.ops.aten
 
@@ -34,12 +34,12 @@ VIEWS = {
 }
 _PICKING = {aten.slice, aten.select}
 PARTS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
-SUMS = {aten.sum, aten.mean, aten.var_mean, aten.amax}
+_SUMS = {aten.sum, aten.mean, aten.var_mean, aten.amax}
 
 
 def packet(node: fx.Node) -> Any:
     """The operation, whatever its overload."""
-    return getattr(node.target, "overloadpacket", node.target)
+    return packet_of(node.target)
 
 
 def computes(node: fx.Node) -> bool:
@@ -47,11 +47,9 @@ def computes(node: fx.Node) -> bool:
     return node.op == "call_function" and packet(node) not in VIEWS
 
 
-def is_whole(node: Any) -> bool:
-    """Whether an operation has a kernel that is not generated."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    return is_heavy(node.target) or packet(node) in NORM_OPS
+def is_whole(node: fx.Node) -> bool:
+    """Whether a node is an operation with a kernel that is not generated."""
+    return node.op == "call_function" and (is_heavy(node.target) or packet(node) in NORM_OPS)
 
 
 def picking(read: fx.Node) -> list[fx.Node]:
@@ -90,7 +88,7 @@ def is_product(node: fx.Node) -> bool:
 
 def is_sum(node: fx.Node) -> bool:
     """Whether a sum over many elements made a value."""
-    return packet(made_by(node)) in SUMS
+    return packet(made_by(node)) in _SUMS
 
 
 def ends_kernel(node: fx.Node) -> bool:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tworeel.data.clips import Bucket
-from tworeel.engine.compiling import MOST_OPERATIONS, joint_pass, takes_whole_norms
+from tworeel.engine.compiling import MOST_OPERATIONS, joint_pass, rounds_as_written, takes_whole_norms
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.keeping import ATTENTION_OPS
 from tworeel.engine.lean import upstream_forwards
@@ -44,8 +44,8 @@ from tworeel.quant.matmul import assumed_mode
 
 BLOCKS = 2
 """Of each list: the first one's input may be special."""
-_MOST_OPERATIONS = 30
-"""Of a kernel, by torch itself (`torch/_inductor/config.py`, `realize_opcount_threshold`)."""
+TORCHS_MOST_OPERATIONS = 30
+"""Of a kernel, where nothing else is asked for (`torch/_inductor/config.py`, `realize_opcount_threshold`)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         if settings.compile:
             quantized = settings.quantize is not None
             whole_norms = takes_whole_norms(exact=settings.exact, quantized=quantized, cpp_wrapper=False)
-            most_operations = MOST_OPERATIONS if settings.exact and not quantized else _MOST_OPERATIONS
+            rounds = rounds_as_written(exact=settings.exact, quantized=quantized)
+            most_operations = MOST_OPERATIONS if rounds else TORCHS_MOST_OPERATIONS
             trace = partial(_trace_compiled, whole_norms=whole_norms, most_operations=most_operations)
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
     return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)

@@ -52,9 +52,14 @@ class Work:
         return self + Work(products, -other.attention, -other.traffic, -other.kernels, -other.weights)
 
 
+def packet_of(target: Any) -> Any:
+    """An operation, whatever its overload."""
+    return getattr(target, "overloadpacket", target)
+
+
 def operations(target: Any, args: Sequence[Any], out: Any) -> float:
     """Operations of a matrix product or an attention, from its tensors; 0 for anything else."""
-    packet = getattr(target, "overloadpacket", target)
+    packet = packet_of(target)
     shapes = [argument.shape for argument in args if isinstance(argument, Tensor)]
     if packet is _ATTENTION:
         return float(sdpa_flop_count(*shapes[:3]))
@@ -69,7 +74,7 @@ def operations(target: Any, args: Sequence[Any], out: Any) -> float:
 
 def is_heavy(target: Any) -> bool:
     """Whether an operation has a kernel of its own: a matrix product, an attention."""
-    packet = getattr(target, "overloadpacket", target)
+    packet = packet_of(target)
     return packet in flop_registry or packet in _UNCOUNTED
 
 

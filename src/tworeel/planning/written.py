@@ -86,7 +86,7 @@ class WrittenValues:
         return found | dict.fromkeys(self._passing(kernels), 0)
 
     def read_whole(self, value: fx.Node) -> bool:
-        """Whether an operation reads a value that has a kernel of its own."""
+        """Whether a value is read by an operation that has a kernel of its own."""
         return any(map(nodes.is_whole, self._readers[value]))
 
     def by_operation(self) -> list[list[fx.Node]]:
@@ -106,10 +106,9 @@ class WrittenValues:
         for value, read in self.reads.items():
             for one in read:
                 users[one].add(value)
-        place = {value: number for number, value in enumerate(self.reads)}
         for kernel in kernels:
             behind: set[fx.Node] = set()
-            for value in sorted(kernel, key=place.__getitem__):
+            for value in kernel:
                 before = self.reads[value].intersection(kernel)
                 if not behind.isdisjoint(before) or any(map(nodes.is_sum, before)):
                     behind.add(value)
@@ -200,7 +199,11 @@ class WrittenValues:
         """Whether values are written at their places in another one: where a part is written anyway."""
         if nodes.packet(node) is not aten.cat or node in self.kept:
             return False
-        return any(part in self.reads and not nodes.ends_kernel(part) for part in parts)
+        return any(map(self._is_generated, parts))
+
+    def _is_generated(self, value: fx.Node) -> bool:
+        """Whether a generated kernel writes a value, and could write it elsewhere."""
+        return value in self.reads and not nodes.ends_kernel(value)
 
     def _put_together(self, whole: fx.Node, parts: Sequence[fx.Node]) -> set[fx.Node]:
         """Write parts into a value whose memory is there from the first of them on; those parts."""
@@ -209,7 +212,7 @@ class WrittenValues:
             own = part
             if part in self._computed:
                 self.reads[own] = self._computed.pop(part)
-            elif part not in self.reads or nodes.ends_kernel(part):
+            elif not self._is_generated(part):
                 own = nodes.copy_of(part)
                 self.reads[own] = {part}
             placed.add(own)
