@@ -87,8 +87,8 @@ def test_a_block_keeps_and_works_with_what_its_trace_says(
             assert ours.hidden == theirs.hidden
             assert ours.kept == pytest.approx(theirs.kept, rel=0.02), (name, residency)
             planned, taken = ours.kept + ours.working, theirs.kept + theirs.working
-            # FLUX.2's single blocks are planned as torch 2.13 compiles them: 2.11's hold a tenth less.
-            over = 1.13 if variant.startswith("flux2") else 1.06
+            # FLUX.2's single blocks are planned as torch 2.13 compiles them: 2.11's hold an eighth less.
+            over = 1.16 if variant.startswith("flux2") else 1.06
             assert 0.98 * taken <= planned <= over * taken, (name, residency)
 
 

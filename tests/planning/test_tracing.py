@@ -142,6 +142,20 @@ def test_quantized_layers_multiply_in_8_bits(kind: str, mode: str, dtype: torch.
     assert products[torch.bfloat16] < 0.02 * products[dtype]
 
 
+@pytest.mark.parametrize("compile", [True, False])
+def test_int8_rounds_what_fp8_casts_which_is_a_pass_where_nothing_is_compiled(compile: bool) -> None:
+    int8, fp8 = (
+        traced(quantize=kind, mode=mode, compile=compile)
+        for kind, mode in (("int8", "fused"), ("fp8", "rowwise"))
+    )
+    assert int8.footprints == fp8.footprints
+    hidden = int8.footprints[Residency.KEEP].hidden
+    # What linear layers read: seven a hidden state, one what the feed-forward has inside, two the text.
+    read = (7 + 13824 / 5120) * hidden + 2 * 512 * 5120 * 2
+    rounded = 0 if compile else (4 + 4) / 2 * read  # fp32 read and written
+    assert int8.forward.traffic - fp8.forward.traffic == pytest.approx(rounded, rel=0.1)
+
+
 def test_weights_that_only_are_kept_in_8_bits_are_multiplied_in_bf16() -> None:
     found = traced(quantize="fp8", mode="weight-only")
     assert set(found.forward.products) == {torch.bfloat16}

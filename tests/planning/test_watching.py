@@ -29,7 +29,9 @@ def test_what_was_there_before_does_not_count() -> None:
         x.t()
         assert watch.work.traffic == 0
         x.add_(1)
-    assert watch.peak == 0 and watch.work.traffic == SIZE
+        assert watch.work.traffic == 2 * SIZE
+        x.zero_()
+    assert watch.peak == 0 and watch.work.traffic == 3 * SIZE
 
 
 def test_numbers_with_gaps_between_them_cost_what_lies_in_the_gaps() -> None:

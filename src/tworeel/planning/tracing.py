@@ -64,10 +64,6 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         bucket: frames, height and width of the clip in pixels.
         settings: how the blocks are run.
     """
-    if settings.quantize == "int8" and settings.mode == "fused":
-        # The kernel is there only with Triton; scales in the product are as in fp8's.
-        alike = trace_model(family, source, bucket, replace(settings, quantize="fp8", mode="rowwise"))
-        return alike.mapped(partial(_with_products, torch.float8_e4m3fn, torch.int8))
     model = _shortened(family, source, settings)
     with FakeTensorMode(allow_non_fake_inputs=True), assumed_mode(settings.mode):
         _materialize(model, family, settings.dtype)
@@ -80,7 +76,10 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
             most_operations = MOST_OPERATIONS if rounds else TORCHS_MOST_OPERATIONS
             trace = partial(_trace_compiled, whole_norms=whole_norms, most_operations=most_operations)
         blocks = {name: trace(_traced(model, name), call) for name, call in calls.items()}
-    return ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)
+    found = ModelTrace(blocks=blocks, inputs=max(map(_shared_bytes, calls.values())), head=head)
+    if settings.quantize == "int8" and settings.mode == "fused":  # its product is traced as one of fp8
+        return found.mapped(partial(_with_products, torch.float8_e4m3fn, torch.int8))
+    return found
 
 
 def _with_products(dtype: torch.dtype, other: torch.dtype, work: Work) -> Work:

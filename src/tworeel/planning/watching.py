@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tworeel.planning.work import Work, is_heavy, work_of
+from tworeel.planning.work import Work, is_heavy, packet_of, work_of
 
+aten = torch.ops.aten
+
+_OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
 _SECTOR = 32
 """Bytes that a GPU reads at least
 (https://docs.nvidia.com/cuda/cuda-c-best-practices-guide, "Coalesced Access to Global Memory")."""
@@ -47,7 +50,9 @@ class Watch(TorchDispatchMode):
         if is_heavy(func):
             self.work += work_of(func, args, result)
         elif new or func._schema.is_mutable:
-            self.work += Work(traffic=float(sum(map(_touched, (*given, *new)))), kernels=1)
+            changed = func._schema.is_mutable and packet_of(func) not in _OVERWRITES
+            written = made if changed else new  # what is changed in its place is read, too
+            self.work += Work(traffic=float(sum(map(_touched, (*given, *written)))), kernels=1)
         return result
 
     def _follow(self, tensor: Tensor) -> None:

@@ -86,6 +86,8 @@ def scaled_matmul(rows: Tensor, columns: Tensor, scales: Tensor, mode: Mode) -> 
     if mode == "rowwise" and rows.dtype == torch.bfloat16:  # the kernels write no other dtype
         return _fp8_product(quantized, columns, row_scales, scales[None], torch.bfloat16)
     if mode == "fused":
+        if _assumed is not None:
+            return _traced_int8_product(quantized, columns, row_scales, scales, rows.dtype)
         from tworeel.quant.triton_int8 import int8_product
 
         return int8_product(quantized, columns, row_scales, scales, rows.dtype)
@@ -115,6 +117,14 @@ def _fp8_product(
 ) -> Tensor:
     # The shorter accumulator of use_fast_accum errs far less than rounding to e4m3 does.
     return torch._scaled_mm(rows, columns, row_scales, scales, out_dtype=dtype, use_fast_accum=True)
+
+
+def _traced_int8_product(
+    rows: Tensor, columns: Tensor, row_scales: Tensor, scales: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What needs no Triton and has the tensors of the kernel that does: fp8's product with both scales."""
+    fp8 = torch.float8_e4m3fn
+    return _fp8_product(rows.view(fp8), columns.view(fp8), row_scales, scales[None], dtype)
 
 
 def _int8_product(rows: Tensor, columns: Tensor) -> Tensor:
