@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tworeel import Pipeline
+from tworeel.engine.run_ahead import RunAhead
 
 
 def assert_streamed_equals_plain(model: nn.Module, residency: str) -> None:
@@ -41,6 +42,24 @@ class TwoStreams(nn.Module):
             else:
                 made[name] = image + self.to_image(image + text.mean()) * self.scale
         return made["image"], made["text"]
+
+
+def test_a_block_of_two_outputs_is_queued_once_each_way(monkeypatch):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(TwoStreams(text_last=False) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x
+            for block in self.blocks:
+                x, y = block(x, y)
+            return x + y
+
+    queued = []
+    monkeypatch.setattr(RunAhead, "block_queued", lambda _, device: queued.append(device))
+    Pipeline(Model(), ["cpu", "cpu"]).step([torch.randn(3, 8)], lambda output, _: output.sum())
+    assert len(queued) == 2 * 4
 
 
 @pytest.mark.parametrize("text_last", [False, True])

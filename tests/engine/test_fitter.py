@@ -14,6 +14,7 @@ from tworeel.engine.fitting import StageMemory
 from tworeel.engine.footprints import TOO_LARGE, Footprint
 from tworeel.engine.probing import Probe
 from tworeel.engine.residency import Residency
+from tworeel.engine.schedule import Held
 from tworeel.engine.weight_streaming import Streamed, pinned_bytes
 
 SIZES = {
@@ -200,6 +201,37 @@ def test_a_larger_clip_is_fitted_again_and_a_smaller_one_is_not(monkeypatch):
     for batches in ([small], [small], [large], [small], [small] * 4, [large] * 4, [small] * 4):
         pipeline.step(batches, square_loss)
     assert fits == [1, 1, 2, 2]
+
+
+def test_a_step_that_is_deeper_on_a_later_stage_is_fitted_again(monkeypatch):
+    """Two devices with two stages each hold [4, 3, 2, 1] micro-batches of four, and [3, 3, 3, 1] of three."""
+    fits = []
+    pipeline = Pipeline(make_wan("t2v", torch.float32), ["cpu:0", "cpu:1"] * 2, residency="keep")
+    pipeline.split.is_auto = True
+    monkeypatch.setattr("tworeel.engine.pipeline.fit", lambda split, forward, depths: fits.append(depths))
+    small = make_micro_batch("t2v", torch.float32, 0)
+    for count in (4, 3, 2):
+        pipeline.step([small] * count, square_loss)
+    assert fits == [[4, 3, 2, 1], [3, 3, 3, 1]]
+
+
+def test_what_runs_beside_a_block_counts_with_it():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
+            self.side = torch.nn.Linear(4, 4)
+
+    probe = Probe([None, None])
+    probe.memories = [StageMemory(available=0, num_blocks=2, may_keep=2, held=Held(1, 1, 1))] * 2
+    large = {way: replace(one, kept=10 * one.kept, working=10) for way, one in SIZES.items()}
+    probe.footprints = [{"blocks": SIZES, "side": large}, {"blocks": SIZES}]
+    division = split(Model(), ["cpu", "cpu"], blocks=["blocks"], beside={"side": "blocks.1"})
+    first, second = (fitter._of_stage(division, stage, probe) for stage in range(2))
+    assert first.kept == [24000, 22000, 0] and second.kept == [4000, 2000, 0]
+    assert first.working == second.working
+    probe.footprints[0] = {"blocks": SIZES, "side": dict.fromkeys(SIZES, TOO_LARGE)}
+    assert fitter._of_stage(division, 0, probe).most_left[-1] == TOO_LARGE.kept
 
 
 def test_after_a_fit_that_failed_half_way_gradients_are_right_and_the_next_step_is_fitted(monkeypatch):

@@ -217,7 +217,27 @@ def test_what_the_forward_returns_comes_back_to_the_first_device_where_asked():
     assert division.bring_home(torch.ones(1)).device.type == "cpu"
 
 
-def test_a_split_is_found_behind_wrappers_and_copies_keep_their_own_modules():
+@pytest.mark.parametrize("own", [None, {"": "cpu"}])
+def test_a_model_whose_split_is_removed_is_as_before_also_where_a_forward_is_gone(own):
+    model = Model()
+    if own is not None:
+        model.hf_device_map = own
+    division = split(model, ["cpu", "cpu"])
+    del model.blocks[0].forward
+    division.remove()
+    assert getattr(model, "hf_device_map", None) == own
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert copy.deepcopy(model).leave.weight is not model.leave.weight
+
+
+def test_a_split_model_is_not_copied_with_forwards_that_have_the_first_ones_weights():
+    model = Model()
+    split(model, ["cpu", "cpu"])
+    with pytest.raises(RuntimeError, match="a model that is split cannot be copied"):
+        torch.optim.swa_utils.AveragedModel(model)
+
+
+def test_a_split_is_found_behind_wrappers():
     model = Model()
     division = split(model, ["cpu", "cpu"])
     inner = model.forward

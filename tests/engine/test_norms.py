@@ -147,3 +147,11 @@ def test_what_was_cast_for_a_norm_is_cast_again_for_its_backward() -> None:
     assert len(marked) == 1 and len(casts) > 2, "to fp32, and for a norm"
     assert marked[0].meta["recompute"] == CheckpointPolicy.MUST_RECOMPUTE
     assert marked[0].meta["ac_graph_id"] == 0
+
+
+@pytest.mark.parametrize(("norm", "torchs"), [(layer_norm, torch.layer_norm), (rms_norm, torch.rms_norm)])
+def test_a_norm_takes_what_torchs_takes_by_name(norm, torchs) -> None:
+    x = torch.randn(2, 4)
+    options = {"cudnn_enable": False} if norm is layer_norm else {}
+    ours, theirs = (one(input=x, normalized_shape=(4,), eps=0.1, **options) for one in (norm, torchs))
+    assert torch.equal(ours, theirs)

@@ -422,6 +422,34 @@ def test_dropout_in_a_recomputed_block_is_refused():
         )
 
 
+@pytest.mark.parametrize("place", ["attention", "path", "beside"])
+def test_dropout_that_is_no_module_or_runs_beside_a_recomputed_block_is_refused(place):
+    class Block(nn.Module):
+        def __init__(self, dropped=0.0):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, dropout=dropped * (place == "attention"))
+            self.drop_prob = dropped * (place == "path")
+            self.drop = nn.Dropout(dropped * (place == "beside"))
+
+        def forward(self, x):
+            return self.drop(x + self.attention(x, x, x)[0])
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(0.5 * (place != "beside")) for _ in range(2))
+            self.side = Block(0.5)
+
+        def forward(self, x):
+            return self.blocks[1](self.side(self.blocks[0](x)))
+
+    model = Model()
+    split(model, ["cpu", "cpu"], residency="recompute", beside={"side": "blocks.0"})
+    name = {"attention": r"blocks\.0\.attention", "path": r"blocks\.0", "beside": r"side\.drop"}[place]
+    with pytest.raises(ValueError, match=f"^{name}: dropout of 0.5"):
+        Pipeline(model).step([torch.randn(2, 3, 8)], lambda output, _: output.sum())
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 7])
 def test_interleaved_stages_give_the_gradients_of_the_unsplit_model(count):
     batches = [make_micro_batch("t2v", torch.float64, seed) for seed in range(count)]

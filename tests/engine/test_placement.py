@@ -102,5 +102,7 @@ def test_modules_that_are_listed_behind_the_blocks_but_run_before_can_be_named()
     placement = place(model, ["cpu", "cpu"], first=["modulation"])
     assert placement.stage_of("modulation.weight") == 0
     assert placement.stage_of("head.weight") == 1
-    with pytest.raises(ValueError, match=r"no module beside the blocks is named blocks\.1"):
+    with pytest.raises(ValueError, match=r"no module around .* named blocks\.1; known: head, modulation$"):
         place(model, ["cpu", "cpu"], first=["blocks.1"])
+    with pytest.raises(ValueError, match=r"named head\.0"):  # it goes where all of the head does
+        place(model, ["cpu", "cpu"], first=["head.0", "modulation"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_wan import make_micro_batch, make_wan
+from toy_wan import assert_close, gradients, make_micro_batch, make_wan, run_unsplit, square_loss
 
-from tworeel import split
+from tworeel import Pipeline, split
 from tworeel.engine import place
 from tworeel.engine.streamed_blocks import StreamedBlocks, streamed_positions
 
@@ -57,6 +57,24 @@ def test_after_a_plain_loop_the_state_dict_has_each_blocks_own_weights():
     model(**make_micro_batch("t2v", torch.float32, 0)).sample.sum().backward()
     for found in (model.state_dict(), model.to("cpu").state_dict()):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_in_the_midst_of_a_step_streamed_weights_are_not_touched():
+    """Other threads run blocks with them."""
+    model = make_wan("t2v", torch.float32)
+    batches = [make_micro_batch("t2v", torch.float32, seed) for seed in range(3)]
+    losses, expected = run_unsplit(make_wan("t2v", torch.float32), batches)
+    pipeline = Pipeline(model, ["cpu", "cpu"], residency="recompute", streamed=(2, 3))
+
+    def loss(output, batch):
+        model.to("cpu")
+        with pytest.raises(RuntimeError, match="streamed in the midst of a Pipeline's step"):
+            model.state_dict()
+        return square_loss(output, batch)
+
+    torch.testing.assert_close(list(pipeline.step(batches, loss).losses), losses)
+    assert_close(gradients(model), expected, 1e-5)
+    assert model.state_dict().keys() == make_wan("t2v", torch.float32).state_dict().keys()
 
 
 def test_a_model_that_checkpoints_blocks_whose_weights_are_streamed_is_refused():

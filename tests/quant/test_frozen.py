@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,20 @@ def test_output_and_gradient_are_near_those_of_the_weight_itself(kind, bound, dt
     assert output.dtype == gradient.dtype == dtype
     assert error(output, expected) < bound
     assert error(gradient, expected_gradient) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "bound"), [("fp8", 0.045), ("int8", 0.014)])
+def test_small_gradients_of_a_small_weight_are_not_lost_in_16_bits(kind, bound, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(3072, 64).to(dtype)
+    model = copy.deepcopy(nn.Sequential(linear))
+    quantize_blocks(model, kind, ["0"])
+    x, upstream = torch.randn(32, 3072, dtype=dtype), (torch.randn(32, 64) * 1e-3).to(dtype)
+    ours, theirs = (
+        torch.autograd.grad(layer(x.requires_grad_()), x, upstream)[0] for layer in (model, linear)
+    )
+    assert error(ours, theirs) < bound
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 3, 64), (2, 1, 17, 64)])

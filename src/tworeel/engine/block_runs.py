@@ -74,9 +74,13 @@ class BlockRuns:
         device = split.placement.devices[stage]
         split.departures.begin(device, berth)
         split.run_ahead.block_queued(device)
+        has_begun = False
 
         def begin_backward(_: Tensor) -> None:
-            split.run_ahead.block_queued(device)
+            nonlocal has_begun
+            if not has_begun:  # of each of its outputs
+                split.run_ahead.block_queued(device)
+            has_begun = True
             split.departures.settle(device, but=berth)
             for one in (berth, before):
                 if one is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from tworeel.engine.fitting import (
     available_memory,
     fit_stages,
 )
-from tworeel.engine.footprints import TOO_LARGE, StageFootprints
+from tworeel.engine.footprints import TOO_LARGE, Footprints, StageFootprints, together
 from tworeel.engine.probing import Probe
 from tworeel.engine.releasing import clear_frames, release_memory
 from tworeel.engine.residency import Residency
@@ -105,8 +106,12 @@ def _of_stage(split: Split, stage: int, probe: Probe) -> StageFootprints:
     """What the blocks of a stage take, if it was measured."""
     if probe.memories[stage] is None:
         return StageFootprints([])
-    kinds, found = split.placement.block_kinds, probe.footprints[stage]
-    return StageFootprints([found[kinds[position]] for position in _by_need(split, stage)])
+    measured, names = probe.footprints[stage], split.placement.block_names
+    found: dict[str, list[Footprints]] = defaultdict(list)
+    for unit in split.placement.units:
+        if (unit.is_block or unit.beside is not None) and unit.kind in measured:
+            found[unit.beside or unit.name].append(measured[unit.kind])
+    return StageFootprints([together(found[names[position]]) for position in _by_need(split, stage)])
 
 
 def _by_need(split: Split, stage: int) -> list[int]:

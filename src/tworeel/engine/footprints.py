@@ -27,6 +27,24 @@ Footprints = Mapping[Residency, Footprint]
 """Of one block, of `KEEP` and, if not all blocks keep everything, of `SELECTIVE`."""
 
 
+def together(blocks: Sequence[Footprints]) -> Footprints:
+    """What a block takes with others that run beside it: one of them works at a time."""
+    if len(blocks) == 1:
+        return blocks[0]
+    ways = [way for way in blocks[0] if all(way in found for found in blocks)]
+    return {way: _sum([found[way] for found in blocks]) for way in ways}
+
+
+def _sum(found: Sequence[Footprint]) -> Footprint:
+    if TOO_LARGE in found:
+        return TOO_LARGE
+    return Footprint(
+        kept=sum(one.kept for one in found),
+        working=max(one.working for one in found),
+        hidden=max(one.hidden for one in found),
+    )
+
+
 class StageFootprints:
     """What the blocks of a stage take, which may be of several kinds.
 

@@ -38,7 +38,7 @@ class Forwards:
     def give_back(self) -> None:
         """Let the modules run as they did before."""
         for module, ours, before in self._wrapped:
-            if module is self._split.model or module.__dict__["forward"] is ours:
+            if module is self._split.model or module.__dict__.get("forward") is ours:
                 del module.forward
                 if before is not None:
                     module.forward = before

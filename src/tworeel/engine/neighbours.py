@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-"""Attributes that LoRA modules outside of the model keep their probabilities in."""
+_DROPOUTS = ("dropout", "drop_prob", "rank_dropout", "module_dropout")
+"""Attributes that modules keep probabilities in: attentions, dropped paths, LoRA outside of the model."""
 
 
 def adapters_of(model: nn.Module) -> dict[nn.Module, str]:
@@ -74,13 +74,13 @@ def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
         yield from (tensor for tensor in part._buffers.values() if tensor is not None)
 
 
-def dropouts_of(adapter: nn.Module) -> Iterator[float]:
-    """Probabilities of what the adapter drops while it trains."""
-    for module in adapter.modules():
-        values = [vars(module).get(name) for name in _DROPOUTS]
+def dropouts_of(parent: nn.Module) -> Iterator[tuple[str, float]]:
+    """Names of the modules in one, itself too, that drop something while they train, and how likely."""
+    for name, module in parent.named_modules():
+        values = [vars(module).get(attribute) for attribute in _DROPOUTS]
         values.append(module.p if isinstance(module, nn.modules.dropout._DropoutNd) else None)
         if module.training:
-            yield from (value for value in values if isinstance(value, float) and value > 0)
+            yield from ((name, value) for value in values if isinstance(value, float) and value > 0)
 
 
 def refuse_replaced(name: str, module: nn.Module, *, is_block: bool) -> None:
@@ -98,6 +98,18 @@ def refuse_replaced(name: str, module: nn.Module, *, is_block: bool) -> None:
         f"{name}: the forward of {type(module).__name__} is replaced already, by {by}; split the model "
         "before, or switch off what does it (checkpointing, offloading or compilation of another library)"
     )
+
+
+def refuse_copies(model: nn.Module) -> None:
+    """Let `copy.deepcopy(model)` raise, until `model.__deepcopy__` is deleted.
+
+    A copy's modules would run by the forwards of the modules that they were copied from, with their weights.
+    """
+
+    def refuse(_: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        raise RuntimeError("a model that is split cannot be copied: copy it before, or .remove() the split")
+
+    model.__deepcopy__ = MethodType(refuse, model)  # type: ignore[assignment]
 
 
 def keep_spread(model: nn.Module, homes: Callable[[], dict[int, torch.device]]) -> None:

@@ -108,22 +108,22 @@ _rms_norm.register_autograd(_differentiate_rms_norm, setup_context=_save_rms_nor
 
 
 def layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *_: Any,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     """As `torch.layer_norm`; one operation where weight and bias are frozen."""
-    if _has_more_to_it(x, weight, bias):
-        return torch.layer_norm(x, normalized_shape, weight, bias, eps)
-    normed, *_statistics = _layer_norm(x, normalized_shape, weight, bias, eps)
+    if _has_more_to_it(input, weight, bias):
+        return torch.layer_norm(input, normalized_shape, weight, bias, eps, cudnn_enable)
+    normed, *_statistics = _layer_norm(input, normalized_shape, weight, bias, eps)
     return normed
 
 
 def rms_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
@@ -135,15 +135,15 @@ def rms_norm(
     It does for one dtype, on devices that have that kernel (aten/src/ATen/native/layer_norm.cpp).
 
     Args:
-        x, normalized_shape, weight, eps: as `torch.rms_norm`'s.
+        input, normalized_shape, weight, eps: as `torch.rms_norm`'s.
         fused: whether the device has it. Looked up by default.
     """
     if fused is None:
-        fused = _has_fused_rms_norm(x.device.type)
-    mixed = weight is not None and weight.dtype != x.dtype
-    if mixed or not fused or _has_more_to_it(x, weight):
-        return torch.rms_norm(x, normalized_shape, weight, eps)
-    normed, _ = _rms_norm(x, normalized_shape, weight, eps)
+        fused = _has_fused_rms_norm(input.device.type)
+    mixed = weight is not None and weight.dtype != input.dtype
+    if mixed or not fused or _has_more_to_it(input, weight):
+        return torch.rms_norm(input, normalized_shape, weight, eps)
+    normed, _ = _rms_norm(input, normalized_shape, weight, eps)
     return normed
 
 

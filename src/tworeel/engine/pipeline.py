@@ -107,7 +107,7 @@ class Pipeline:
         self._forward = forward
         self._slack = slack
         self._compiled_for: set[Hashable] = set()
-        self._fitted_for = (0, 0)
+        self._fitted_for: tuple[int, list[int]] = (0, [0] * self.split.placement.num_stages)
         self._threads, self._num_threads = ThreadPoolExecutor(1), 0
 
     def step(self, micro_batches: Sequence[Any], loss: Loss, *, timed: bool = False) -> StepResult:
@@ -168,9 +168,9 @@ class Pipeline:
         largest = max(micro_batches, key=_bytes)
         depths = self._depths(len(micro_batches))
         size, deepest = self._fitted_for
-        if _bytes(largest) > size or depths[0] > deepest:
+        if _bytes(largest) > size or any(map(operator.gt, depths, deepest)):
             fit(self.split, lambda: self._forward(self.split.model, largest), depths)
-            self._fitted_for = _bytes(largest), depths[0]
+            self._fitted_for = _bytes(largest), depths
 
     def _depths(self, num_micro_batches: int) -> list[int]:
         """The most micro-batches whose activations each stage holds at a time."""

@@ -23,8 +23,8 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """Of a block: the list that it is in, whose blocks are alike."""
-        return self.name.rpartition(".")[0]
+        """The list that it is in, whose modules are alike; of what is in none, its name."""
+        return self.name.rpartition(".")[0] or self.name
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def place(
         beside: names of modules that run between the blocks, each with the block that it has to live with.
 
     Raises:
-        ValueError: no block lists, a name in `first` that is no module beside the blocks, more stages than
+        ValueError: no block lists, a name in `first` that is no module around the blocks, more stages than
             blocks, or boundaries out of order; all problems of one kind in one message.
     """
     lists = tuple(blocks) if blocks is not None else tuple(find_block_lists(model))
@@ -93,13 +93,16 @@ def place(
     block_names = _block_names(model, lists)
     _check_beside(model, block_names, beside)
     boundaries = _boundaries(model, block_names, len(devices), at, beside)
-    if unknown := set(first) - {name for name, _ in model.named_modules() if name not in block_names}:
-        raise ValueError(f"first={list(first)}: no module beside the blocks is named {', '.join(unknown)}")
     stage_of_block = {n: bisect.bisect_right(boundaries, i) - 1 for i, n in enumerate(block_names)}
+    units = tuple(_units(model, lists, stage_of_block, beside, first))
+    around = {unit.name for unit in units if not unit.is_block and unit.beside is None}
+    if unknown := set(first) - around:
+        named, known = ", ".join(sorted(unknown)), ", ".join(sorted(around)) or "none"
+        raise ValueError(f"first={list(first)}: no module around the blocks is named {named}; known: {known}")
     return Placement(
         tuple(_with_index(torch.device(d)) for d in devices),
         boundaries,
-        tuple(_units(model, lists, stage_of_block, beside, first)),
+        units,
     )
 
 

@@ -163,7 +163,7 @@ def run_block(
         compiler: runs the block compiled.
         kept_ops: operations whose results the selective residencies keep beside those of attentions.
         redraws: a recomputation draws the random numbers of its forward again. A pipeline cannot do that, as
-            its threads share one generator, and refuses dropout instead (see `refuse_dropout`).
+            its threads share one generator, and refuses dropout instead (see `Split.refuse_dropout`).
     """
     if not torch.is_grad_enabled():
         residency = Residency.KEEP
@@ -193,18 +193,3 @@ def _shared_storages(block: nn.Module, args: Any, kwargs: Any) -> set[int]:
     changing = _changing(leaves)
     constants = [leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in changing]
     return set(map(storage_of, (*constants, *block.parameters(), *block.buffers())))
-
-
-def refuse_dropout(name: str, block: nn.Module) -> None:
-    """Raise if a block that is recomputed draws random numbers.
-
-    Several threads share one generator: a recomputation would not see the mask of its forward.
-
-    Raises:
-        ValueError: names the dropout module.
-    """
-    for path, module in block.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise ValueError(
-                f"{name}.{path}: dropout of {module.p} cannot be recomputed; use residency 'keep'"
-            )

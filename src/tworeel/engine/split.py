@@ -20,12 +20,18 @@ from tworeel.engine.footprints import Footprints
 from tworeel.engine.forwards import Forwards
 from tworeel.engine.host_pool import HostPool
 from tworeel.engine.moving import lodgers, move
-from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters
+from tworeel.engine.neighbours import (
+    adapters_of,
+    dropouts_of,
+    keep_spread,
+    place_adapters,
+    refuse_copies,
+)
 from tworeel.engine.parking import Departures
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.probing import Probe
-from tworeel.engine.residency import AUTO, Residency, one_a_block, refuse_dropout
+from tworeel.engine.residency import AUTO, Residency, one_a_block
 from tworeel.engine.run_ahead import RunAhead
 from tworeel.engine.streamed_blocks import (
     StreamedBlocks,
@@ -190,8 +196,10 @@ class Split:
         self.block_runs = BlockRuns(self)
         self._forwards = Forwards(self)
         keep_spread(model, self._homes)
+        refuse_copies(model)
         # Between two blocks, parameters of streamed ones show a slot, with whatever weights are in it.
-        self._at_state_dict = model.register_state_dict_pre_hook(lambda *_: self.rest())
+        self._at_state_dict = model.register_state_dict_pre_hook(lambda *_: self._before_saving())
+        self._device_map_before = getattr(model, "hf_device_map", None)
         model.hf_device_map = self.device_map  # type: ignore[assignment]
 
     @property
@@ -272,7 +280,9 @@ class Split:
         self.rest()
         self._forwards.give_back()
         self._at_state_dict.remove()
-        del self.model._apply, self.model.hf_device_map
+        del self.model._apply, self.model.__deepcopy__, self.model.hf_device_map
+        if self._device_map_before is not None:
+            self.model.hf_device_map = self._device_map_before
 
     def place_adapters(self) -> None:
         """Bring LoRA modules that stand outside of the model to the devices of the layers they stand for.
@@ -282,14 +292,23 @@ class Split:
         place_adapters(self.model, self.placement.device_of)
 
     def refuse_dropout(self) -> None:
-        """Raise ValueError if a block draws random numbers that a recomputation would not draw again."""
-        blocks = zip(self.placement.block_names, self.residencies, strict=True)
-        recomputed = [name for name, residency in blocks if residency.recomputes]
+        """Raise ValueError if a block draws random numbers that a recomputation would not draw again.
+
+        Several threads share one generator: a recomputation would not see the mask of its forward.
+        """
+        residencies = dict(zip(self.placement.block_names, self.residencies, strict=True))
+        recomputed = [
+            unit.name
+            for unit in self.placement.units
+            if (residency := residencies.get(unit.beside or unit.name)) is not None and residency.recomputes
+        ]
         for name in recomputed:
-            refuse_dropout(name, self.model.get_submodule(name))
+            for path, p in dropouts_of(self.model.get_submodule(name)):
+                where = f"{name}.{path}" if path else name
+                raise ValueError(f"{where}: dropout of {p} cannot be recomputed; use residency 'keep'")
         prefixes = tuple(f"{name}." for name in recomputed)
         for adapter, layer in adapters_of(self.model).items():
-            for p in dropouts_of(adapter) if layer.startswith(prefixes) else ():
+            for _, p in dropouts_of(adapter) if layer.startswith(prefixes) else ():
                 raise ValueError(
                     f"{layer}: dropout of {p} in its adapter cannot be recomputed; use residency 'keep'"
                 )
@@ -304,9 +323,17 @@ class Split:
             return outputs
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.placement.devices[0]), outputs)
 
+    def _before_saving(self) -> None:
+        if self.streamed.positions and self.under_way.in_pipeline:
+            raise RuntimeError(
+                "state_dict: weights are streamed in the midst of a Pipeline's step; save behind it"
+            )
+        self.rest()
+
     def _homes(self) -> dict[int, torch.device]:
         """Device of each tensor of the model and its gradient, by `id`; not of those that are streamed."""
-        self.rest()
+        if not self.under_way.in_pipeline:  # whose threads use what is streamed
+            self.rest()
         homes = {}
         for tensor, device in lodgers(self.model, self.placement, self.streamed.positions):
             homes[id(tensor)] = device

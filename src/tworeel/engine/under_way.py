@@ -38,6 +38,11 @@ class UnderWay:
             self._here.passage = None
             self._open.discard(passage)
 
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether a pipeline's micro-batches are under way, of which other threads carry some."""
+        return not all(passage.is_alone for passage in tuple(self._open))
+
     def current(self) -> Passage | None:
         """This thread's passage while its forward runs."""
         passage = getattr(self._here, "passage", None)

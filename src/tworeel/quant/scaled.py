@@ -93,6 +93,8 @@ class _ScaledLinear(torch.autograd.Function):
         weight, scale = ctx.saved_tensors
         # 8-bit matrix units want it column-major: a copy of one weight for the length of this call.
         columns = weight.t().contiguous().t()
-        folded = grad * scale.to(grad.dtype)
+        # Scales are too small for fp16.
+        wide = grad.float() if grad.dtype == torch.float16 else grad
+        folded = wide * scale.to(wide.dtype)
         ones = scale.new_ones(columns.shape[1])
-        return scaled_matmul(folded, columns, ones, ctx.mode), None, None, None
+        return scaled_matmul(folded, columns, ones, ctx.mode).to(grad.dtype), None, None, None
