@@ -121,14 +121,18 @@ def known_traces(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Mode
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "traces"
     folder.mkdir(exist_ok=True)
 
-    def trace(family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings) -> ModelTrace:
-        key = repr((source.traits, source.transformer.config, bucket, settings))
+    def trace(
+        family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings, **launching: bool
+    ) -> ModelTrace:
+        key = repr((source.traits, source.transformer.config, bucket, settings, sorted(launching.items())))
         path = folder / hashlib.sha256(key.encode()).hexdigest()
         if not path.exists():
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     written = path.with_suffix(".new")
-                    written.write_bytes(pickle.dumps(trace_model(family, source, bucket, settings)))
+                    written.write_bytes(
+                        pickle.dumps(trace_model(family, source, bucket, settings, **launching))
+                    )
                     written.rename(path)
         found: ModelTrace = pickle.loads(path.read_bytes())
         return found

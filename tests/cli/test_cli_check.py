@@ -26,6 +26,13 @@ def test_a_good_run_shows_the_model_the_buckets_and_the_cost(
     assert not list(tmp_path.iterdir())
 
 
+def test_options_of_train_are_checked_too(run: Run, small_run: list[str]) -> None:
+    done = run("check", *small_run, "--rank", "100000", "--steps", "-1")
+    assert done.code == 2 and "train.steps = -1: must be" in done.err
+    done = run("check", *small_run, "--rank", "100000", "--steps", "8")
+    assert done.code == 2 and "lora.rank = 100000: at most" in done.err
+
+
 def test_a_broken_clip_is_named_or_skipped(run: Run, small_run: list[str], tmp_path: Path) -> None:
     bad = tmp_path / "bad" / "broken.mp4"
     bad.parent.mkdir()

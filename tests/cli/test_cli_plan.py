@@ -46,10 +46,11 @@ def test_what_is_left_open_is_decided_and_what_lost_is_shown(run: Run, given: tu
     assert "two stages a device" in done.out
 
 
-def test_what_does_not_fit_is_told_and_is_no_error(run: Run, given: tuple[str, ...]) -> None:
+def test_what_does_not_fit_is_told_and_scripts_see_it(run: Run, given: tuple[str, ...]) -> None:
     done = run("plan", *given, "--gpus", "RTX 4090", "--memory-gib", "0.9")
-    assert done.code == 0, done.err
+    assert done.code == 1, done.err
     assert "It does not fit: cuda:0 would need" in done.out
+    assert "With one of these it would" in done.out or "nothing that is known" in done.out
 
 
 def test_the_verdict_does_not_wait_for_what_would_fit_instead(
@@ -117,7 +118,7 @@ def test_cards_that_need_not_be_here_take_the_better_order_whatever_devices_are_
         ((*PAIR, "--host-memory-gib", "1e300"), "1e+300: must be above 0 and below 100000"),
         ((*PAIR, "--host-memory-gib", "nan"), "--host-memory-gib nan: must be above 0 and below 100000"),
         ((*PAIR, "--devices", "cuda:7"), "--devices cuda:7: are devices of this machine; leave it out"),
-        ((*PAIR, "--memory-gib", "0.5,24"), "RTX 4090 with 0.5 GiB: CUDA itself takes all of that"),
+        ((*PAIR, "--memory-gib", "0.5,24"), "RTX 4090 with 0.5 GiB: CUDA itself takes 0.6 GiB"),
         (("--gpus", "2x H100"), "'H100' may be H100 PCIe, H100 80GB; name one of them"),
         (("--gpus", "RTX"), "RTX 4080 Super, RTX 4090"),
         (

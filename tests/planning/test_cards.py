@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,4 +127,21 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
 )
 def test_a_card_multiplies_8_bit_weights_as_it_can(name: str, fp8: str, int8: str) -> None:
     (card,) = parse_cards(name, CARDS)
+    assert (card.fp8_mode, card.int8_mode) == (fp8, int8)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "fp8", "int8"),
+    [
+        ("Card", None, "tensorwise", "fused"),
+        ("Turing", 7.5, "tensorwise", "tensorwise"),
+        ("Ultra", 10.3, "rowwise", "fused"),
+        ("Consumer", 12.0, "tensorwise", "fused"),
+        ("Intel Arc", None, "weight-only", "weight-only"),
+    ],
+)
+def test_a_card_of_ones_own_multiplies_8_bit_weights_as_its_like_do(
+    name: str, capability: float | None, fp8: str, int8: str
+) -> None:
+    card = replace(CARDS[0], name=name, torch_name="", capability=capability, fp8=1.0, int8=1.0)
     assert (card.fp8_mode, card.int8_mode) == (fp8, int8)

@@ -48,9 +48,9 @@ def test_weights_stay_precise_where_eight_bits_must_be_streamed_too() -> None:
 def test_weights_that_the_cards_cannot_hold_are_not_even_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[str | None] = []
 
-    def trace(family: Any, source: Any, bucket: Bucket, settings: TraceSettings) -> Any:
+    def trace(family: Any, source: Any, bucket: Bucket, settings: TraceSettings, **launching: bool) -> Any:
         traced.append(settings.quantize)
-        return trace_model(family, source, bucket, settings)
+        return trace_model(family, source, bucket, settings, **launching)
 
     monkeypatch.setattr("tworeel.planning.planner.trace_model", trace)
     found = plan(precision_open(budgets=budgets_of("RTX 4090"), buckets={IMAGE: 1.0}))

@@ -57,8 +57,8 @@ def test_the_best_other_boundary_and_the_other_order_are_shown() -> None:
 def test_each_kind_of_card_is_weighed_away() -> None:
     made = plan(request_of(budgets=budgets_of("RTX 5090, RTX 3060 12GB"), micro_batches=1), explain=True)
     names = [one.name for one in made.alternatives]
-    assert "without RTX 3060 12GB: engine.devices = ['cuda:0']" in names
-    assert "without RTX 5090: engine.devices = ['cuda:1']" in names
+    assert "without RTX 3060 12GB" in names
+    assert "without RTX 5090" in names
 
 
 def test_an_order_that_is_set_says_so_where_another_is_faster() -> None:

@@ -19,6 +19,7 @@ from tworeel.models.family import Component, ModelSource
 from tworeel.models.flux2.family import FLUX2
 from tworeel.models.flux2.variants import traits
 from tworeel.planning.changing import changes
+from tworeel.planning.choosing import choose
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Plan
 from tworeel.planning.requests import Request
@@ -203,6 +204,27 @@ def test_images_of_dev_take_what_they_took_on_two_h200s() -> None:
     for one, seconds in ((from_cpp, 0.174), (wider, 0.158)):
         known = Planner(one, like=planner).best()
         assert known.seconds_per_step / 8 == pytest.approx(seconds, rel=0.15)
+
+
+def test_kernels_are_not_launched_from_cpp_where_only_python_launches_what_fits() -> None:
+    """From C++ a single block that is selective takes a hidden state more."""
+    request = klein(
+        buckets={SQUARE: 1.0},
+        micro_batches=8,
+        may_launch_from_cpp=True,
+        steps=10**6,
+        residency="selective",
+        streamed=(0, 0),
+        split_at=(16,),
+        budgets=budgets_of("2x H100 80GB"),
+    )
+    from_python, from_cpp = (Planner(replace(request, cpp_wrapper=way)).best() for way in (False, True))
+    most, more = (max(one.stages, key=lambda stage: stage.peak) for one in (from_python, from_cpp))
+    assert most.peak < more.peak
+    tight = tuple(replace(b, free=(most.peak + more.peak) // 2 + most.spare) for b in request.budgets)
+    found = choose(replace(request, budgets=tight)).plan
+    assert found.fits and not found.cpp_wrapper
+    assert choose(request).plan.fits
 
 
 def test_a_small_card_streams_or_recomputes() -> None:

@@ -94,6 +94,7 @@ def test_a_plan_without_the_cards_ever_having_been_here_rests_on_it_too() -> Non
         {"budgets": budgets_of("2x RTX 3090")},
         {"budgets": budgets_of("RTX 4090, RTX 3090")},
         {"attention": "deterministic"},
+        {"cpp_wrapper": True},
         {"trace": settings_of(VARIANT, rank=64)},
         {"trace": settings_of(VARIANT, dora=True)},
         {"trace": settings_of(VARIANT, quantize="fp8")},

@@ -67,6 +67,17 @@ def test_absurd_factors_are_not_used(folder: Path) -> None:
     assert calibrated(budget, SETTINGS) == budget
 
 
+def test_without_a_home_nothing_is_kept_and_nothing_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    monkeypatch.setattr(Path, "home", homeless)
+    (budget,) = budgets_of("RTX 4090")
+    keep(budget.card, SETTINGS, 1.5)
+    assert calibrated(budget, SETTINGS) == budget
+
+
 def test_a_folder_that_cannot_be_written_stops_nothing(folder: Path) -> None:
     folder.touch()
     (budget,) = budgets_of("RTX 4090")

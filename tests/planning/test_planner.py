@@ -14,8 +14,10 @@ from tworeel.engine.residency import Residency
 from tworeel.engine.weight_streaming import spread
 from tworeel.planning import Planner, Request, plan
 from tworeel.planning.measuring import LAUNCH
+from tworeel.planning.planner import MOST_PLAYED
 from tworeel.planning.plans import Plan
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS, PARKING_KERNELS
+from tworeel.planning.tracing import trace_model
 from tworeel.units import GIB
 
 H100S = limited(budgets_of("2x H100 80GB"), 79.2)
@@ -91,9 +93,13 @@ def test_norms_are_planned_as_they_are_run_where_blocks_are_launched_from_cpp(
 ) -> None:
     """They are generated there, see `tworeel.engine.compiling.takes_whole_norms`."""
     some = request_of(buckets={IMAGE: 1.0})
-    from_cpp = Planner(replace(some, cpp_wrapper=True))
-    generated = Planner(replace(some, trace=replace(some.trace, exact=False)))
-    assert from_cpp.trace == generated.trace != Planner(some).trace
+    family, source, (bucket,) = some.family, some.source, some.buckets
+    (launched,) = trace_model(family, source, bucket, some.trace, cpp_wrapper=True).blocks.values()
+    (from_cpp,) = Planner(replace(some, cpp_wrapper=True)).trace.blocks.values()
+    (inexact,) = Planner(replace(some, trace=replace(some.trace, exact=False))).trace.blocks.values()
+    (plain,) = Planner(some).trace.blocks.values()
+    assert from_cpp == launched and from_cpp != plain, "its norms are generated"
+    assert from_cpp != inexact, "it rounds as it does uncompiled"
     fp8 = replace(some, trace=replace(some.trace, quantize="fp8"))
     first = Planner(fp8)
     known = first.trace
@@ -311,12 +317,11 @@ def test_stages_that_share_a_card_have_equal_parts_of_what_cuda_takes() -> None:
     assert [stage.shared for stage in found.stages] == [2, 2]
 
 
-def test_weights_that_are_only_stored_so_are_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_only_stored_so_are_traced_as_bf16_that_rounds_where_a_kernel_ends() -> None:
     first = Planner(request_of())
-    known = first.trace
-    monkeypatch.setattr("tworeel.planning.planner.trace_model", None)
     stored = replace(first.request, trace=replace(first.request.trace, quantize="nf4"))
-    assert Planner(stored, like=first).trace == known
+    inexact = replace(first.request, trace=replace(first.request.trace, exact=False))
+    assert Planner(stored, like=first).trace == Planner(inexact, like=first).trace != first.trace
 
 
 def test_explained_alternatives_are_no_better() -> None:
@@ -327,6 +332,23 @@ def test_explained_alternatives_are_no_better() -> None:
     assert "8-bit weights (fp8)" in named
     same = [one for name, one in named.items() if name in ("recompute every block", "no slack")]
     assert all(one.seconds_per_step >= found.seconds_per_step for one in same if one.fits)
+
+
+def test_one_more_small_card_fits_too_where_the_host_has_little_memory() -> None:
+    """The boundaries that it has memory for are far from even shares: of one of the cards, few blocks."""
+    planner = Planner(request_of(budgets=budgets_of("2x RTX 3060 12GB"), host_free=int(36.5 * GIB)))
+    more = replace(planner.request, budgets=budgets_of("3x RTX 3060 12GB"))
+    two, three = planner.best(), Planner(more, planner.trace, planner).best()
+    assert two.fits and three.fits and three.seconds_per_step < two.seconds_per_step
+
+
+def test_a_step_of_very_many_clips_is_planned_as_soon_as_one_of_some() -> None:
+    some = request_of(micro_batches=MOST_PLAYED)
+    planner = Planner(some)
+    seconds = planner.best().seconds_per_step
+    found = Planner(replace(some, micro_batches=100 * MOST_PLAYED), planner.trace, planner).best()
+    assert found.seconds_per_step == pytest.approx(100 * seconds, rel=0.01)
+    assert max(found.busy) == pytest.approx(1, abs=0.001) and found.peaks == planner.best().peaks
 
 
 def test_what_is_set_is_kept() -> None:

@@ -59,6 +59,17 @@ def test_two_stages_of_the_only_device_take_what_one_of_all_blocks_takes() -> No
     assert sum(halves.busy) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("devices", [[0, 1, 2], [0, 1, 0, 1]])
+def test_more_micro_batches_take_what_the_busiest_device_takes_for_them(devices: list[int]) -> None:
+    forward, backward = ([seconds * (1 + 0.1 * i) for i in range(len(devices))] for seconds in (1.0, 2.0))
+    some, all_ = (
+        simulate(make_orders(devices, count), forward, backward, devices=devices) for count in (32, 100)
+    )
+    found = some.longer(32, 68, devices)
+    assert found.seconds == pytest.approx(all_.seconds, rel=0.01)
+    assert found.busy == pytest.approx(all_.busy, rel=0.01)
+
+
 def test_crossings_cost_time() -> None:
     orders = make_orders([0, 1], 4)
     assert (

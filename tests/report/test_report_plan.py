@@ -102,7 +102,7 @@ def test_the_verdict_says_whether_it_fits_how_long_it_takes_and_what_limits() ->
     lines = verdict_lines(PLAN)
     assert lines[0] == "It fits."
     assert "A clip takes 14.8 s, a step 118 s (by the cards' figures)" in lines[1]
-    assert "An epoch takes 24.6 minutes, 1,000 steps take 32.8 hours" in lines[2]
+    assert "An epoch takes 24.6 minutes, 1,000 steps 32.8 hours" in lines[2]
     assert "34.0 GiB of 60.0 GiB" in lines[3]
     assert "memory" in lines[4]
 
@@ -127,12 +127,26 @@ def test_figures_of_stages_that_share_a_card_are_not_called_the_cards() -> None:
     stages = [replace(stage, device="cuda:1", shared=2, free=20 * GIB) for stage in (FIRST, SECOND)]
     plan = replace(PLAN, stages=tuple(stages))
     needed, lacking = "cuda:1 would need 22.0 GiB and has 20.0 GiB", "2.0 GiB too few, most is weights"
-    assert plan.shortfalls == [
-        f"{needed} (blocks 0 to 20, 1/2 of the card's: {lacking})",
-        f"{needed} (blocks 21 to 39, 1/2 of the card's: {lacking})",
-    ]
+    assert plan.shortfalls == [f"{needed} (blocks 0 to 20, 1/2 of the card's: {lacking})"]
     assert row(printed(*plan_tables(plan, Console(width=80))), "free, 1/2 of the card's") == ["20.0 GiB"] * 2
     assert plan_lines(plan)[0].endswith("blocks 0 to 20, 21.0 GiB of 20.0 GiB, 1/2 of the card's")
+
+
+@pytest.mark.parametrize(
+    ("busy", "host", "limit"),
+    [
+        ((0.7, 0.8), 34, "the cards wait 25 % of a step: more micro-batches a step"),
+        (
+            (0.4, 0.96),
+            34,
+            "the cards wait 32 % of a step for cuda:1, which works 96 %: more memory on the others",
+        ),
+        ((0.4, 0.96), 58, "the cards wait 32 % of a step for cuda:1, which works 96 %: more host memory"),
+    ],
+)
+def test_what_the_cards_wait_for_is_told(busy: tuple[float, float], host: int, limit: str) -> None:
+    plan = replace(PLAN, busy=busy, host_memory=host * GIB)
+    assert plan.limit == limit
 
 
 def test_host_memory_that_lacks_here_need_not_lack_elsewhere() -> None:

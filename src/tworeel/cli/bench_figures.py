@@ -89,7 +89,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
 
 
-def output_problems(json_file: Path | None, timeline: Path | None) -> Iterator[str]:
+def output_problems(json_file: Path | None, timeline: Path | None = None) -> Iterator[str]:
     """What keeps the figures from being written, in one line each; folders are made on the way."""
     for option, path, folder in (
         ("--timeline", timeline, timeline),

@@ -24,6 +24,8 @@ def check(
     expert: options.Expert = None,
     output: options.Output = None,
     devices: options.Devices = None,
+    steps: options.Steps = None,
+    rank: options.Rank = None,
     settings: options.Settings = None,
     skip_broken: options.SkipBroken = None,
 ) -> None:
@@ -40,7 +42,9 @@ def check(
         data__sources=options.datasets(data),
         data__skip_broken=skip_broken,
         engine__devices=options.device_list(devices),
+        lora__rank=rank,
         train__output=output,
+        train__steps=steps,
     )
     with watching() as observer:
         # After what needs none of them; a Ctrl-C is heard meanwhile

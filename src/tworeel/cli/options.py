@@ -41,6 +41,8 @@ Devices = Annotated[
     str | None,
     typer.Option(help="Devices that share the model, for example cuda:0,cuda:1. All GPUs by default."),
 ]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+Rank = Annotated[int | None, typer.Option(help="Rank of the LoRA.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other option as section.option=value. Repeat it.", metavar="KEY=VALUE"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tworeel.cli import options
+from tworeel.cli.bench_figures import output_problems
 from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError, collected, raise_if_any
@@ -51,13 +52,15 @@ def plan(
         Path | None, typer.Option("--json", help="File for all figures.", metavar="FILE")
     ] = None,
     devices: options.Devices = None,
+    steps: options.Steps = None,
+    rank: options.Rank = None,
     settings: options.Settings = None,
     skip_broken: options.SkipBroken = None,
 ) -> None:
     """Say what fits which cards, how fast, and why, before anything is loaded.
 
     Only headers and configurations are read; no GPU is touched, unless its free memory is asked for. 'train'
-    follows the same plan.
+    follows the same plan. Ends with status 1 where it does not fit.
 
     tworeel plan --model MODEL --data FOLDER --gpus "2x RTX 4090"
 
@@ -71,8 +74,11 @@ def plan(
         data__sources=options.datasets(data),
         data__skip_broken=skip_broken,
         engine__devices=options.device_list(devices),
+        lora__rank=rank,
+        train__steps=steps,
     )
     problems = _option_problems(gpus, memory_gib, host_memory_gib, devices)
+    problems += output_problems(json_file)
     with watching() as observer:
         # After what needs none of them; a Ctrl-C is heard meanwhile
         with importing():
@@ -110,6 +116,8 @@ def plan(
     _show_others(made)
     if json_file is not None:
         _write(json_file, made)
+    if not made.fits:
+        raise typer.Exit(1)
 
 
 def _option_problems(
@@ -165,6 +173,8 @@ def _show_others(plan: Plan) -> None:
 
     if plan.changes:
         console.print(alternatives_table(plan.changes, "With one of these it would"))
+    elif not plan.fits:
+        say("What would fit it: nothing that is known")
     if plan.alternatives:
         console.print(alternatives_table(plan.alternatives, "What else was weighed"))
 

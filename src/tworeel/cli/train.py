@@ -25,8 +25,8 @@ def train(
     expert: options.Expert = None,
     output: options.Output = None,
     devices: options.Devices = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
+    steps: options.Steps = None,
+    rank: options.Rank = None,
     settings: options.Settings = None,
     resume: Annotated[
         bool,

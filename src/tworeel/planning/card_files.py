@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from tworeel.config.fields import described
 from tworeel.config.problems import shown, wrong
 from tworeel.config.schema import Section
-from tworeel.errors import UserError, did_you_mean
+from tworeel.errors import UserError, did_you_mean, raise_if_any
 
 MOST_GIB = 10_000
 Rate = Annotated[float, Field(ge=0.001, le=100_000)]
@@ -60,11 +60,17 @@ def card_rows(text: str, source: str) -> list[CardRow]:
     except ValidationError as error:
         lines = dict.fromkeys(_problem(detail, tree) for detail in error.errors())
         raise UserError(*(f"--cards {source}: {line}" for line in lines)) from None
-    times = Counter(row.name for row in rows)
-    alike = [f"card {shown(name)}: {count} tables of this name" for name, count in times.items() if count > 1]
-    if alike:
-        raise UserError(*(f"--cards {source}: {line}" for line in alike))
+    raise_if_any(f"--cards {source}: {line}" for line in _name_problems(rows))
     return rows
+
+
+def _name_problems(rows: list[CardRow]) -> Iterator[str]:
+    for name, count in Counter(row.name for row in rows).items():
+        if not any(map(str.isalnum, name)) or set(name) & set(",+"):
+            allowed = "letters or digits, and no comma or plus, which --gpus has between cards"
+            yield f"card: name = {shown(name)}: must have {allowed}"
+        if count > 1:
+            yield f"card {shown(name)}: {count} tables of this name"
 
 
 def _problem(detail: ErrorDetails, tree: Mapping[str, Any]) -> str:

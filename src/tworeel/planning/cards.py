@@ -43,14 +43,16 @@ class Card:
     @property
     def fp8_mode(self) -> Mode:
         """How it multiplies fp8 weights; as `tworeel.quant.matmul.matmul_mode` finds it out on a card."""
-        if self.fp8 is None or _is_amd(self):
+        if self.fp8 is None or not _is_nvidias(self):
             return "weight-only"
-        return "rowwise" if self.capability in (9.0, 10.0) else "tensorwise"
+        return "rowwise" if int(self.capability or 0) in (9, 10) else "tensorwise"
 
     @property
     def int8_mode(self) -> Mode:
         """How it multiplies int8 weights."""
-        return "weight-only" if self.int8 is None or _is_amd(self) else "fused"
+        if self.int8 is None or not _is_nvidias(self):
+            return "weight-only"
+        return "tensorwise" if self.capability is not None and self.capability < 8 else "fused"
 
     @property
     def crossing(self) -> float:
@@ -58,8 +60,9 @@ class Card:
         return self.nvlink or self.pcie
 
 
-def _is_amd(card: Card) -> bool:
-    return any(word in f"{card.name} {card.torch_name}" for word in ("AMD", "Radeon", "RX ", "MI3"))
+def _is_nvidias(card: Card) -> bool:
+    others = ("AMD", "Radeon", "RX ", "MI3", "Intel", "Arc ")
+    return not any(word in f"{card.name} {card.torch_name}" for word in others)
 
 
 def known_cards(extra: Path | None = None) -> tuple[Card, ...]:

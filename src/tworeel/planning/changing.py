@@ -17,6 +17,7 @@ from tworeel.data.clips import Bucket
 from tworeel.engine.footprints import Footprint
 from tworeel.engine.split import AUTO
 from tworeel.host_memory import HOST_SHARE
+from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of
@@ -25,6 +26,8 @@ from tworeel.planning.requests import Request
 from tworeel.planning.traces import ModelTrace
 from tworeel.units import GIB
 
+FULL = 0.7
+"""Of what the emptiest card of a name has free: one with less is a kind of its own."""
 LEAST_SIDE = 256
 """Pixels of a clip's longer side: smaller ones are not proposed."""
 
@@ -107,12 +110,26 @@ def _fewer_devices(planner: Planner) -> Alternative | None:
 
 def with_fewer(request: Request) -> Iterator[tuple[str, Request]]:
     """The request without each kind of card that there is beside others, and what has to be set for it."""
-    for card in dict.fromkeys(budget.card for budget in request.budgets):
-        left = tuple(budget for budget in request.budgets if budget.card != card)
-        if left:
-            devices = ", ".join(f"'{budget.device}'" for budget in left)
-            names = [f"without {card}: engine.devices = [{devices}]", *_of_stages(request)]
-            yield " and ".join(names), replace(request, budgets=left, split_at=None, streamed=None)
+    most: dict[str, int] = defaultdict(int)
+    for budget in request.budgets:
+        most[budget.card] = max(most[budget.card], budget.free)
+    full = {budget.card for budget in request.budgets if budget.free < FULL * most[budget.card]}
+    kinds: dict[str, list[Budget]] = defaultdict(list)
+    for budget in request.budgets:
+        small = budget.free < FULL * most[budget.card]
+        which = f" with {'little' if small else 'more'} free" if budget.card in full else ""
+        kinds[f"{budget.card}{which}"].append(budget)
+    for name, without in kinds.items():
+        if left := tuple(budget for budget in request.budgets if budget not in without):
+            changed = [f"without {name}{_devices_set(left)}", *_of_stages(request)]
+            yield " and ".join(changed), replace(request, budgets=left, split_at=None, streamed=None)
+
+
+def _devices_set(left: Sequence[Budget]) -> str:
+    """What has to be set to use these alone; cards by name are no devices of this machine."""
+    if any(budget.context is not None for budget in left):
+        return ""
+    return f": engine.devices = [{', '.join(repr(budget.device) for budget in left)}]"
 
 
 def _more_host_memory(planner: Planner) -> Alternative | None:
@@ -242,4 +259,5 @@ def scaled(trace: ModelTrace, share: float) -> ModelTrace:
     def footprint(found: Footprint) -> Footprint:
         return Footprint(int(found.kept * share), int(found.working * share), int(found.hidden * share))
 
-    return trace.mapped(means.of, footprint)
+    blocks = trace.mapped(means.of, footprint)
+    return replace(blocks, inputs=int(share * trace.inputs), head=int(share * trace.head))

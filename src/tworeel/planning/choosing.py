@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tworeel.planning.measured_bytes import known_bytes
 from tworeel.planning.planner import Planner
 from tworeel.planning.plans import Alternative, Plan, alternative_of, rank
 from tworeel.planning.requests import Request
@@ -96,8 +97,10 @@ def _with_launcher(choice: Choice) -> Choice:
     found = _with_stages(Planner(changed, planner.trace, planner)).plan
     if found.seconds_per_step >= (1 - WORTH) * plan.seconds_per_step:
         return choice
-    again = _with_stages(Planner(changed, like=planner))
+    again = _with_stages(Planner(replace(changed, measured=known_bytes(changed)), like=planner))
     found = again.plan
+    if _level(found) > _level(plan) or found.seconds_per_step > plan.seconds_per_step:
+        return choice
     lost = alternative_of("kernels launched from Python", plan, found)
     # Stages a device were weighed again.
     weights = [one for one in choice.lost if one.name not in _STAGES_LOST]

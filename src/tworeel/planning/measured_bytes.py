@@ -80,8 +80,8 @@ def _scope(request: Request, budget: Budget) -> str:
     settings = request.trace
     settings = replace(settings, mode=budget.mode(settings.quantize) or settings.mode)
     config = request.source.transformer.config
-    rest = json.dumps([repr(settings), request.attention, config], sort_keys=True, default=str)
-    digest = sha256(rest.encode()).hexdigest()[:16]
+    rest = [repr(settings), request.cpp_wrapper, request.attention, config]
+    digest = sha256(json.dumps(rest, sort_keys=True, default=str).encode()).hexdigest()[:16]
     variant, rank = request.source.traits.variant, f"rank {settings.rank}"
     return " | ".join((key_of(budget.card, settings), variant, rank, digest))
 

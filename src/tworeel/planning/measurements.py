@@ -66,13 +66,13 @@ def update(name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Non
 
     Nothing is kept where the folder cannot be written: a plan is a help, and no reason to stop a run.
     """
-    folder = measurements_folder()
     try:
+        folder = measurements_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{name}.lock"):
             known = change(read(name))
             write_text_atomic(folder / name, json.dumps(known, indent=1, sort_keys=True) + "\n")
-    except OSError:
+    except (OSError, RuntimeError):  # or there is no home
         return
 
 
@@ -80,7 +80,7 @@ def read(name: str) -> dict[str, Any]:
     """What a file of the folder holds; nothing where it is not there, or damaged."""
     try:
         found = json.loads((measurements_folder() / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RuntimeError):  # nested too deeply, or there is no home
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -12,13 +12,13 @@ import torch
 
 from tworeel.data.buckets import block_tokens, tokens
 from tworeel.data.clips import Bucket
-from tworeel.engine.compiling import takes_whole_norms
+from tworeel.engine.compiling import rounds_as_written
 from tworeel.engine.fitting import SPARE, leaner_and_leaner
 from tworeel.engine.placement import Placement, place
 from tworeel.engine.residency import Residency
 from tworeel.engine.schedule import Held, Order, at_work, make_orders, most_held, most_in_flight
 from tworeel.engine.streamed_blocks import streamed_positions
-from tworeel.planning.boundaries import is_rising, neighbours, shares
+from tworeel.planning.boundaries import Way, is_rising, neighbours, shares, within_host
 from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.measured_bytes import with_measured
@@ -32,8 +32,13 @@ from tworeel.planning.weights import UnitBytes, unit_bytes
 
 HOST_BOUND = 1.1
 """Times as long as its card works that a stage takes, where the host is what limits."""
+MOST_PLAYED = 256
+"""Micro-batches of a step that are played through; more of them go on in the same way."""
 MOST_SEARCHED = 4
 """Orders of unlike devices for which boundaries are searched, by how the search would begin."""
+
+_Traces = dict[tuple[Bucket, TraceSettings, bool], ModelTrace]
+"""By clip, settings, and whether blocks are launched from C++."""
 
 
 class Planner:
@@ -54,7 +59,7 @@ class Planner:
         self.request = request
         self._known_trace = trace
         self._drafts: dict[tuple[object, ...], StageDraft] = {}
-        self._traces: dict[tuple[Bucket, TraceSettings], ModelTrace] = {} if like is None else like._traces
+        self._traces: _Traces = {} if like is None else like._traces
         if like is None:
             self._model = request.family.build_transformer(request.source.transformer)
         else:
@@ -70,11 +75,12 @@ class Planner:
         """What the blocks cost for the largest clip; in bytes, what was measured where that is known."""
         if self._known_trace is not None:
             return self._known_trace
-        settings = self._trace_settings
-        if (self.largest, settings) not in self._traces:
-            family, source = self.request.family, self.request.source
-            self._traces[self.largest, settings] = trace_model(family, source, self.largest, settings)
-        traced = self._traces[self.largest, settings]
+        family, source, settings = self.request.family, self.request.source, self._trace_settings
+        from_cpp = self.request.cpp_wrapper and settings.exact  # of others it changes nothing
+        key = (self.largest, settings, from_cpp)
+        if key not in self._traces:
+            self._traces[key] = trace_model(family, source, self.largest, settings, cpp_wrapper=from_cpp)
+        traced = self._traces[key]
         # What is measured has a dequantized weight in it, which is counted by itself here.
         apart = all(map(self._dequantizes, self.request.budgets))
         weights = {_list_of(unit): unit.largest for unit in self._blocks} if apart else {}
@@ -84,12 +90,10 @@ class Planner:
     def _trace_settings(self) -> TraceSettings:
         """What the trace depends on, beside the clip."""
         settings = self.request.trace
-        if settings.quantize in STORED_ONLY:
-            # As compiled bf16 weights, but for norms, which change no bytes: a trace takes long.
-            settings = replace(settings, quantize=None)
-        quantized, from_cpp = settings.quantize is not None, self.request.cpp_wrapper
-        exact = takes_whole_norms(exact=settings.exact, quantized=quantized, cpp_wrapper=from_cpp)
+        exact = rounds_as_written(exact=settings.exact, quantized=settings.quantize is not None)
         settings = replace(settings, exact=exact)
+        if settings.quantize in STORED_ONLY:
+            settings = replace(settings, quantize=None)
         modes = {budget.mode(settings.quantize) for budget in self.request.budgets}
         # Unlike cards: the mode that needs most memory.
         mode = modes.pop() if len(modes) == 1 else "tensorwise"
@@ -115,18 +119,25 @@ class Planner:
         request = self.request
         orders = distinct_orders(request.budgets) if request.may_reorder else [request.budgets]
         begun = sorted((self._begun(order * request.stages_per_device) for order in orders), key=_ranked)
-        return tuple(sorted((self._descend(*one) for one in begun[:MOST_SEARCHED]), key=rank))
+        return tuple(sorted((self._search(*one) for one in begun[:MOST_SEARCHED]), key=rank))
 
     def _begun(self, stages: Sequence[Budget]) -> tuple[Sequence[Budget], Plan]:
         """Stages on devices in this order, with the best of the boundaries that a search begins with."""
         return stages, min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
 
-    def _descend(self, stages: Sequence[Budget], best: Plan) -> Plan:
-        """From boundaries on to whatever neighbour is better: one boundary moved, or else two."""
+    def _search(self, stages: Sequence[Budget], begun: Plan) -> Plan:
+        """The best of the boundaries that are reached from these, or from what host memory is enough for."""
         if len(stages) <= 2 or self.request.split_at is not None:
-            return best
+            return begun
+        found = self._descend(stages, begun, most=2)
+        if (at := self._within_host(stages)) is not None:
+            found = min(found, self._descend(stages, self._evaluate(stages, at), most=1), key=rank)
+        return found
+
+    def _descend(self, stages: Sequence[Budget], best: Plan, *, most: int) -> Plan:
+        """From boundaries on to whatever neighbour is better: one boundary moved, or else up to `most`."""
         while True:
-            for moved in (1, 2):
+            for moved in range(1, most + 1):
                 near = filter(self._can_stream, neighbours(best.split_at, self._num_blocks, moved))
                 better = min((self._evaluate(stages, at) for at in near), key=rank, default=best)
                 if rank(better) < rank(best):
@@ -134,6 +145,17 @@ class Planner:
             else:
                 return best
             best = better
+
+    def _within_host(self, stages: Sequence[Budget]) -> tuple[int, ...] | None:
+        if self.request.streamed is not None:
+            return None
+        held = self._held(stages)
+
+        def ways(stage: int, blocks: range) -> list[Way]:
+            plans = self._draft(stage, stages, blocks, held[stage]).plans
+            return [(plan.forward + plan.backward, plan.host) for plan in plans if plan.fits]
+
+        return within_host(ways, len(stages), self._num_blocks, self.request.host_free)
 
     def _starts(self, stages: Sequence[Budget]) -> list[tuple[int, ...]]:
         """All boundaries of two stages; of more, even shares, and shares as the devices' memory and speed."""
@@ -182,8 +204,13 @@ class Planner:
             self._place(len(stages), at)  # says what is wrong with it
         if not self._can_stream(tuple(at)):
             streamed_positions(self._place(len(stages), at), self.request.streamed)  # the same
-        held = most_held(most_in_flight(self._orders_of(stages), len(stages)))
-        return [self._draft(stage, stages, boundaries, most) for stage, most in enumerate(held)]
+        blocks = itertools.starmap(range, itertools.pairwise(boundaries))
+        each = enumerate(zip(blocks, self._held(stages), strict=True))
+        return [self._draft(stage, stages, some, held) for stage, (some, held) in each]
+
+    def _held(self, stages: Sequence[Budget]) -> list[Held]:
+        """Micro-batches that each stage holds at a time."""
+        return most_held(most_in_flight(self._orders_of(stages), len(stages)))
 
     def assembled(self, stages: Sequence[Budget], made: Sequence[StagePlan]) -> Plan:
         """The plan of these stages, with the time of a step."""
@@ -197,6 +224,8 @@ class Planner:
         backward = [max(stage.backward, launch * stage.backward_kernels) for stage in made]
         orders = self._orders_of(stages)
         time = simulate(orders, forward, backward, crossing, devices=devices)
+        if (more := request.micro_batches - MOST_PLAYED) > 0:
+            time = time.longer(MOST_PLAYED, more, devices)
         # What all threads wait for in turns has no bubble.
         together = 0.0 if alone else launch * sum(stage.kernels for stage in made)
         step = time.at_least(request.micro_batches * together)
@@ -241,14 +270,12 @@ class Planner:
         return min((self.assembled(stages, one) for one in fitting or made[-1:]), key=rank)
 
     def _orders_of(self, stages: Sequence[Budget]) -> list[Order]:
-        request = self.request
-        return make_orders([b.device for b in stages], request.micro_batches, slack=request.slack)
+        count = min(self.request.micro_batches, MOST_PLAYED)
+        return make_orders([b.device for b in stages], count, slack=self.request.slack)
 
-    def _draft(
-        self, stage: int, stages: Sequence[Budget], boundaries: Sequence[int], held: Held
-    ) -> StageDraft:
+    def _draft(self, stage: int, stages: Sequence[Budget], blocks: range, held: Held) -> StageDraft:
         """What a stage has before it is decided what its blocks leave behind; made once for all alike."""
-        budget, blocks = stages[stage], range(boundaries[stage], boundaries[stage + 1])
+        budget = stages[stage]
         streamed = None if self.request.streamed is None else self.request.streamed[stage]
         key = (budget.device, blocks, held, streamed)
         if key not in self._drafts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import log
 from typing import Any
 
 from tworeel.engine.residency import Residency
@@ -13,6 +14,10 @@ MOST_COPYING = 1.1
 """Times as long as it computes that a stage may take before its copies are what limits."""
 MOST_BUBBLE = 0.2
 """Where the cards wait for a larger share of a step, that is what limits."""
+NEARLY = 0.9
+"""Host memory of which more is taken decides what a stage can do."""
+ABOUT = 0.05
+"""Shares by which what two plans lack differs if it is about the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +90,19 @@ class StagePlan:
     @property
     def fits(self) -> bool:
         """Whether the device has room for it."""
-        return self.peak + self.spare <= self.free
+        return self.lacking == 0
+
+    @property
+    def lacking(self) -> int:
+        """Bytes that its device has too few; 0 where it fits."""
+        return max(0, self.peak + self.spare - self.free)
 
     @property
     def shortfall(self) -> str:
         """How much it lacks where it does not fit, in words."""
         wanted = self.peak + self.spare
         most = max(self.parts, key=lambda part: self.parts[part])
-        lacking = f"{_too_few(wanted - self.free)}, most is {most}"
+        lacking = f"{_too_few(self.lacking)}, most is {most}"
         if self.shared > 1:
             lacking = f"blocks {self.first} to {self.last}{self.part_of_card}: {lacking}"
         return f"{self.device} would need {gibibytes(wanted)} and has {gibibytes(self.free)} ({lacking})"
@@ -171,15 +181,32 @@ class Plan:
                 f"{slowest.copying:.1f} times as long: 8-bit weights, shorter clips, a slot with more lanes"
             )
         if self.bubble > MOST_BUBBLE:
-            return f"the cards wait {100 * self.bubble:.0f} % of a step: more micro-batches a step"
+            return f"the cards wait {100 * self.bubble:.0f} % of a step{self._waits_for}"
         if any(stage.kept < stage.num_blocks for stage in self.stages):
             return "memory: blocks compute again what there is no room to keep"
         return "compute"
 
     @property
+    def _waits_for(self) -> str:
+        """Whether that is mostly where a step begins and ends, or for a card that has more to do."""
+        busy = dict.fromkeys(self.devices, 0.0)
+        for device, share in zip(self.devices, self.busy, strict=True):
+            busy[device] += share
+        busiest = max(busy, key=lambda device: busy[device])
+        uneven = 1 - sum(busy.values()) / len(busy) / busy[busiest]
+        if uneven < self.bubble / 2:
+            return ": more micro-batches a step"
+        where = "host memory" if self.host_memory > NEARLY * self.host_free else "memory on the others"
+        return f" for {busiest}, which works {100 * busy[busiest]:.0f} %: more {where}"
+
+    @property
     def shortfalls(self) -> list[str]:
-        """What does not fit, and by how much."""
-        found = [stage.shortfall for stage in self.stages if not stage.fits]
+        """What does not fit, and by how much; of a device's stages that of the one that lacks most."""
+        most: dict[str, StagePlan] = {}
+        for stage in self.stages:
+            if not stage.fits:
+                most[stage.device] = max(most.get(stage.device, stage), stage, key=lambda one: one.lacking)
+        found = [stage.shortfall for stage in most.values()]
         if self.host_memory > self.host_free:
             wanted, free = gibibytes(self.host_memory), gibibytes(self.host_free)
             lacking = _too_few(self.host_memory - self.host_free)
@@ -217,7 +244,7 @@ class Plan:
     @property
     def bubble(self) -> float:
         """Share of a step in which the cards wait, on average."""
-        return 1 - sum(self.busy) / len(set(self.devices))
+        return max(0.0, 1 - sum(self.busy) / len(set(self.devices)))
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -261,8 +288,8 @@ def alternative_of(name: str, found: Plan, best: Plan | None = None) -> Alternat
 
 def rank(plan: Plan) -> tuple[Any, ...]:
     """Less is better: what fits, by its time, the better balanced one where the host limits all; then what is
-    nearest to fitting."""
+    nearest to fitting, of those that are about as near the fastest."""
     if plan.fits:
         return 0, plan.seconds_per_step, max(plan.busy)
-    missing = sum(max(0, stage.peak + stage.spare - stage.free) for stage in plan.stages)
-    return 1, missing + max(0, plan.host_memory - plan.host_free)
+    missing = sum(stage.lacking for stage in plan.stages) + max(0, plan.host_memory - plan.host_free)
+    return 1, round(log(missing) / ABOUT), plan.seconds_per_step

@@ -112,6 +112,20 @@ class StepTime:
             return self
         return StepTime(seconds, tuple(share * self.seconds / seconds for share in self.busy))
 
+    def longer(self, count: int, more: int, devices: Sequence[Hashable]) -> StepTime:
+        """With more micro-batches than `count`, played through: each takes the busiest device's work.
+
+        Args:
+            count, more: micro-batches.
+            devices: of each stage.
+        """
+        of_one = [share * self.seconds / count for share in self.busy]
+        works = dict.fromkeys(devices, 0.0)
+        for device, seconds in zip(devices, of_one, strict=True):
+            works[device] += seconds
+        total = self.seconds + more * max(works.values())
+        return StepTime(total, tuple((count + more) * seconds / total for seconds in of_one))
+
 
 def simulate(
     orders: Sequence[Order],

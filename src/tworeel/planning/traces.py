@@ -13,7 +13,7 @@ from tworeel.planning.work import Work
 from tworeel.quant.matmul import Mode
 
 STORED_ONLY = ("nf4",)
-"""Weights that are dequantized for each use: the block computes as it does with bf16 weights."""
+"""Weights that are dequantized for each use: the block computes as one of bf16 that is not exact."""
 
 MeasuredBytes = Mapping[tuple[str, int, Residency], Footprint]
 """What blocks were found to take: by the name of their list, the bytes that one gives to the next, which tell
@@ -30,8 +30,7 @@ class TraceSettings:
     """How the cards multiply 8-bit weights."""
     compile: bool = True
     exact: bool = True
-    """Whether compiled blocks take norms from PyTorch where they can, see
-    `tworeel.engine.compiling.takes_whole_norms`."""
+    """Whether compiled blocks may round as they do uncompiled, see `tworeel.engine.compiling`."""
     rank: int = 32
     dora: bool = False
     targets: tuple[str, ...]

@@ -55,7 +55,14 @@ class _Call:
     outputs: Any
 
 
-def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: TraceSettings) -> ModelTrace:
+def trace_model(
+    family: Family,
+    source: ModelSource,
+    bucket: Bucket,
+    settings: TraceSettings,
+    *,
+    cpp_wrapper: bool = False,
+) -> ModelTrace:
     """Trace a block of each list on a clip of this bucket.
 
     Args:
@@ -63,6 +70,7 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         source: the model; nothing but its configuration is used.
         bucket: frames, height and width of the clip in pixels.
         settings: how the blocks are run.
+        cpp_wrapper: whether compiled ones are launched from C++.
     """
     model = _shortened(family, source, settings)
     with FakeTensorMode(allow_non_fake_inputs=True), assumed_mode(settings.mode):
@@ -71,7 +79,9 @@ def trace_model(family: Family, source: ModelSource, bucket: Bucket, settings: T
         trace = _trace_eager
         if settings.compile:
             quantized = settings.quantize is not None
-            whole_norms = takes_whole_norms(exact=settings.exact, quantized=quantized, cpp_wrapper=False)
+            whole_norms = takes_whole_norms(
+                exact=settings.exact, quantized=quantized, cpp_wrapper=cpp_wrapper
+            )
             rounds = rounds_as_written(exact=settings.exact, quantized=quantized)
             most_operations = MOST_OPERATIONS if rounds else TORCHS_MOST_OPERATIONS
             trace = partial(_trace_compiled, whole_norms=whole_norms, most_operations=most_operations)

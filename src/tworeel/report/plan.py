@@ -19,7 +19,8 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 
 def plan_tables(plan: Plan, console: Console) -> list[Table]:
     """A column for each stage, a row for each figure; as many stages a table as the console has room for."""
-    title = f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {plan.micro_batches} clips a step"
+    clips = _counted(plan.micro_batches, "clip")
+    title = f"{plan.model}, {plan.precision}, {plan.tokens:,} tokens, {clips} a step"
     count = len(plan.stages)
     for most in range(count, 0, -1):
         tables = [_table(title, plan, slice(first, first + most)) for first in range(0, count, most)]
@@ -83,7 +84,7 @@ def verdict_lines(plan: Plan, *, host_is_here: bool = False) -> list[str]:
         "It fits." if plan.fits else f"It does not fit: {plan.limit}{elsewhere}",
         f"A clip takes {short_seconds(per_clip)}, a step {short_seconds(plan.seconds_per_step)} ({source}); "
         f"the cards wait {100 * plan.bubble:.0f} % of it",
-        f"An epoch takes {duration(epoch)}, {plan.steps:,} steps take {duration(total)}",
+        f"An epoch takes {duration(epoch)}, {_counted(plan.steps, 'step')} {duration(total)}",
         *(
             f"{device} holds {gibibytes(plan.peaks[device])} at most: its stages' peaks do not come together"
             for device in plan.apart
@@ -144,7 +145,11 @@ def duration(seconds: float) -> str:
     for name, length in (("days", DAY), ("hours", HOUR), ("minutes", MINUTE)):
         if seconds >= 1.5 * length:
             return f"{seconds / length:.1f} {name}"
-    return f"{seconds:.0f} seconds"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else short_seconds(seconds)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _residency(stage: StagePlan) -> str:

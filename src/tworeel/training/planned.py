@@ -135,9 +135,11 @@ def budgets_of_cards(cards: Sequence[Card]) -> tuple[Budget, ...]:
     """
     budgets = tuple(budget_of_card(card, number) for number, card in enumerate(cards))
     raise_if_any(
-        f"{card.name} with {gibibytes(card.memory)}: CUDA itself takes all of that"
-        for card, budget in zip(cards, budgets, strict=True)
-        if budget.free <= 0
+        dict.fromkeys(
+            f"{card.name} with {gibibytes(card.memory)}: CUDA itself takes {gibibytes(budget.context or 0)}"
+            for card, budget in zip(cards, budgets, strict=True)
+            if budget.free <= 0
+        )
     )
     return budgets
 
