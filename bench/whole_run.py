@@ -96,7 +96,7 @@ class Watcher(SilentRun):
         # From the end of the cache's last part until training begins, the model is loaded.
         self._meter.begin("cache" if self.titles[-1] == "Scanning clips" else "load")
 
-    def train(self, first: int, last: int) -> None:
+    def train(self, first: int, last: int, losses: Sequence[float]) -> None:
         self._meter.begin(f"step {first}")
         self._last = last
 

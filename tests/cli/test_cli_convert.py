@@ -20,6 +20,7 @@ Run = Callable[..., Any]
     ("options", "words"),
     [
         (["gone.safetensors", "new.safetensors"], "gone.safetensors"),
+        (["gone", "new.safetensors"], "gone: no such file"),
         (["gone.safetensors", "there.safetensors"], "there.safetensors: exists already"),
         (["there.safetensors", "new.safetensors", "--to", "confyui"], "confyui"),
         (["there.safetensors", "new.safetensors", "--family", "wam"], "did you mean 'wan'?"),

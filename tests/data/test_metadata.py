@@ -143,8 +143,23 @@ def test_columns_of_the_users_own_are_ignored(folder: Path, name: str) -> None:
 
 
 def test_missing_columns_are_problems_that_list_what_was_found(folder: Path) -> None:
-    [problem] = read_source(write(folder / "meta.csv", "path;caption\na.mp4;fox\n")).problems[:1]
-    assert "path;caption" in problem
+    [problem] = read_source(write(folder / "meta.csv", "file:clip\na.mp4\n")).problems[:1]
+    assert "file:clip" in problem
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_columns_between_other_marks_than_commas_are_told(folder: Path, mark: str) -> None:
+    content = f"path{mark}caption\na.mp4{mark}fox\n"
+    [problem] = read_source(write(folder / "meta.csv", content)).problems
+    assert problem.endswith(f"its columns are separated by {mark!r}; must be commas")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_list_in_the_place_of_lines_is_one_problem(folder: Path, indent: int | None) -> None:
+    rows = [{"path": "a.mp4", "caption": "fox"}] * 3
+    listing = read_source(write(folder / "meta.jsonl", json.dumps(rows, indent=indent)))
+    [problem] = listing.problems
+    assert "holds a JSON list; a .jsonl has one object a line" in problem and not listing.broken
 
 
 def test_broken_rows_are_named_by_number_all_at_once(folder: Path) -> None:
@@ -224,6 +239,7 @@ def test_links_that_lead_outside_are_refused(folder: Path) -> None:
     assert [entry.name for entry in listing.entries] == ["a.mp4", "b.PNG", "first.png", "sub/c.webm"]
     assert len(listing.broken) == 3
     assert all("outside" in line or "links to folders" in line for line in listing.broken)
+    assert any("'link.mp4' is a link to" in line for line in listing.broken)
     table = write(folder / "meta.csv", "path,caption\nlink.mp4,x\nlinked/secret.mp4,x\n")
     assert len(read_source(table).broken) == 2
 

@@ -28,6 +28,19 @@ def test_without_a_terminal_lines_come_now_and_then_and_the_last_step_has_one() 
     )
 
 
+def test_the_mean_loss_goes_on_where_the_run_before_has_ended() -> None:
+    shown = []
+    for first in (1, 6):
+        console = Console(file=io.StringIO(), width=200)
+        display = TrainingDisplay(10, first=first, losses=[5.0] * (first - 1), console=console)
+        for step in range(first, 11):
+            display.update(step, loss=5.0 if step < 6 else 1.0, seconds=2.0, memory={})
+        display.close()
+        assert isinstance(console.file, io.StringIO)
+        shown.append(console.file.getvalue().splitlines()[-1])
+    assert shown[0] == shown[1] and "loss 2.8991" in shown[0]
+
+
 def test_a_run_that_is_stopped_shows_its_last_step() -> None:
     console = Console(file=io.StringIO(), width=200)
     display = TrainingDisplay(100, console=console, clock=lambda: 0.0)

@@ -158,6 +158,11 @@ def test_a_run_starts_from_another_runs_lora(make_config: MakeConfig) -> None:
     for name, tensor in lora_of(first).items():
         torch.testing.assert_close(lora_of(second)[name], tensor, rtol=0, atol=1e-9)
     assert losses_of(second)[0][1] != losses_of(first)[0][1]
+    # What it began with is in its checkpoints.
+    lora = second.lora.model_copy(update={"init_from": second.train.output / "gone.safetensors"})
+    longer = second.train.model_copy(update={"steps": 2})
+    train(second.model_copy(update={"lora": lora, "train": longer}), resume=True)
+    assert len(losses_of(second)) == 2
 
 
 def test_schedules_and_dropout_leave_their_mark(make_config: MakeConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,32 @@ def test_options_that_change_the_course_are_named_and_no_others(
         "changed since the checkpoint: train.learning_rate: 0.001 -> 0.5",
         "changed since the checkpoint: train.seed: 0 -> 3",
     ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "factor"),
+    [({"alpha": 1.0}, "0.5"), ({"rslora": True}, "1.41421"), ({"rslora": True, "alpha": 4.0}, "2.82843")],
+)
+def test_another_scale_than_the_checkpoints_is_refused(
+    store: CheckpointStore, make_config: MakeConfig, lora: dict[str, Any], factor: str
+) -> None:
+    fill(store, make_config(), 1)
+    with pytest.raises(
+        UserError, match=rf"^lora.alpha, lora.rslora: scale the LoRA by {factor}; .* with 1; leave"
+    ):
+        find_checkpoint(store, True, make_config(lora=lora), Watcher())
+    assert find_checkpoint(store, True, make_config(lora={"alpha": 2.0}), Watcher()) is not None, "the same"
+
+
+def test_another_optimizer_than_the_checkpoints_is_refused_before_anything_is_read(
+    store: CheckpointStore, make_config: MakeConfig
+) -> None:
+    fill(store, make_config(), 1)
+    other = make_config(train={"optimizer": "adamw8bit"})
+    with pytest.raises(
+        UserError, match=r'^train.optimizer = "adamw8bit": .* was trained with "adamw"; leave'
+    ):
+        find_checkpoint(store, True, other, Watcher())
 
 
 def test_more_steps_are_a_change_where_the_learning_rate_follows_them(

@@ -45,6 +45,7 @@ def convert(
     raise_if_any(problems)
     try:
         namings = {name: Naming.of(known) for name, known in FAMILIES.items()}
+        target.parent.mkdir(parents=True, exist_ok=True)
         summary = convert_lora(source, target, to, namings[family or family_of(source, namings)])
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error

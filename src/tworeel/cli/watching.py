@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ class ConsoleObserver:
     def say(self, line: str) -> None:
         say(line)
 
-    def train(self, first: int, last: int) -> None:
-        self._display = TrainingDisplay(last, first=first)
+    def train(self, first: int, last: int, losses: Sequence[float]) -> None:
+        self._display = TrainingDisplay(last, first=first, losses=losses)
 
     def step(self, report: StepReport) -> None:
         assert self._display, "training has not begun"

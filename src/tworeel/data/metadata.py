@@ -202,6 +202,8 @@ def _inside(root: Path, written: str) -> Path:
         # A name too long, links in a circle, a zero byte.
         raise BrokenRow(f"{written!r} is not a path that can be opened") from None
     if not inside:
+        if (root / written).is_symlink():
+            raise BrokenRow(f"'{written}' is a link to {path}, outside of the folder; put that itself there")
         raise BrokenRow(f"'{written}' lies outside of the dataset's folder {root}")
     if not exists:
         raise BrokenRow(f"'{written}' does not exist in {root}")

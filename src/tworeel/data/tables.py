@@ -34,13 +34,19 @@ def read_rows(path: Path) -> Table:
         return [], set(), [f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8"]
     except OSError as error:
         return [], set(), [f"{path}: cannot be read: {error.strerror}"]
-    return _read_jsonl(text) if path.suffix.lower() == ".jsonl" else _read_csv(path, text)
+    if path.suffix.lower() != ".jsonl":
+        return _read_csv(path, text)
+    if text.lstrip().startswith("["):
+        return [], set(), [f"{path}: holds a JSON list; a .jsonl has one object a line, with nothing between"]
+    return _read_jsonl(text)
 
 
 def _read_csv(path: Path, text: str) -> Table:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         names = [(name or "").strip() for name in reader.fieldnames or ()]
+        if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            return [], set(), [f"{path}: its columns are separated by {other!r}; must be commas"]
         doubled = sorted({name for name in names if names.count(name) > 1 and name})
         if doubled:
             return [], set(names), [f"{path}: more than one column '{name}'" for name in doubled]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group
@@ -38,6 +38,12 @@ class TrainingDisplay:
     """Shows the steps of a run; on a terminal in place, elsewhere a line every ten seconds.
 
     The first and the last step always get their line.
+
+    Args:
+        last, first: steps of this run.
+        losses: of the steps before, which a run that goes on has in its mean as if it had never stopped.
+        console: where it is shown.
+        clock: in seconds.
     """
 
     def __init__(
@@ -45,11 +51,14 @@ class TrainingDisplay:
         last: int,
         *,
         first: int = 1,
+        losses: Sequence[float] = (),
         console: Console = shared_console,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._first, self._last, self._console, self._clock = first, last, console, clock
         self._loss, self._seconds = RunningMean(LOSS_DECAY), RunningMean(TIME_DECAY)
+        for loss in losses:
+            self._loss.add(loss)
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         if self._live:
             self._live.start()

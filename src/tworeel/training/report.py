@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,8 +46,8 @@ class RunObserver(Observer, Protocol):
     def say(self, line: str) -> None:
         """Something that the user should know."""
 
-    def train(self, first: int, last: int) -> None:
-        """Training begins with step `first` and will end after step `last`."""
+    def train(self, first: int, last: int, losses: Sequence[float]) -> None:
+        """Training begins with step `first`, after some with these losses, and will end after step `last`."""
 
     def step(self, report: StepReport) -> None:
         """A step is done."""
@@ -58,6 +58,6 @@ class SilentRun(SilentObserver):
 
     def say(self, line: str) -> None: ...
 
-    def train(self, first: int, last: int) -> None: ...
+    def train(self, first: int, last: int, losses: Sequence[float]) -> None: ...
 
     def step(self, report: StepReport) -> None: ...

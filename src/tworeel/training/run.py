@@ -30,7 +30,7 @@ from tworeel.training.checkpoint import Checkpoint, CheckpointStore
 from tworeel.training.choices import as_before
 from tworeel.training.devices import forget_peaks
 from tworeel.training.loop import Trainer
-from tworeel.training.metrics import MetricsLog
+from tworeel.training.metrics import MetricsLog, read_metrics
 from tworeel.training.micro_batches import MicroBatches, run_transformer
 from tworeel.training.optimizer import make_optimizer
 from tworeel.training.planned import PlannedRun, plan_job
@@ -94,7 +94,7 @@ def train(
         known: Sequence[Card] = ()
         with collected(problems):
             known = known_cards(cards)
-        job = preflight(config, watched, problems)
+        job = preflight(config, watched, problems, begins=checkpoint is None)
         if checkpoint is not None:
             require_same_model(checkpoint, config, job.source.traits.variant)
         config, job, planned = plan_job(config, job, watched.say, known)
@@ -205,7 +205,8 @@ class _Run:
         """
         steps = self.config.train.steps
         board = self.folder.tensorboard if self.config.train.tensorboard else None
-        self.observer.train(done + 1, steps)
+        known = [line for line in read_metrics(self.folder.metrics) if line["step"] <= done]
+        self.observer.train(done + 1, steps, [line["loss"] for line in known if "loss" in line])
         forget_peaks(self.job.placement.devices)  # what encoding and loading held is no peak of training
         with (
             MetricsLog(self.folder.metrics, done, board) as metrics,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ _FREE_TO_CHANGE = {
     "train": {"output", "name", "steps", "save_every", "keep_checkpoints", "export_every", "tensorboard"},
 }
 """Options that may differ on resume without changing the course of the training."""
-_FIXED = {"model": ("expert",), "lora": ("rank", "dora", "targets")}
+_FIXED = {"model": ("expert",), "lora": ("rank", "dora", "targets"), "train": ("optimizer",)}
 """Options that may not."""
 _LEAVE_IT = "leave it at that, or start a new run with another --output"
 
@@ -192,6 +193,18 @@ def _unfit(checkpoint: Checkpoint, config: RunConfig) -> Iterable[str]:
                     f"{section}.{name} = {json.dumps(asked)}: {checkpoint.path} was trained with "
                     f"{json.dumps(then)}; {_LEAVE_IT}"
                 )
+    scale, other = (_scale(config["lora"]) for config in (now, before))
+    if scale != other and before["lora"]["rank"] == now["lora"]["rank"]:
+        yield (
+            f"lora.alpha, lora.rslora: scale the LoRA by {scale:g}; {checkpoint.path} was trained with "
+            f"{other:g}; {_LEAVE_IT}"
+        )
+
+
+def _scale(lora: Mapping[str, Any]) -> float:
+    """Of the update, by sections as they are written down."""
+    rank = lora["rank"]
+    return (lora["alpha"] or rank) / (sqrt(rank) if lora["rslora"] else rank)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -91,6 +91,8 @@ def open_shard(path: Path) -> Shard:
         return _PickledShard(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file in it")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
     known = ", ".join((".safetensors", *PICKLE_SUFFIXES))
     raise UserError(f"{path}: cannot read tensors from this kind of file; known are {known}")
 
