@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,21 @@ def test_too_little_memory_for_a_preview_is_said_and_training_goes_on(
     monkeypatch.setattr(WanDecoder, "decode", decode)
     train(config, observer=watcher)
     assert "step 1: no preview, there is too little memory for it: out of memory" in "\n".join(watcher.lines)
+    assert digest_of(config) == digest_of(plain)
+
+
+def test_a_disk_that_is_full_for_a_preview_is_said_and_training_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    plain, config, watcher = make_config("plain"), make_config("shown", sample=PREVIEWS), Watcher()
+    train(plain)
+    monkeypatch.setattr("tworeel.training.previews.write_takes", write)
+    train(config, observer=watcher)
+    lines = "\n".join(watcher.lines)
+    assert "step 1: no preview: " in lines and "a preview was written; the training goes on" in lines
     assert digest_of(config) == digest_of(plain)
 
 

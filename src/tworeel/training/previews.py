@@ -11,6 +11,7 @@ from tworeel.cache.store import CacheStore
 from tworeel.config.schema import RunConfig
 from tworeel.engine import Split, random_state_kept
 from tworeel.engine.releasing import release_memory
+from tworeel.errors import UserError
 from tworeel.models.family import Picture
 from tworeel.sampling.encoding import encode_request
 from tworeel.sampling.files import Sheet, write_takes
@@ -55,7 +56,8 @@ class Previews:
     def render_if_due(self, step: int) -> None:
         """Render after some steps.
 
-        What there is too little memory for is said and left out: a run does not end for a picture.
+        One that memory or disk have no room for is left out, and that is said: a run does not end for a
+        picture.
 
         Raises:
             Stopped: a signal came; the model is as it was.
@@ -72,6 +74,8 @@ class Previews:
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             self.observer.say(f"step {step}: no preview, there is too little memory for it: {reason}")
+        except UserError as error:
+            self.observer.say(f"step {step}: no preview: {error}")
         else:
             self.observer.say(f"step {step}: preview {sheet.path}")
         release_memory()
@@ -92,7 +96,7 @@ class Previews:
         release_memory()
         decoder = sampling.open_decoder(source, roomiest(devices), torch_dtype(self.config.cache.dtype))
         path = self.folder.samples(step)
-        with write_errors_in_words(path, "a preview", "the checkpoints are intact; --resume goes on"):
+        with write_errors_in_words(path, "a preview", "the training goes on"):
             return write_takes(
                 path, request.prompts, takes, latents, decoder, source.traits.frame_rate, self.observer.poll
             )
