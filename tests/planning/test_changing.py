@@ -93,7 +93,7 @@ def test_of_two_like_cards_the_one_that_is_full_may_be_left_out() -> None:
     request = request_of(budgets=(empty, full), micro_batches=2)
     request = replace(request, trace=replace(request.trace, quantize="fp8"))
     first = next(changes(Planner(request)))
-    assert first.name == "without RTX 4090 with little free" and first.fits
+    assert first.name == "without the full RTX 4090" and first.fits
 
 
 def changed(variant: str = "wan2.2-t2v-a14b", /, **changes_: Any) -> dict[str, Alternative]:

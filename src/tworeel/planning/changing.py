@@ -27,7 +27,7 @@ from tworeel.planning.traces import ModelTrace
 from tworeel.units import GIB
 
 FULL = 0.7
-"""Of what the emptiest card of a name has free: one with less is a kind of its own."""
+"""A card with less than this share of what the emptiest of its name has free is full."""
 LEAST_SIDE = 256
 """Pixels of a clip's longer side: smaller ones are not proposed."""
 
@@ -110,19 +110,19 @@ def _fewer_devices(planner: Planner) -> Alternative | None:
 
 def with_fewer(request: Request) -> Iterator[tuple[str, Request]]:
     """The request without each kind of card that there is beside others, and what has to be set for it."""
-    most: dict[str, int] = defaultdict(int)
+    most = {budget.card: 0 for budget in request.budgets}
     for budget in request.budgets:
         most[budget.card] = max(most[budget.card], budget.free)
-    full = {budget.card for budget in request.budgets if budget.free < FULL * most[budget.card]}
-    kinds: dict[str, list[Budget]] = defaultdict(list)
-    for budget in request.budgets:
-        small = budget.free < FULL * most[budget.card]
-        which = f" with {'little' if small else 'more'} free" if budget.card in full else ""
-        kinds[f"{budget.card}{which}"].append(budget)
-    for name, without in kinds.items():
-        if left := tuple(budget for budget in request.budgets if budget not in without):
-            changed = [f"without {name}{_devices_set(left)}", *_of_stages(request)]
-            yield " and ".join(changed), replace(request, budgets=left, split_at=None, streamed=None)
+
+    def kind(budget: Budget) -> tuple[str, bool]:
+        return budget.card, budget.free < FULL * most[budget.card]
+
+    kinds = dict.fromkeys(map(kind, request.budgets))
+    for card, is_full in kinds:
+        which = f"the full {card}" if is_full else f"the empty {card}" if (card, True) in kinds else card
+        if left := tuple(budget for budget in request.budgets if kind(budget) != (card, is_full)):
+            names = [f"without {which}{_devices_set(left)}", *_of_stages(request)]
+            yield " and ".join(names), replace(request, budgets=left, split_at=None, streamed=None)
 
 
 def _devices_set(left: Sequence[Budget]) -> str:
