@@ -154,6 +154,19 @@ def test_columns_between_other_marks_than_commas_are_told(folder: Path, mark: st
     assert problem.endswith(f"its columns are separated by {mark!r}; must be commas")
 
 
+def test_a_caption_that_is_no_text_is_told_as_what_it_is(folder: Path) -> None:
+    rows = [
+        {"path": "a.mp4", "caption": 5},
+        {"path": ["x", 1], "caption": "fox"},
+        {"path": "a.mp4", "fps": 5},
+    ]
+    content = "\n".join(json.dumps(row) for row in rows)
+    number, path, missing = read_source(write(folder / "meta.jsonl", content)).broken
+    assert number.endswith("line 1: caption = 5: must be text")
+    assert path.endswith('line 2: path = ["x", 1]: must be text')
+    assert "has no caption" in missing
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_json_list_in_the_place_of_lines_is_one_problem(folder: Path, indent: int | None) -> None:
     rows = [{"path": "a.mp4", "caption": "fox"}] * 3

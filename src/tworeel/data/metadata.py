@@ -186,6 +186,9 @@ def _read_row(root: Path, row: Row) -> Entry:
 
 def _value(row: Row, column: str) -> str:
     """The row's value under any of a column's names; empty if there is none."""
+    for name in COLUMNS[column]:
+        if name in row.others:
+            raise BrokenRow(f"{name} = {row.others[name]}: must be text")
     given = {name: row.values[name] for name in COLUMNS[column] if row.values.get(name)}
     if len(given) > 1:
         raise BrokenRow(f"{' and '.join(given)} are both given and mean the same: keep one")

@@ -20,6 +20,8 @@ class Row:
     fault: str = ""
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Values that are lists of texts, of a .jsonl."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Its values that are neither text nor that nor null, as they are written."""
 
 
 Table = tuple[list[Row], set[str], list[str]]
@@ -81,7 +83,12 @@ def _json_row(place: str, line: str) -> Row:
     if not isinstance(values, dict):
         return Row(place, fault=f"is not a JSON object: {line.strip()[:40]}")
     lists = {name: tuple(value) for name, value in values.items() if _is_list_of_texts(value)}
-    return Row(place, {name: _text(value) for name, value in values.items()}, lists=lists)
+    others = {
+        name: json.dumps(value)
+        for name, value in values.items()
+        if name not in lists and value is not None and not isinstance(value, str)
+    }
+    return Row(place, {name: _text(value) for name, value in values.items()}, lists=lists, others=others)
 
 
 def _is_list_of_texts(value: object) -> bool:
