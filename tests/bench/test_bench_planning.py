@@ -65,9 +65,9 @@ def test_there_are_as_many_cases_as_a_plan_has_to_be_held_against() -> None:
 def test_a_model_is_traced_once_for_all_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, traced = planner.trace_model, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **launching: bool) -> Any:
         traced.append(args)
-        return trace(*args)
+        return trace(*args, **launching)
 
     monkeypatch.setattr(planner, "trace_model", watched)
     bench = planning_runs.Bench(CPUS)

@@ -171,9 +171,9 @@ def described(inputs: dict[str, Any]) -> dict[str, Any]:
 def test_a_clip_is_traced_once_for_all_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     trace, traced = planner.trace_model, []
 
-    def watched(*args: Any) -> Any:
+    def watched(*args: Any, **launching: bool) -> Any:
         traced.append(args)
-        return trace(*args)
+        return trace(*args, **launching)
 
     monkeypatch.setattr(planner, "trace_model", watched)
     planners = Planners()
