@@ -17,7 +17,6 @@ from tworeel.planning.measuring import LAUNCH
 from tworeel.planning.planner import MOST_PLAYED
 from tworeel.planning.plans import Plan
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS, PARKING_KERNELS
-from tworeel.planning.tracing import trace_model
 from tworeel.units import GIB
 
 H100S = limited(budgets_of("2x H100 80GB"), 79.2)
@@ -93,12 +92,10 @@ def test_norms_are_planned_as_they_are_run_where_blocks_are_launched_from_cpp(
 ) -> None:
     """They are generated there, see `tworeel.engine.compiling.takes_whole_norms`."""
     some = request_of(buckets={IMAGE: 1.0})
-    family, source, (bucket,) = some.family, some.source, some.buckets
-    (launched,) = trace_model(family, source, bucket, some.trace, cpp_wrapper=True).blocks.values()
     (from_cpp,) = Planner(replace(some, cpp_wrapper=True)).trace.blocks.values()
     (inexact,) = Planner(replace(some, trace=replace(some.trace, exact=False))).trace.blocks.values()
     (plain,) = Planner(some).trace.blocks.values()
-    assert from_cpp == launched and from_cpp != plain, "its norms are generated"
+    assert from_cpp != plain, "its norms are generated"
     assert from_cpp != inexact, "it rounds as it does uncompiled"
     fp8 = replace(some, trace=replace(some.trace, quantize="fp8"))
     first = Planner(fp8)

@@ -23,7 +23,7 @@ from tworeel.planning.budgets import Budget
 from tworeel.planning.drafts import Means, StageDraft
 from tworeel.planning.measured_bytes import with_measured
 from tworeel.planning.orders import distinct_orders
-from tworeel.planning.plans import Plan, StagePlan, rank
+from tworeel.planning.plans import NEARLY, Plan, StagePlan, rank
 from tworeel.planning.requests import Request
 from tworeel.planning.timing import CPP_LAUNCH_SECONDS, LAUNCH_SECONDS, simulate
 from tworeel.planning.traces import STORED_ONLY, ModelTrace, TraceSettings
@@ -126,11 +126,12 @@ class Planner:
         return stages, min((self._evaluate(stages, at) for at in self._starts(stages)), key=rank)
 
     def _search(self, stages: Sequence[Budget], begun: Plan) -> Plan:
-        """The best of the boundaries that are reached from these, or from what host memory is enough for."""
+        """The best boundaries that are reached from these, or from some that host memory is enough for."""
         if len(stages) <= 2 or self.request.split_at is not None:
             return begun
         found = self._descend(stages, begun, most=2)
-        if (at := self._within_host(stages)) is not None:
+        has_room = found.fits and found.host_memory < NEARLY * found.host_free
+        if not has_room and (at := self._within_host(stages)) is not None:
             found = min(found, self._descend(stages, self._evaluate(stages, at), most=1), key=rank)
         return found
 
