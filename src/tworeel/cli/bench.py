@@ -12,8 +12,9 @@ from tworeel.benchmarks.shapes import make_cases, model_shape
 from tworeel.benchmarks.widths import DEFAULT_MODEL, tiny_shape
 from tworeel.cli import bench_options as given
 from tworeel.cli import options
-from tworeel.cli.bench_figures import measure, output_problems
+from tworeel.cli.bench_figures import measure
 from tworeel.cli.bench_options import PrecisionName
+from tworeel.cli.figures_file import output_problems
 from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError, collected, raise_if_any

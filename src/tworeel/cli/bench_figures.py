@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tworeel.benchmarks.shapes import Case
+from tworeel.cli.figures_file import write_json
 from tworeel.cli.watching import ConsoleObserver
-from tworeel.errors import UserError
 from tworeel.report.console import console, say
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ def measure(
             if timeline is not None:
                 _write_timeline(timeline, result)
             if json_file is not None:
-                _write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
+                write_json(json_file, {"machine": facts, "matmul_rates": rates, "cases": figures})
     finally:  # who stops a long comparison keeps what was measured
         where = ", ".join(map(str, settings.devices))
         title = f"{case.model.name} on {where}, LoRA of rank {settings.rank}"
@@ -78,30 +76,3 @@ def _write_timeline(folder: Path, result: CaseResult) -> None:
     draw_timeline(result.measured.spans, devices, picture, title=title)
     write_trace(result.measured.spans, devices, trace)
     say(f"  timeline: {picture}, {trace} (for https://ui.perfetto.dev)")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from tworeel.files import write_text_atomic
-
-    try:
-        write_text_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-
-
-def output_problems(json_file: Path | None, timeline: Path | None = None) -> Iterator[str]:
-    """What keeps the figures from being written, in one line each; folders are made on the way."""
-    for option, path, folder in (
-        ("--timeline", timeline, timeline),
-        ("--json", json_file, json_file and json_file.parent),
-    ):
-        if path is None or folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-            if path == json_file and path.is_dir():
-                yield f"{option} {path}: is a folder; must be the name of a file"
-        except OSError as error:
-            yield f"{option} {path}: cannot be written: {error.strerror}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tworeel.cli import options
-from tworeel.cli.bench_figures import output_problems
+from tworeel.cli.figures_file import output_problems, write_json
 from tworeel.cli.importing import importing
 from tworeel.cli.watching import watching
 from tworeel.errors import UserError, collected, raise_if_any
@@ -115,7 +114,8 @@ def plan(
             raise of_options(error) from None
     _show_others(made)
     if json_file is not None:
-        _write(json_file, made)
+        write_json(json_file, made.as_json())
+        say(f"Figures: {json_file}")
     if not made.fits:
         raise typer.Exit(1)
 
@@ -177,14 +177,3 @@ def _show_others(plan: Plan) -> None:
         say("What would fit it: nothing that is known")
     if plan.alternatives:
         console.print(alternatives_table(plan.alternatives, "What else was weighed"))
-
-
-def _write(path: Path, plan: Plan) -> None:
-    from tworeel.files import write_text_atomic
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(plan.as_json(), indent=1, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: {error.strerror}") from None
-    say(f"Figures: {path}")

@@ -29,8 +29,6 @@ Footprints = Mapping[Residency, Footprint]
 
 def together(blocks: Sequence[Footprints]) -> Footprints:
     """What a block takes with others that run beside it: one of them works at a time."""
-    if len(blocks) == 1:
-        return blocks[0]
     ways = [way for way in blocks[0] if all(way in found for found in blocks)]
     return {way: _sum([found[way] for found in blocks]) for way in ways}
 

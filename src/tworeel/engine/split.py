@@ -20,13 +20,7 @@ from tworeel.engine.footprints import Footprints
 from tworeel.engine.forwards import Forwards
 from tworeel.engine.host_pool import HostPool
 from tworeel.engine.moving import lodgers, move
-from tworeel.engine.neighbours import (
-    adapters_of,
-    dropouts_of,
-    keep_spread,
-    place_adapters,
-    refuse_copies,
-)
+from tworeel.engine.neighbours import adapters_of, dropouts_of, keep_spread, place_adapters, refuse_copies
 from tworeel.engine.parking import Departures
 from tworeel.engine.passage import Gate, Passage
 from tworeel.engine.placement import Placement, place

@@ -205,9 +205,8 @@ class Planner:
             self._place(len(stages), at)  # says what is wrong with it
         if not self._can_stream(tuple(at)):
             streamed_positions(self._place(len(stages), at), self.request.streamed)  # the same
-        blocks = itertools.starmap(range, itertools.pairwise(boundaries))
-        each = enumerate(zip(blocks, self._held(stages), strict=True))
-        return [self._draft(stage, stages, some, held) for stage, (some, held) in each]
+        held, each = self._held(stages), enumerate(itertools.pairwise(boundaries))
+        return [self._draft(stage, stages, range(*ends), held[stage]) for stage, ends in each]
 
     def _held(self, stages: Sequence[Budget]) -> list[Held]:
         """Micro-batches that each stage holds at a time."""

@@ -111,21 +111,18 @@ class Survey:
     job: Job | None = None
 
 
-def preflight(
-    config: RunConfig, observer: Observer, known: Sequence[str] = (), *, begins: bool = True
-) -> Job:
+def preflight(config: RunConfig, observer: Observer, known: Sequence[str] = ()) -> Job:
     """Look at everything that a run needs, make the cache's folder, and make a job.
 
     Args:
         config: of the run.
         observer: sees the progress, and may stop it.
         known: problems that were found before; they are listed with the others.
-        begins: whether the LoRA is not a checkpoint's.
 
     Raises:
         UserError: lists every problem of the model, the devices, the LoRA, the data and the cache's folder.
     """
-    found = survey(config, observer, begins=begins)
+    found = survey(config, observer)
     problems = [*known, *found.problems]
     with collected(problems):
         make_writable(cache_folder(config), "the cache")
@@ -134,13 +131,7 @@ def preflight(
     return found.job
 
 
-def survey(
-    config: RunConfig,
-    observer: Observer,
-    devices: Sequence[torch.device] | None = None,
-    *,
-    begins: bool = True,
-) -> Survey:
+def survey(config: RunConfig, observer: Observer, devices: Sequence[torch.device] | None = None) -> Survey:
     """Look at everything that a run needs, and find out all that is wrong with it. Nothing is written.
 
     Args:
@@ -148,11 +139,8 @@ def survey(
         observer: sees the progress, and may stop it.
         devices: stand for the configuration's, and need not be there, nor packages that only a run needs;
             none of them where it is not known which.
-        begins: whether the LoRA is not a checkpoint's, so that `lora.init_from` counts.
     """
     problems: list[str] = []
-    if not begins:
-        config = config.model_copy(update={"lora": config.lora.model_copy(update={"init_from": None})})
     if devices is None:
         problems += _problems_of_installation(config)
     require = require_writable if devices is None else require_no_file

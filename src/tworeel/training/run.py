@@ -94,7 +94,7 @@ def train(
         known: Sequence[Card] = ()
         with collected(problems):
             known = known_cards(cards)
-        job = preflight(config, watched, problems, begins=checkpoint is None)
+        job = preflight(config if checkpoint is None else _without_start(config), watched, problems)
         if checkpoint is not None:
             require_same_model(checkpoint, config, job.source.traits.variant)
         config, job, planned = plan_job(config, job, watched.say, known)
@@ -108,6 +108,11 @@ def train(
             index = cache_clips(config, job, watched)
             pictures = encode_previews(config, job, watched)
             return _train(config, job, planned, index, pictures, folder, store, checkpoint, watched)
+
+
+def _without_start(config: RunConfig) -> RunConfig:
+    """Of a run that goes on: what its LoRA began with is in its checkpoints."""
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"init_from": None})})
 
 
 def _tell(plan: Plan, anyway: bool, observer: RunObserver) -> None:
